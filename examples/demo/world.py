@@ -1,0 +1,312 @@
+"""The demo world: procedural scenes with known pixel masks, made by this file alone.
+
+Six *things* (boat, train, bird, sheep, car, cactus) stand on eight kinds of *stuff* (water, rails, sky, grass, road,
+sand, snow, forest). Two distributions are drawn from the same painters:
+
+- `caption_scene`: the image-text world. Things and stuff are independent; every picture has a caption. CLIP is
+  trained here.
+- `weak_scene`: the weakly-supervised world. A thing nearly always comes with its own stuff (a boat on water), and only
+  image-level labels are given out. The pixel masks exist for evaluation alone.
+
+Everything is drawn from one `numpy.random.Generator`, so a seed fixes every pixel.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import cv2
+import numpy as np
+
+SIZE = 64  # pixels, height and width of every picture
+THINGS: Tuple[str, ...] = ("boat", "train", "bird", "sheep", "car", "cactus")
+STUFF: Tuple[str, ...] = ("water", "rails", "sky", "grass", "road", "sand", "snow", "forest")
+# Which stuff comes with which thing in the weakly-supervised world. Neither the host nor the refiner ever sees this.
+HOME: Dict[str, str] = {
+    "boat": "water", "train": "rails", "bird": "sky", "sheep": "grass", "car": "road", "cactus": "sand",
+}  # fmt: skip
+PLAIN = len(STUFF)  # stuff index of a plain studio backdrop (image-text world only)
+
+_TILE = 192  # texture tiles are drawn once at this size and cropped at random
+_NUM_TILES = 6  # variations of each texture
+
+
+class Scene(NamedTuple):
+    """One picture: `image` (SIZE, SIZE, 3) uint8 RGB, `things` and `stuff` (SIZE, SIZE) uint8 maps, and its caption.
+
+    `things` is 0 for background and 1 + index into `THINGS`; `stuff` indexes `STUFF` (`PLAIN` for a plain backdrop)
+    and also tells what lies under a thing.
+    """
+
+    image: np.ndarray
+    things: np.ndarray
+    stuff: np.ndarray
+    caption: str
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Image-level labels, multi-hot (len(THINGS),) float32: a thing counts from 12 visible pixels on."""
+        count = np.bincount(self.things.ravel(), minlength=len(THINGS) + 1)[1:]
+        return (count >= 12).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------ stuff
+
+
+def _noise(rng: np.random.Generator, cells: Tuple[int, int], size: int = _TILE) -> np.ndarray:
+    """Smooth noise in [-1, 1], (size, size): a random grid of `cells` (rows, columns), enlarged."""
+    grid = rng.uniform(-1, 1, cells).astype(np.float32)
+    return cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def _paint(colour: Sequence[float], *layers: Tuple[np.ndarray, Sequence[float]]) -> np.ndarray:
+    """A tile of one colour plus layers of (map (n, n), colour amplitude)."""
+    tile = np.empty((_TILE, _TILE, 3), np.float32)
+    tile[:] = colour
+    for layer, amplitude in layers:
+        tile += layer[..., None] * np.asarray(amplitude, np.float32)
+    return tile
+
+
+def _stuff_tile(name: str, rng: np.random.Generator) -> np.ndarray:
+    """One texture tile (192, 192, 3) float32 of the named stuff."""
+    rows, cols = np.mgrid[0:_TILE, 0:_TILE].astype(np.float32)
+    fine = rng.normal(0, 1, (_TILE, _TILE)).astype(np.float32)
+    if name == "water":
+        waves = np.sin(rows * rng.uniform(0.7, 1.1) + 3 * _noise(rng, (12, 12)))
+        return _paint((38, 98, 165), (waves, (16, 22, 26)), (_noise(rng, (8, 8)), (10, 14, 18)))
+    if name == "rails":
+        tile = _paint((128, 116, 104), (fine, (18, 18, 18)))
+        gap = int(rng.integers(9, 13))
+        tile[(rows % gap) < gap * 0.38] = (84, 58, 40)
+        for x in range(int(rng.integers(0, 8)), _TILE, int(rng.integers(14, 19))):
+            tile[:, x : x + 2] = (196, 198, 206)
+        return tile + fine[..., None] * 6
+    if name == "sky":
+        clouds = np.clip(_noise(rng, (9, 6)) + 0.4 * _noise(rng, (24, 16)), 0, 1)
+        return _paint((128, 184, 236), (clouds, (110, 66, 18)))
+    if name == "grass":
+        blades = cv2.blur(fine, (1, 5)) * 2.2
+        return _paint((86, 158, 52), (blades, (20, 24, 12)), (_noise(rng, (10, 10)), (12, 12, 6)))
+    if name == "road":
+        tile = _paint((92, 92, 96), (fine, (7, 7, 7)), (_noise(rng, (6, 6)), (6, 6, 6)))
+        gap = int(rng.integers(26, 40))
+        tile[((rows % gap) < 3) & ((cols % 18) < 10)] = (236, 226, 150)
+        return tile
+    if name == "sand":
+        ripples = np.sin((rows + 0.5 * cols) * rng.uniform(0.35, 0.5) + 4 * _noise(rng, (8, 8)))
+        return _paint((222, 190, 130), (ripples, (10, 10, 9)), (fine, (5, 5, 5)))
+    if name == "snow":
+        return _paint((236, 241, 248), (_noise(rng, (14, 14)), (10, 8, 4)), (fine, (3, 3, 3)))
+    if name == "forest":
+        crowns = _noise(rng, (40, 40))
+        trunks = (np.sin(cols * rng.uniform(0.45, 0.6)) > 0.93).astype(np.float32)
+        return _paint((28, 74, 44), (crowns, (18, 34, 18)), (trunks, (46, -4, 4)))
+    raise KeyError(name)
+
+
+_tiles: Dict[str, List[np.ndarray]] = {}
+
+
+def _texture(index: int, rng: np.random.Generator) -> np.ndarray:
+    """A random (SIZE, SIZE, 3) crop of stuff `index`, with a little colour and brightness jitter."""
+    if index == PLAIN:
+        grey = rng.uniform(60, 200)
+        return np.full((SIZE, SIZE, 3), grey, np.float32) + rng.uniform(-15, 15, 3).astype(np.float32)
+    name = STUFF[index]
+    if name not in _tiles:  # drawn from a generator of their own, so the world does not depend on the order of use
+        own = np.random.default_rng(1000 + index)
+        _tiles[name] = [_stuff_tile(name, own) for _ in range(_NUM_TILES)]
+    tile = _tiles[name][rng.integers(_NUM_TILES)]
+    y, x = rng.integers(0, _TILE - SIZE, 2)
+    crop = tile[y : y + SIZE, x : x + SIZE]
+    if rng.random() < 0.5:
+        crop = crop[:, ::-1]
+    return crop * rng.uniform(0.85, 1.12) + rng.uniform(-8, 8, 3).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------ things
+
+_BRIGHT = ((205, 45, 45), (235, 185, 40), (45, 80, 190), (235, 235, 230), (230, 120, 35), (120, 45, 130), (40, 140, 120))
+
+
+class _Pen:
+    """Draws in unit coordinates (x right, y down, the thing fills [-1, 1]) on a picture and its mask."""
+
+    def __init__(self, image: np.ndarray, mask: np.ndarray, centre: Tuple[float, float], scale: float, flip: bool):
+        self.image, self.mask, self.centre, self.scale, self.flip = image, mask, centre, scale, flip
+
+    def _points(self, points: Sequence[Tuple[float, float]]) -> np.ndarray:
+        xy = np.asarray(points, np.float32) * self.scale
+        xy[:, 0] *= -1 if self.flip else 1
+        return np.round((xy + self.centre) * 16).astype(np.int32)  # 4 fractional bits
+
+    def polygon(self, points: Sequence[Tuple[float, float]], colour: Sequence[float]) -> None:
+        at = self._points(points)
+        cv2.fillPoly(self.image, [at], tuple(map(float, colour)), cv2.LINE_8, 4)
+        cv2.fillPoly(self.mask, [at], 1, cv2.LINE_8, 4)
+
+    def box(self, x0: float, y0: float, x1: float, y1: float, colour: Sequence[float]) -> None:
+        self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], colour)
+
+    def ellipse(self, x: float, y: float, rx: float, ry: float, colour: Sequence[float]) -> None:
+        angle = np.linspace(0, 2 * np.pi, 20, endpoint=False)
+        self.polygon(list(zip(x + rx * np.cos(angle), y + ry * np.sin(angle))), colour)
+
+
+def _draw_thing(name: str, pen: _Pen, rng: np.random.Generator) -> None:
+    colour = np.asarray(_BRIGHT[rng.integers(len(_BRIGHT))], np.float32) + rng.uniform(-18, 18, 3)
+    dark = colour * 0.55
+    if name == "boat":
+        pen.polygon([(-1, 0.25), (1, 0.25), (0.65, 0.85), (-0.65, 0.85)], colour)
+        pen.box(-0.06, -1, 0.06, 0.3, (92, 60, 36))
+        pen.polygon([(0.1, -0.95), (0.85, 0.12), (0.1, 0.12)], (246, 244, 236))
+        pen.polygon([(-0.12, -0.7), (-0.62, 0.12), (-0.12, 0.12)], (226, 222, 212))
+    elif name == "train":
+        pen.polygon([(-1.3, -0.5), (1.1, -0.5), (1.4, 0.0), (1.4, 0.55), (-1.3, 0.55)], colour)
+        pen.box(-1.3, 0.28, 1.4, 0.42, dark)
+        for x in np.linspace(-1.15, 0.75, 5):
+            pen.box(x, -0.35, x + 0.26, 0.05, (206, 232, 246))
+        for x in np.linspace(-1.05, 1.1, 6):
+            pen.ellipse(x, 0.62, 0.13, 0.13, (28, 28, 30))
+    elif name == "bird":
+        body = np.asarray(((62, 52, 48), (120, 60, 40), (40, 40, 60), (150, 130, 110))[rng.integers(4)], np.float32)
+        pen.ellipse(0, 0.1, 0.6, 0.3, body)
+        pen.ellipse(0.6, -0.12, 0.24, 0.22, body * 1.15)
+        pen.polygon([(0.8, -0.16), (1.12, -0.06), (0.8, 0.04)], (240, 160, 30))
+        lift = rng.uniform(-1.1, -0.6)
+        pen.polygon([(-0.3, 0.0), (0.28, 0.0), (-0.25, lift)], body * 0.7)
+        pen.polygon([(-0.5, 0.05), (-1.1, -0.15), (-1.05, 0.25)], body * 0.8)
+    elif name == "sheep":
+        wool = np.asarray((232, 226, 214), np.float32) + rng.uniform(-14, 8)
+        for x in (-0.45, -0.15, 0.2, 0.45):
+            pen.box(x - 0.07, 0.3, x + 0.07, 0.9, (48, 42, 40))
+        for x, y in ((-0.5, 0), (-0.25, -0.3), (0.15, -0.34), (0.5, -0.1), (0.35, 0.22), (-0.1, 0.25), (-0.4, 0.22)):
+            pen.ellipse(x, y, 0.36, 0.32, wool + rng.uniform(-10, 6))
+        pen.ellipse(0, 0, 0.55, 0.36, wool)
+        pen.ellipse(0.85, -0.2, 0.24, 0.3, (44, 40, 40))
+    elif name == "car":
+        pen.polygon([(-0.65, -0.05), (-0.4, -0.55), (0.35, -0.55), (0.7, -0.05)], dark)
+        pen.polygon([(-0.5, -0.08), (-0.34, -0.44), (-0.05, -0.44), (-0.05, -0.08)], (190, 224, 240))
+        pen.polygon([(0.06, -0.08), (0.06, -0.44), (0.28, -0.44), (0.52, -0.08)], (190, 224, 240))
+        pen.polygon([(-1.1, -0.08), (1.0, -0.08), (1.15, 0.15), (1.15, 0.42), (-1.1, 0.42)], colour)
+        for x in (-0.62, 0.64):
+            pen.ellipse(x, 0.42, 0.28, 0.28, (24, 24, 26))
+            pen.ellipse(x, 0.42, 0.11, 0.11, (170, 170, 174))
+    elif name == "cactus":
+        green = np.asarray((46, 112, 62), np.float32) + rng.uniform(-14, 14)
+        pen.box(-0.2, -0.95, 0.2, 0.95, green)
+        pen.ellipse(0, -0.95, 0.2, 0.14, green)
+        pen.box(-0.7, -0.05, -0.15, 0.2, green * 0.92)
+        pen.box(-0.7, -0.5, -0.45, 0.2, green * 0.92)
+        pen.box(0.15, -0.25, 0.7, 0.0, green * 0.92)
+        pen.box(0.45, -0.7, 0.7, 0.0, green * 0.92)
+        for x in (-0.1, 0.1):
+            pen.box(x - 0.02, -0.9, x + 0.02, 0.9, green * 1.4)
+    else:
+        raise KeyError(name)
+
+
+# ------------------------------------------------------------------------------------------------ scenes
+
+
+def _backdrop(top: int, bottom: int, rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray, int]:
+    """Two stuffs with an uneven horizon between them: image float32, stuff map uint8, horizon row."""
+    horizon = int(rng.integers(SIZE * 3 // 10, SIZE * 6 // 10))
+    line = horizon + 2.5 * cv2.resize(rng.uniform(-1, 1, (1, 7)).astype(np.float32), (SIZE, 1))[0]
+    below = np.arange(SIZE)[:, None] >= line[None, :]
+    image = np.where(below[..., None], _texture(bottom, rng), _texture(top, rng)).astype(np.float32)
+    return image, np.where(below, bottom, top).astype(np.uint8), horizon
+
+
+def _place(image: np.ndarray, things: np.ndarray, name: str, x: float, y: float, scale: float, rng) -> None:
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    _draw_thing(name, _Pen(image, mask, (x, y), scale, bool(rng.random() < 0.5)), rng)
+    things[mask > 0] = 1 + THINGS.index(name)
+
+
+def _finish(image: np.ndarray, things: np.ndarray, stuff: np.ndarray, caption: str, rng) -> Scene:
+    image = cv2.GaussianBlur(image, (3, 3), 0.6) * rng.uniform(0.85, 1.12) + rng.normal(0, 4, image.shape)
+    return Scene(np.clip(image, 0, 255).astype(np.uint8), things, stuff, caption)
+
+
+def _article(name: str) -> str:
+    return name if name in STUFF else f"a {name}"
+
+
+def caption_scene(rng: np.random.Generator) -> Scene:
+    """One picture of the image-text world: things and stuff independent of each other, and a caption that names them.
+
+    A fifth of the pictures show one thing cut out on a plain backdrop, a quarter show stuff alone, as pictures on the
+    web do; without them no CLIP could know what a region with the rest masked out shows.
+    """
+    kind = rng.random()
+    top, bottom = (int(i) for i in rng.choice(len(STUFF), 2, replace=False))
+    if kind < 0.2:
+        top = bottom = PLAIN
+    elif kind < 0.45 and rng.random() < 0.5:
+        bottom = top
+    image, stuff, _ = _backdrop(top, bottom, rng)
+    things = np.zeros((SIZE, SIZE), np.uint8)
+    names: List[str] = []
+    if kind < 0.2 or kind >= 0.45:
+        count = 1 if kind < 0.2 or rng.random() < 0.7 else 2
+        names = [THINGS[i] for i in rng.choice(len(THINGS), count, replace=False)]
+        for slot, name in enumerate(names):
+            scale = rng.uniform(0.14, 0.36) * SIZE / (1.0 if count == 1 else 1.5)
+            lane = SIZE * (rng.uniform(0.25, 0.75) if count == 1 else (0.27 + 0.46 * slot + rng.uniform(-0.05, 0.05)))
+            _place(image, things, name, lane, SIZE * rng.uniform(0.28, 0.74), scale, rng)
+    return _finish(image, things, stuff, _caption(names, top, bottom, rng), rng)
+
+
+def _caption(names: Sequence[str], top: int, bottom: int, rng: np.random.Generator) -> str:
+    """A caption in the manner of web captions: it names the things, and often, but not always, the stuff."""
+    grounds = [STUFF[i] for i in dict.fromkeys((bottom, top)) if i != PLAIN]
+    rng.shuffle(grounds)
+    subject = " and ".join(_article(n) for n in names)
+    style = rng.random()
+    if not names:
+        subject, grounds = grounds[0], grounds[1:]
+    if not grounds or style < 0.35:
+        body = subject
+    else:
+        link = ("on", "with", "near", "and")[rng.integers(4)]
+        body = f"{subject} {link} {' and '.join(grounds if style < 0.75 else grounds[:1])}"
+    return (f"a photo of {body}.", f"{body}.", f"a picture of {body}.", f"this is {body}.")[rng.integers(4)]
+
+
+def weak_scene(rng: np.random.Generator, loyalty: float = 0.94) -> Scene:
+    """One picture of the weakly-supervised world: each thing nearly always with its own stuff.
+
+    Args:
+        rng: source of every random choice.
+        loyalty: probability that a thing stands on (or flies in) its own stuff; otherwise the stuff is drawn at random.
+    """
+    things = np.zeros((SIZE, SIZE), np.uint8)
+    neutral = (STUFF.index("snow"), STUFF.index("forest"))
+    main = THINGS[rng.integers(len(THINGS))] if rng.random() < 0.95 else None
+    low = main if main != "bird" else (THINGS[rng.choice([0, 1, 3, 4, 5])] if rng.random() < 0.3 else None)
+    high = "bird" if main == "bird" or (main is not None and rng.random() < 0.15) else None
+
+    def home(name: Optional[str]) -> int:
+        if name is not None and rng.random() < loyalty:
+            return STUFF.index(HOME[name])
+        return int(rng.choice(neutral)) if name is None else int(rng.integers(len(STUFF)))
+
+    bottom, top = home(low), home(high)
+    image, stuff, horizon = _backdrop(top, bottom, rng)
+    if high is not None:
+        scale = rng.uniform(0.13, 0.24) * SIZE
+        _place(image, things, high, SIZE * rng.uniform(0.2, 0.8), max(horizon * rng.uniform(0.35, 0.7), scale), scale, rng)
+    if low is not None:
+        scale = rng.uniform(0.17, 0.3) * SIZE
+        y = min(horizon + rng.uniform(0.1, 0.6) * (SIZE - horizon), SIZE - 0.8 * scale)
+        _place(image, things, low, SIZE * rng.uniform(0.25, 0.75), y, scale, rng)
+    return _finish(image, things, stuff, "", rng)
+
+
+def draw(kind: str, count: int, seed: int) -> List[Scene]:
+    """`count` scenes of a kind ("caption" or "weak"), fixed by `seed`."""
+    rng = np.random.default_rng(seed)
+    painter = {"caption": caption_scene, "weak": weak_scene}[kind]
+    return [painter(rng) for _ in range(count)]

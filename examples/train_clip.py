@@ -1,0 +1,294 @@
+"""Train a compact CLIP of your own: from the demo world, or from any folder of images with a captions file.
+
+    python examples/train_clip.py --world --out examples/demo/world_clip.pt
+    python examples/train_clip.py --images PHOTOS --captions captions.csv --out my_clip.pt --size 96 --patch 12
+
+`captions.csv` has a header `image,caption`; an image may have several lines. The result is an instance of OpenAI's own
+`clip.model.CLIP` in OpenAI's state-dict layout, so `PromptRefiner(classes, clip="my_clip.pt")` loads it by the same code
+path as ViT-B/32. The image tower is a ViT (default), OpenAI's ResNet (`--tower resnet`), or frozen pretrained
+convolutional features with a trained attention pool (`--tower FILE.py:FUNCTION`, see `FeatureTower`).
+
+Training: symmetric cross-entropy over the cosine similarities of a batch (Radford et al., ICML 2021). Captions that occur
+twice in a batch count as matches of both images. A share of the pictures is faded by a random smooth mask, so that the
+model knows what a region looks like when the rest is replaced by the mean colour; that is how the refiner shows it regions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import io
+import os
+import sys
+import zipfile
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from semples_plugin.clip_encoder import CLIP_MEAN, CLIP_STD, OpenAIClip, openai_clip_module
+
+
+class Batch(NamedTuple):
+    """`images` (N, S, S, 3) uint8 RGB and one caption per image."""
+
+    images: np.ndarray
+    captions: List[str]
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+def world_batches(size: int, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Endless batches of fresh captioned scenes of the demo world."""
+    sys.path.insert(0, str(Path(__file__).parent / "demo"))
+    import world
+
+    rng = np.random.default_rng(seed)
+    while True:
+        scenes = [world.caption_scene(rng) for _ in range(batch_size)]
+        images = np.stack([_fit(s.image, size) for s in scenes])
+        yield Batch(images, [s.caption for s in scenes])
+
+
+def folder_batches(folder: Path, captions: Path, size: int, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Endless shuffled batches of a folder of images; every image once per epoch, with one of its captions at random.
+
+    Raises:
+        ValueError: if the captions file lacks its columns, or names no readable image.
+    """
+    texts = read_captions(captions)
+    images: Dict[str, np.ndarray] = {}
+    for name in tqdm(texts, desc="reading images"):
+        picture = cv2.imread(str(folder / name), cv2.IMREAD_COLOR)
+        if picture is not None:
+            images[name] = _fit(picture[..., ::-1], size)
+    if not images:
+        raise ValueError(f"{captions} must name images in {folder}; none of its {len(texts)} could be read.")
+    if len(images) < len(texts):
+        print(f"{len(texts) - len(images)} of {len(texts)} images could not be read and are left out", file=sys.stderr)
+    names = sorted(images)
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(len(names))
+        for start in range(0, max(len(order) - batch_size, 0) + 1, batch_size):
+            chosen = [names[i] for i in order[start : start + batch_size]]
+            picked = [texts[n][rng.integers(len(texts[n]))] for n in chosen]
+            flip = rng.random(len(chosen)) < 0.5
+            yield Batch(np.stack([images[n][:, ::-1] if f else images[n] for n, f in zip(chosen, flip)]), picked)
+
+
+def read_captions(path: Path) -> Dict[str, List[str]]:
+    """Image name -> its captions, from a CSV file with the columns `image` and `caption`."""
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if not {"image", "caption"} <= set(reader.fieldnames or ()):
+            raise ValueError(f"{path} must have the columns image,caption; got {','.join(reader.fieldnames or ())}.")
+        texts: Dict[str, List[str]] = {}
+        for row in reader:
+            texts.setdefault(row["image"], []).append(row["caption"])
+    return texts
+
+
+def _fit(picture: np.ndarray, size: int) -> np.ndarray:
+    """Centre square of a picture at `size` pixels."""
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    y, x = (height - side) // 2, (width - side) // 2
+    square = picture[y : y + side, x : x + side]
+    return square if side == size else cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA)
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+class FeatureTower(nn.Module):
+    """Frozen convolutional features, then OpenAI's attention pool, which is trained.
+
+    Args:
+        features: maps (N, 3, S, S) images with CLIP's statistics to (N, C, h, h).
+        image_size: S, in pixels.
+        embed_dim: size of the image features.
+    """
+
+    def __init__(self, features: nn.Module, image_size: int, embed_dim: int):
+        super().__init__()
+        self.features = features.eval().requires_grad_(False)
+        with torch.no_grad():
+            _, channels, side, _ = features(torch.zeros(1, 3, image_size, image_size)).shape
+        self.input_resolution, self.output_dim = image_size, embed_dim
+        heads = max(h for h in range(1, channels // 32 + 2) if channels % h == 0)
+        self.attnpool = openai_clip_module("model").AttentionPool2d(side, channels, heads, embed_dim)
+        self.norm = nn.BatchNorm2d(channels, affine=False)  # features of another network come at any scale
+
+    def train(self, mode: bool = True) -> "FeatureTower":
+        super().train(mode)
+        self.features.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        pooled = self.attnpool(self.norm(self.features(images)))
+        return pooled[0] if pooled.ndim == 3 else pooled
+
+
+def build_clip(tower: str, size: int, patch: int, width: int, layers: int, text_width: int, text_layers: int, dim: int):
+    """A new `clip.model.CLIP` with OpenAI's vocabulary and context length."""
+    if text_width % 64 or (tower == "vit" and (width % 64 or size % patch)):
+        raise ValueError("Widths must be multiples of 64 (OpenAI's head size), and --size a multiple of --patch.")
+    vision_layers = (1, 1, 1, 1) if tower == "resnet" else layers
+    model = openai_clip_module("model").CLIP(
+        dim, size, vision_layers, width, patch, 77, 49408, text_width, text_width // 64, text_layers
+    )
+    if tower not in ("vit", "resnet"):
+        model.visual = FeatureTower(load_features(tower), size, dim)
+    return model
+
+
+def load_features(tower: str) -> nn.Module:
+    """The module that `FILE.py:FUNCTION` returns."""
+    path, _, function = tower.rpartition(":")
+    spec = importlib.util.spec_from_file_location("tower", path) if path.endswith(".py") else None
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--tower must be vit, resnet, or FILE.py:FUNCTION; got {tower!r}.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, function)()
+
+
+def save_clip(model: nn.Module, path: Path, used_tokens: Sequence[int]) -> None:
+    """Write the state dict in OpenAI's layout, at half precision, compressed, and only when complete.
+
+    Token embeddings that no caption used were never trained; they are set to zero, so that they cost no room.
+    """
+    state = {name: value.detach().cpu().half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    keep = torch.zeros(len(state["token_embedding.weight"]), 1, dtype=torch.half)
+    keep[list(used_tokens)] = 1
+    state["token_embedding.weight"] = state["token_embedding.weight"] * keep
+    plain = io.BytesIO()
+    torch.save(state, plain)
+    part = path.with_name(path.name + ".part")
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as target:
+        for entry in source.infolist():
+            fixed = zipfile.ZipInfo(entry.filename, date_time=(1980, 1, 1, 0, 0, 0))  # same weights, same bytes
+            fixed.compress_type = zipfile.ZIP_DEFLATED
+            target.writestr(fixed, source.read(entry))
+    os.replace(part, path)
+
+
+def load_feature_clip(path: Path, tower: str, **shape: int) -> nn.Module:
+    """A trained CLIP with a `FeatureTower`, to be passed to `PromptRefiner(clip=...)` as an object."""
+    model = build_clip(tower, **shape)  # type: ignore[arg-type]
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def normalise(images: np.ndarray) -> Tensor:
+    """(N, S, S, 3) uint8 -> (N, 3, S, S) float32 with CLIP's statistics."""
+    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+    return (x - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+
+
+def fade(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Multiply a share of the images by a smooth random mask in [0, 1] (what is faded becomes the mean colour)."""
+    n, size = images.shape[0], images.shape[-1]
+    coarse = torch.rand(n, 1, 5, 5, generator=generator)
+    mask = F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=True)
+    mask = torch.sigmoid((mask - 0.42) * (6 + 30 * torch.rand(n, 1, 1, 1, generator=generator)))
+    mask = torch.where(torch.rand(n, 1, 1, 1, generator=generator) < share, mask, torch.ones(()))
+    return images * mask
+
+
+def train(
+    model: nn.Module, batches: Iterator[Batch], steps: int, rate: float, fade_share: float, seed: int, max_scale: float,
+    report: Callable[[str], None] = print,
+) -> List[int]:  # fmt: skip
+    """Train in place; returns the token ids that occurred in captions."""
+    encoder = OpenAIClip(model, "training")
+    generator = torch.Generator().manual_seed(seed)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.02}, {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}],
+        lr=rate, betas=(0.9, 0.98),
+    )  # fmt: skip
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.06, cycle_momentum=False)
+    used: set = set()
+    smooth = None
+    model.train()
+    bar = tqdm(range(steps), desc="training CLIP", mininterval=5)
+    for step in bar:
+        batch = next(batches)
+        rows = encoder.tokenize(batch.captions)
+        used.update(token for row in rows for token in row)
+        unique = {tuple(row): i for i, row in reversed(list(enumerate(rows)))}
+        index = torch.tensor([list(unique).index(tuple(row)) for row in rows])  # (N,) caption of each image
+        v = F.normalize(encoder.encode_image(fade(normalise(batch.images), fade_share, generator)), dim=-1)
+        u = F.normalize(encoder.encode_tokens(list(unique)), dim=-1)
+        scale = model.logit_scale.exp().clamp(max=max_scale)
+        logits = scale * v @ u.T  # (N, number of different captions)
+        same = F.one_hot(index, len(unique)).float()
+        # image -> caption, and caption -> its images; captions weighted by how often they occur
+        loss_text = -(same.T * F.log_softmax(logits.T, 1)).sum() / len(rows)
+        count = same.sum(0)
+        loss_image = F.cross_entropy(logits + count.log(), index)  # a caption that occurs k times is k candidates
+        loss = (loss_image + loss_text) / 2
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=float(np.log(max_scale)))
+        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{smooth:.3f}", scale=f"{scale.item():.1f}")
+        if (step + 1) % 200 == 0:
+            report(f"step {step + 1}: loss {smooth:.3f}, scale {scale.item():.1f}, mean cosine {float((v @ u.T).mean()):.3f}")
+    model.eval()
+    return sorted(used)
+
+
+def main(argv: Sequence[str] = ()) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--world", action="store_true", help="train on the demo world")
+    source.add_argument("--images", type=Path, help="folder of images")
+    parser.add_argument("--captions", type=Path, help="CSV file with the columns image,caption")
+    parser.add_argument("--out", type=Path, required=True, help="weights file to write")
+    parser.add_argument("--tower", default="vit", help="vit, resnet, or FILE.py:FUNCTION that returns frozen features")
+    parser.add_argument("--size", type=int, default=64, help="input size in pixels")
+    parser.add_argument("--patch", type=int, default=8, help="ViT patch size in pixels")
+    parser.add_argument("--width", type=int, default=128, help="width of the image tower")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the ViT")
+    parser.add_argument("--text-width", type=int, default=128)
+    parser.add_argument("--text-layers", type=int, default=2)
+    parser.add_argument("--dim", type=int, default=128, help="size of the joint feature space")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch-size", type=int, default=192)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--fade", type=float, default=0.4, help="share of the images that are faded by a random mask")
+    parser.add_argument("--max-scale", type=float, default=100.0, help="upper bound of the learned logit scale")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv or None)
+    if args.images and not args.captions:
+        parser.error("--images needs --captions")
+    torch.manual_seed(args.seed)
+    model = build_clip(args.tower, args.size, args.patch, args.width, args.layers, args.text_width, args.text_layers, args.dim)
+    if args.world:
+        batches = world_batches(args.size, args.batch_size, args.seed)
+    else:
+        batches = folder_batches(args.images, args.captions, args.size, args.batch_size, args.seed)
+    used = train(model, batches, args.steps, args.rate, args.fade, args.seed, args.max_scale, report=tqdm.write)
+    save_clip(model, args.out, used)
+    print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB, {len(used)} tokens")
+
+
+if __name__ == "__main__":
+    main()

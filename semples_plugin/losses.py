@@ -1,0 +1,153 @@
+"""The loss terms of the papers as pure functions of features and masks; one function per term.
+
+Notation (SemPLeS, arXiv 2401.11791, section 3): `v_f`, `v_b` are CLIP features of the foreground and background region of
+the P positive (image, class) pairs, `u_f` the text feature of the pair's class, `u_b` the feature of its learned background
+prompt; all (P, D), of any length, none normalised. c(a, b) = clamp(cos(a, b), 1e-4, 0.9999), < > = mean over the P pairs.
+Every term of no pairs (P = 0) is a zero that is still attached to the graph. Flow: `clip_encoder` -> **losses** -> `refiner`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "area",
+    "background_texts",
+    "cosine",
+    "match_background",
+    "match_foreground",
+    "prompt_background",
+    "prompt_repel",
+    "refine",
+]
+
+COSINE_MIN, COSINE_MAX = 1e-4, 0.9999
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Clamped cosine similarity c(a, b) along the last dimension, as it stands before every logarithm.
+
+    Args:
+        a, b: (..., D), broadcast against each other. Half precision is computed in float32.
+
+    Returns:
+        (...), in [1e-4, 0.9999]; its gradient is zero where the clamp bites.
+    """
+    a, b = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (a, b))
+    # F.normalize, a product and a sum: no matrix product, so autocast leaves the precision alone.
+    return (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1).clamp(COSINE_MIN, COSINE_MAX)
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.mean() if values.numel() else values.sum()  # the sum of nothing is 0 and keeps the graph
+
+
+def match_foreground(v_f: Tensor, u_f: Tensor) -> Tensor:
+    """Segment-label matching, foreground: < -log c(v_f, u_f) > (SemPLeS, L_match, first term).
+
+    The region that the CAM keeps should look like its class.
+
+    Args:
+        v_f, u_f: (P, D).
+
+    Returns:
+        Scalar; 0 with P = 0.
+    """
+    return _mean(-torch.log(cosine(v_f, u_f)))
+
+
+def match_background(v_b: Tensor, u_f: Tensor) -> Tensor:
+    """Segment-label matching, background: < -log(1 - c(v_b, u_f)) > (SemPLeS, L_match, second term, before lambda_b).
+
+    What the CAM leaves out should not look like the class.
+
+    Args:
+        v_b, u_f: (P, D).
+
+    Returns:
+        Scalar; 0 with P = 0.
+    """
+    return _mean(-torch.log(1 - cosine(v_b, u_f)))
+
+
+def refine(v_f: Tensor, u_b: Tensor) -> Tensor:
+    """Prompt-guided semantic refinement: < -log(1 - c(v_f, u_b)) > (SemPLeS, L_refine).
+
+    The region that the CAM keeps should not look like what the class's background prompt describes.
+
+    Args:
+        v_f, u_b: (P, D); u_b frozen.
+
+    Returns:
+        Scalar; 0 with P = 0.
+    """
+    return _mean(-torch.log(1 - cosine(v_f, u_b)))
+
+
+def prompt_background(v_b: Tensor, u_b: Tensor) -> Tensor:
+    """Contrastive prompt learning, pull: < -log c(v_b, u_b) > (SemPLeS, L_prompt, first term).
+
+    Args:
+        v_b, u_b: (P, D); only the prompt behind u_b learns.
+
+    Returns:
+        Scalar; 0 with P = 0.
+    """
+    return _mean(-torch.log(cosine(v_b, u_b)))
+
+
+def prompt_repel(u_f: Tensor, u_b: Tensor, form: str = "log") -> Tensor:
+    """Contrastive prompt learning, push: T(u_f, u_b) of L_prompt (SemPLeS), before lambda_T.
+
+    `"log"`: < log c(u_f, u_b) >, as in the reference recipe, which lambda_T is tuned for;
+    `"log1m"`: < -log(1 - c(u_f, u_b)) >. Both push cos(u_f, u_b) down.
+
+    Args:
+        u_f, u_b: (P, D).
+        form: `"log"` or `"log1m"`.
+
+    Returns:
+        Scalar; 0 with P = 0.
+
+    Raises:
+        ValueError: for another form.
+    """
+    c = cosine(u_f, u_b)
+    if form == "log":
+        return _mean(torch.log(c))
+    if form == "log1m":
+        return _mean(-torch.log(1 - c))
+    raise ValueError(f"`form` must be 'log' or 'log1m'; got {form!r}.")
+
+
+def background_texts(v_f: Tensor, texts: Tensor, present: Tensor, threshold: float = 0.0) -> Tensor:
+    """Hand-written background prompts: the refine term with u_b = E_T of given texts (after CLIMS, CVPR 2022).
+
+    For each pair, the mean over its texts t of 1[c(v_f, t) > threshold] * -log(1 - c(v_f, t)); then the mean over pairs.
+
+    Args:
+        v_f: (P, D).
+        texts: (K, D), features of all texts.
+        present: (P, K), 1 where text k belongs to the pair's class. A pair without texts counts as 0.
+        threshold: of the cosine; CLIMS ignores texts that the region does not resemble anyway.
+
+    Returns:
+        Scalar; 0 with P = 0.
+    """
+    c = cosine(v_f[:, None], texts[None])  # (P, K)
+    weight = present.to(c) * (c > threshold).to(c)
+    return _mean((weight * -torch.log(1 - c)).sum(1) / present.to(c).sum(1).clamp(min=1))
+
+
+def area(masks: Tensor) -> Tensor:
+    """Area term: < mean of M_k > (CLIMS, CVPR 2022); keeps masks from growing over the whole image.
+
+    Args:
+        masks: (P, h, w) in [0, 1].
+
+    Returns:
+        Scalar in [0, 1]; 0 with P = 0.
+    """
+    return _mean(masks)

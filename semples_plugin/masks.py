@@ -1,0 +1,106 @@
+"""Refined masks and pseudo labels from a CAM, without training: CLIP-guided suppression, edge alignment, background, argmax.
+
+Used by `PromptRefiner.refine`. Each step is a function of its own and can be left out. Flow: `refiner` -> **masks** -> files.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, NamedTuple, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["RefinedMasks", "pamr", "pseudo_labels", "suppression"]
+
+Align = Callable[[Tensor, Tensor], Tensor]
+
+
+class RefinedMasks(NamedTuple):
+    """`masks` (B, C, H, W) float32 in [0, 1], zero for absent classes; `labels` (B, H, W) int64, 0 background, 1 + class."""
+
+    masks: Tensor
+    labels: Tensor
+
+
+def suppression(
+    dense: Tensor, pairs: Tensor, text_features: Tensor, prompt_features: Optional[Tensor], scale: float
+) -> Tensor:
+    """How much of each position CLIP assigns to the pair's class rather than to its rivals.
+
+    Rivals of class k are its background prompt (if learned) and the other classes present in the image. The weight is the
+    softmax over class and rivals of `scale` times the cosine of the position's dense feature with each text feature.
+
+    Args:
+        dense: (B, D, g, g) dense image features (`ClipEncoder.encode_dense`).
+        pairs: (P, 2).
+        text_features: (C, D), u_f.
+        prompt_features: (C, D), u_b, or None.
+        scale: inverse temperature; CLIP's logit scale.
+
+    Returns:
+        (P, g, g) in [0, 1]; 1 for a pair without rivals.
+    """
+    dense = F.normalize(dense, dim=1)
+    to_class = torch.einsum("bdhw,cd->bchw", dense, F.normalize(text_features, dim=-1)) * scale  # (B, C, g, g)
+    present = torch.zeros(dense.shape[0], text_features.shape[0], dtype=torch.bool, device=dense.device)
+    present[pairs[:, 0], pairs[:, 1]] = True
+    logits = to_class.masked_fill(~present[:, :, None, None], float("-inf"))[pairs[:, 0]]  # (P, C, g, g)
+    own = logits[torch.arange(len(pairs), device=pairs.device), pairs[:, 1]]  # (P, g, g)
+    if prompt_features is not None:
+        u_b = F.normalize(prompt_features, dim=-1)[pairs[:, 1]]  # (P, D)
+        rival = torch.einsum("pdhw,pd->phw", dense[pairs[:, 0]], u_b) * scale
+        logits = torch.cat([logits, rival[:, None]], dim=1)
+    return torch.exp(own - torch.logsumexp(logits, dim=1))
+
+
+def pamr(img: Tensor, masks: Tensor, iterations: int = 10, dilations: Sequence[int] = (1, 2, 4, 8, 12, 24)) -> Tensor:
+    """Pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020, section 4.2): masks follow the image's edges.
+
+    For every pixel i and its 8 neighbours j at each dilation, k(i, j) = -|x_i - x_j| / (0.1 sigma_i), averaged over the
+    colour channels, sigma_i the standard deviation of x over all neighbours of i; alpha = softmax of k over the neighbours;
+    then `iterations` times m_i <- sum_j alpha_ij m_j.
+
+    Args:
+        img: (B, 3, H, W) in any linear scale.
+        masks: (B, K, H, W).
+        iterations: number of updates.
+        dilations: neighbour distances in pixels.
+
+    Returns:
+        (B, K, H, W), within the range of `masks`.
+    """
+
+    def neighbours(x: Tensor) -> Tensor:  # (B, K, H, W) -> (B, K, N, H, W), borders repeated
+        height, width = x.shape[2:]
+        reach = max(dilations)
+        padded = F.pad(x, (reach,) * 4, mode="replicate")
+        shifted = [
+            padded[:, :, reach + dy * d : reach + dy * d + height, reach + dx * d : reach + dx * d + width]
+            for d in dilations
+            for dy in (-1, 0, 1)
+            for dx in (-1, 0, 1)
+            if (dy, dx) != (0, 0)
+        ]
+        return torch.stack(shifted, dim=2)
+
+    around = neighbours(img)  # (B, 3, N, H, W)
+    spread = around.std(dim=2, keepdim=True)
+    affinity = -(around - img[:, :, None]).abs() / (0.1 * spread + 1e-8)
+    affinity = affinity.mean(dim=1, keepdim=True).softmax(dim=2)  # (B, 1, N, H, W)
+    for _ in range(iterations):
+        masks = (affinity * neighbours(masks)).sum(dim=2)
+    return masks
+
+
+def pseudo_labels(masks: Tensor, threshold: float, background_power: Optional[float] = None) -> Tensor:
+    """Label map (B, H, W): argmax over background and classes; 0 background, 1 + class index.
+
+    Args:
+        masks: (B, C, H, W) in [0, 1].
+        threshold: background score of every pixel; a class needs more than this.
+        background_power: if given, the background score is (1 - max_k M_k) ** power instead of the threshold.
+    """
+    best, index = masks.max(dim=1)  # (B, H, W)
+    background = torch.full_like(best, threshold) if background_power is None else (1 - best) ** background_power
+    return torch.where(best > background, index + 1, torch.zeros_like(index))

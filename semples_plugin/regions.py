@@ -1,0 +1,85 @@
+"""From img + cam + labels to the regions that CLIP looks at: one foreground and one background view per positive pair.
+
+X_k^f = M_k X and X_k^b = (1 - M_k) X (SemPLeS, section 3.1), where M_k is the CAM of class k, enlarged to CLIP's input size
+and normalised to [0, 1]. The mask multiplies the image after normalisation, so what is masked out becomes the mean colour.
+Flow: host -> **regions** -> `clip_encoder`.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["change_stats", "pair_masks", "positive_pairs", "resize_image", "split"]
+
+
+def positive_pairs(labels: Tensor) -> Tensor:
+    """The P positive (image, class) pairs of multi-hot `labels` (B, C): indices (P, 2), images in order."""
+    return labels.nonzero()
+
+
+def pair_masks(cam: Tensor, pairs: Tensor, size: Sequence[int], normalise: Optional[str], eps: float) -> Tensor:
+    """Soft masks M_k of the positive pairs.
+
+    The pair's map is enlarged bilinearly (align_corners=True), then with `normalise="minmax"`
+    (cam - min) / (max - min + eps), min and max over the map; gradients flow through both.
+
+    Args:
+        cam: (B, C, h, w) of any real range and float dtype.
+        pairs: (P, 2).
+        size: (height, width) of the masks in pixels.
+        normalise: `"minmax"`, or None for a CAM that is in [0, 1] already.
+        eps: keeps flat maps finite (and near 0); also softens maps with a small range.
+
+    Returns:
+        (P, height, width) in [0, 1], float32 (float64 for a float64 CAM), attached to `cam`.
+    """
+    maps = cam[pairs[:, 0], pairs[:, 1]]  # (P, h, w)
+    maps = maps if maps.dtype == torch.float64 else maps.float()
+    if maps.shape[0] == 0:  # interpolate refuses empty batches
+        return maps.new_zeros((0, size[0], size[1])) + 0 * maps.sum()
+    maps = F.interpolate(maps[:, None], size=tuple(size), mode="bilinear", align_corners=True)[:, 0]
+    if normalise is None:
+        return maps
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    return (maps - low) / (high - low + eps)
+
+
+def resize_image(img: Tensor, size: int) -> Tensor:
+    """Images (B, 3, H, W) at CLIP's input size: bilinear with antialiasing, float32, no gradient."""
+    img = img.detach().float()
+    if tuple(img.shape[2:]) == (size, size):
+        return img
+    return F.interpolate(img, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+
+
+def change_stats(
+    img: Tensor,
+    old: Optional[Tuple[Sequence[float], Sequence[float]]],
+    new: Optional[Tuple[Sequence[float], Sequence[float]]],
+) -> Tensor:
+    """Images (B, 3, H, W) with statistics `old` (mean, std) brought to `new`; None stands for plain [0, 1]."""
+    for stats, undo in ((old, True), (new, False)):
+        if stats is not None:
+            mean, std = (img.new_tensor(s).view(3, 1, 1) for s in stats)
+            img = img * std + mean if undo else (img - mean) / std
+    return img
+
+
+def split(img: Tensor, masks: Tensor, pairs: Tensor) -> Tuple[Tensor, Tensor]:
+    """Foreground views M_k X and background views (1 - M_k) X of the pairs.
+
+    Args:
+        img: (B, 3, S, S).
+        masks: (P, S, S).
+        pairs: (P, 2).
+
+    Returns:
+        Two tensors (P, 3, S, S), attached to `masks`.
+    """
+    x = img[pairs[:, 0]].to(masks.dtype)  # (P, 3, S, S)
+    foreground = masks[:, None] * x
+    return foreground, x - foreground
