@@ -1,7 +1,7 @@
 """Train a compact CLIP of your own: from the demo world, or from any folder of images with a captions file.
 
-    python examples/train_clip.py --world --out examples/demo/world_clip.pt
-    python examples/train_clip.py --images PHOTOS --captions captions.csv --out my_clip.pt --size 96 --patch 12
+    python -m examples.train_clip --world --out examples/demo/world_clip.pt
+    python -m examples.train_clip --images PHOTOS --captions captions.csv --out my_clip.pt --size 96 --patch 12
 
 `captions.csv` has a header `image,caption`; an image may have several lines. The result is an instance of OpenAI's own
 `clip.model.CLIP` in OpenAI's state-dict layout, so `PromptRefiner(classes, clip="my_clip.pt")` loads it by the same code
@@ -47,8 +47,7 @@ class Batch(NamedTuple):
 
 def world_batches(size: int, batch_size: int, seed: int) -> Iterator[Batch]:
     """Endless batches of fresh captioned scenes of the demo world."""
-    sys.path.insert(0, str(Path(__file__).parent / "demo"))
-    import world
+    from .demo import world
 
     rng = np.random.default_rng(seed)
     while True:

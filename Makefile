@@ -1,0 +1,38 @@
+# `make demo` and `make test` set themselves up in .venv on a fresh machine; nothing outside this folder is touched.
+#   make demo TORCH="torch==2.4.1"       another torch (any release from 1.13 on)
+#   make test PYTHON=python3.10          another Python; one that has torch already lends it to .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+OUT ?= runs/demo
+SEEDS ?= 5
+
+.PHONY: demo seeds benchmark test lint clean
+demo: $(VENV)/ready
+	$(RUN) -m examples.demo --out $(OUT)
+
+seeds: $(VENV)/ready
+	$(RUN) -m examples.demo.seeds --seeds $(SEEDS) --out runs/seeds
+
+benchmark: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/reference_step.py
+
+test: $(VENV)/ready
+	$(RUN) -m pytest
+
+lint: $(VENV)/ready
+	$(RUN) -m pip install --quiet ruff mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy semples_plugin
+
+# An installed torch is used as it is; otherwise one pinned release, so that no newer one with other needs slips in.
+$(VENV)/ready: setup.cfg
+	$(PYTHON) -m venv $$($(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages) $(VENV)
+	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install --quiet "$(TORCH)"
+	$(RUN) -m pip install --quiet --editable ".[demo,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

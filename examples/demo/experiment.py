@@ -1,0 +1,191 @@
+"""The demo's experiment: one host, three stages, and what each row of the table means.
+
+Training sees images and image-level labels. Pixel masks are used only to measure: the background threshold of every row is
+chosen on a validation split and the figures come from a test split, neither of which any training sees.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from semples_plugin import PromptRefiner
+from semples_plugin.evaluation import confusion_matrix, iou_per_class, mean_iou
+from semples_plugin.masks import pseudo_labels
+from semples_plugin.prompts import PromptFit, PromptReading
+from semples_plugin.regions import pair_masks, positive_pairs
+
+from .host import HostCam, Split, batches, make_split, train_host
+from .world import HOME, SIZE, STUFF, THINGS
+
+CLIP_FILE = Path(__file__).with_name("world_clip.pt")
+THRESHOLDS = [round(0.1 + 0.05 * i, 2) for i in range(17)]  # background threshold, 0.10 to 0.90
+
+HOST = "host alone"
+MATCH = "+ match"
+HAND = "+ match + refine, hand-written prompts"
+LEARNED = "+ match + refine, learned prompts"
+MASKS = "+ match + refine, learned prompts, then masks"
+ROWS = (HOST, MATCH, HAND, LEARNED, MASKS)
+
+
+class Settings(NamedTuple):
+    """Sizes and rates of the demo; everything else is the package's default or VOC recipe."""
+
+    train: int = 1200
+    val: int = 150
+    test: int = 300
+    host_steps: int = 300
+    host_rate: float = 2e-3
+    stage_steps: int = 150
+    stage_rate: float = 1e-3
+    batch_size: int = 24
+    weight: float = 1.0
+    lambda_refine: float = 1.0
+    lambda_area: float = 0.0
+    prompt_length: int = 8
+    prompt_epochs: int = 60
+    prompt_rate: float = 2.5e-2
+
+
+class Row(NamedTuple):
+    """Figures of one row: threshold (chosen on validation), mIoU and IoU per label on test, co-occurrence share per class.
+
+    The co-occurrence share of class k: of the pixels of k's own stuff in test images that show k, the share called k.
+    """
+
+    threshold: float
+    miou: float
+    iou: List[Optional[float]]
+    share: Dict[str, float]
+
+    @property
+    def mean_share(self) -> float:
+        return float(np.mean(list(self.share.values())))
+
+
+class Result(NamedTuple):
+    """Everything the table and the picture need."""
+
+    rows: Dict[str, Row]
+    cams: Dict[str, Tensor]
+    test: Split
+    histories: Dict[str, List[Dict[str, float]]]
+    fit: PromptFit
+    readings: List[PromptReading]
+
+
+def soft_masks(cam: Tensor, labels: Tensor) -> Tensor:
+    """Min-max normalised CAMs (N, C, SIZE, SIZE) of the present classes, zero elsewhere."""
+    pairs = positive_pairs(labels.bool())
+    result = torch.zeros(*labels.shape, SIZE, SIZE)
+    result[pairs[:, 0], pairs[:, 1]] = pair_masks(cam, pairs, (SIZE, SIZE), "minmax", 1e-4)
+    return result
+
+
+@torch.no_grad()
+def cams_of(host: HostCam, split: Split) -> Tensor:
+    host.eval()
+    return torch.cat([host.cam(part) for part in split.images.split(100)])
+
+
+def measure(masks: Tensor, split: Split, threshold: float) -> Row:
+    """Score soft masks (N, C, S, S) at one background threshold."""
+    prediction = pseudo_labels(masks, threshold).numpy()
+    confusion = np.zeros((len(THINGS) + 1,) * 2, np.int64)
+    wrong, total = np.zeros(len(THINGS)), np.zeros(len(THINGS))
+    for scene, guess, labels in zip(split.scenes, prediction, split.labels):
+        confusion += confusion_matrix(guess, scene.things, len(THINGS) + 1)
+        for k in labels.nonzero()[:, 0].tolist():
+            own = (scene.stuff == STUFF.index(HOME[THINGS[k]])) & (scene.things == 0)
+            wrong[k] += (own & (guess == k + 1)).sum()
+            total[k] += own.sum()
+    share = {name: float(wrong[k] / max(total[k], 1)) for k, name in enumerate(THINGS)}
+    return Row(threshold, mean_iou(confusion), iou_per_class(confusion), share)
+
+
+def best_row(val_masks: Tensor, val: Split, test_masks: Tensor, test: Split) -> Row:
+    """Test figures at the background threshold that is best on validation."""
+    threshold = max(THRESHOLDS, key=lambda t: measure(val_masks, val, t).miou)
+    return measure(test_masks, test, threshold)
+
+
+def new_refiner(settings: Settings, seed: int, **options: Any) -> PromptRefiner:
+    return PromptRefiner(
+        list(THINGS), clip=CLIP_FILE, image_stats=None, prompt_length=settings.prompt_length,
+        lambda_refine=settings.lambda_refine, lambda_area=settings.lambda_area, seed=seed, **options,
+    )  # fmt: skip
+
+
+def add_refiner(host: HostCam, refiner: PromptRefiner, split: Split, settings: Settings, seed: int, title: str):
+    """Train a copy of the host from its own checkpoint with the refiner's loss added; returns it and the history."""
+    trained = copy.deepcopy(host)
+
+    def extra(img: Tensor, cam: Tensor, labels: Tensor) -> Tuple[Tensor, Dict[str, Tensor]]:
+        out = refiner.compute(img, cam, labels)
+        return settings.weight * out.loss, out.terms
+
+    history = train_host(trained, split, settings.stage_steps, settings.stage_rate, settings.batch_size, seed, title, extra)
+    return trained, history
+
+
+def prompt_loader(split: Split, size: int = 50) -> List[Tuple[Tensor, Tensor]]:
+    return list(zip(split.images.split(size), split.labels.split(size)))
+
+
+def run(settings: Settings, seed: int, rows: Sequence[str] = ROWS) -> Result:
+    """All rows for one seed: seed of the scenes, the host, the batches and the prompts."""
+    torch.manual_seed(seed)
+    train = make_split(settings.train, 10_000 + seed)
+    val, test = make_split(settings.val, 20_000 + seed), make_split(settings.test, 30_000 + seed)
+    host = HostCam()
+    histories = {
+        HOST: train_host(host, train, settings.host_steps, settings.host_rate, 32, seed, "host: classification only")
+    }
+    hosts = {HOST: host}
+
+    matcher = new_refiner(settings, seed)
+    hosts[MATCH], histories[MATCH] = add_refiner(host, matcher, train, settings, seed, "stage a: match")
+    if HAND in rows:
+        texts = [f"a photo of {name}." for name in STUFF]  # one list for all classes: nobody says what belongs to whom
+        hand = new_refiner(settings, seed, background_texts=texts, lambda_background_texts=settings.lambda_refine * len(texts))
+        hosts[HAND], histories[HAND] = add_refiner(host, hand, train, settings, seed, "hand-written prompts")
+
+    refiner = new_refiner(settings, seed)
+    matched = hosts[MATCH]
+    fit = refiner.fit_prompts(prompt_loader(train), matched.cam, epochs=settings.prompt_epochs, rate=settings.prompt_rate)
+    hosts[LEARNED], histories[LEARNED] = add_refiner(host, refiner, train, settings, seed, "stage c: match + refine")
+
+    table: Dict[str, Row] = {}
+    cams: Dict[str, Tensor] = {}
+    for name, trained in hosts.items():
+        val_cam, test_cam = cams_of(trained, val), cams_of(trained, test)
+        cams[name] = soft_masks(test_cam, test.labels)
+        table[name] = best_row(soft_masks(val_cam, val.labels), val, cams[name], test)
+    if MASKS in rows:
+        val_masks = refiner.refine(val.images, cams_of(hosts[LEARNED], val), val.labels).masks
+        cams[MASKS] = refiner.refine(test.images, cams_of(hosts[LEARNED], test), test.labels).masks
+        table[MASKS] = best_row(val_masks, val, cams[MASKS], test)
+    return Result(table, cams, test, histories, fit, refiner.read_prompts(world_vocabulary()))
+
+
+def world_vocabulary() -> List[str]:
+    """Words that the demo's CLIP was trained on: all stuff and all things."""
+    return [*STUFF, *(f"a {name}" for name in THINGS)]
+
+
+def print_table(rows: Dict[str, Row]) -> str:
+    """The table as text: mIoU (background included), then the co-occurrence share of every class."""
+    pairs = [f"{name}/{HOME[name]}" for name in THINGS]
+    lines = [f"{'':44s} {'mIoU':>6s}  {'share of its co-occurring stuff called the class':s}"]
+    lines.append(f"{'':44s} {'':>6s}  {'mean':>6s} " + " ".join(f"{p:>13s}" for p in pairs))
+    for name, row in rows.items():
+        shares = " ".join(f"{100 * row.share[k]:12.1f}%" for k in THINGS)
+        lines.append(f"{name:44s} {100 * row.miou:6.1f}  {100 * row.mean_share:5.1f}% {shares}")
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+"""The demo's host: a small convolutional classifier with class activation maps, as any CAM pipeline has one.
+
+It knows nothing of CLIP or of the plug-in. Its classification loss alone is what `train_host` minimises.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .world import THINGS, Scene, draw
+
+
+class Split(NamedTuple):
+    """Scenes as tensors: `images` (N, 3, S, S) in [0, 1], `labels` (N, C) multi-hot, and the scenes for evaluation."""
+
+    images: Tensor
+    labels: Tensor
+    scenes: List[Scene]
+
+
+def make_split(count: int, seed: int) -> Split:
+    """`count` scenes of the weakly-supervised world."""
+    scenes = draw("weak", count, seed)
+    images = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).float() / 255
+    return Split(images, torch.from_numpy(np.stack([s.labels for s in scenes])), scenes)
+
+
+class HostCam(nn.Module):
+    """Four convolutions, a 1x1 classifier, global average pooling: cam (B, C, 16, 16), logits (B, C)."""
+
+    def __init__(self, num_classes: int = len(THINGS)):
+        super().__init__()
+        widths = ((3, 32, 2), (32, 64, 2), (64, 96, 1), (96, 96, 1))
+        layers: List[nn.Module] = []
+        for i, o, stride in widths:
+            layers += [nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Conv2d(96, num_classes, 1)
+
+    def cam(self, img: Tensor) -> Tensor:
+        return self.head(self.features((img - 0.5) / 0.25))
+
+    def forward(self, img: Tensor) -> Tuple[Tensor, Tensor]:
+        cam = self.cam(img)
+        return cam, cam.mean((2, 3))
+
+
+ExtraLoss = Callable[[Tensor, Tensor, Tensor], Tuple[Tensor, Dict[str, Tensor]]]
+
+
+def batches(split: Split, batch_size: int, seed: int) -> Iterator[Tuple[Tensor, Tensor]]:
+    """Endless shuffled (img, labels) batches, flipped left to right at random."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for index in torch.randperm(len(split.images), generator=generator).split(batch_size):
+            img = split.images[index]
+            flip = torch.rand(len(index), 1, 1, 1, generator=generator) < 0.5
+            yield torch.where(flip, img.flip(3), img), split.labels[index]
+
+
+def train_host(
+    host: HostCam, split: Split, steps: int, rate: float, batch_size: int, seed: int, title: str, extra: Optional[ExtraLoss] = None
+) -> List[Dict[str, float]]:
+    """The host's own loop: classification, plus whatever `extra(img, cam, labels)` adds. Returns the losses per step."""
+    optimizer = torch.optim.AdamW(host.parameters(), lr=rate, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    history: List[Dict[str, float]] = []
+    source = batches(split, batch_size, seed)
+    host.train()
+    bar = tqdm(range(steps), desc=title)
+    for _ in bar:
+        img, labels = next(source)
+        cam, logits = host(img)
+        loss = F.multilabel_soft_margin_loss(logits, labels)
+        record = {"classification": loss.item()}
+        if extra is not None:
+            added, terms = extra(img, cam, labels)
+            loss = loss + added
+            record.update({name: term.item() for name, term in terms.items()})
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        history.append(record)
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    host.eval()
+    return history
