@@ -1,0 +1,82 @@
+"""The demo's table over several seeds: mean and standard deviation per row, and of the differences between rows.
+
+    python -m examples.demo.seeds --seeds 5 --out runs/seeds
+
+A seed fixes the scenes, the host's initial weights, the order of the batches and the prompts. Finished seeds are kept in
+the folder and not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, List
+
+import numpy as np
+
+from . import experiment
+from .experiment import HAND, HOST, LEARNED, MASKS, MATCH
+from .world import THINGS
+
+
+def run_seed(seed: int, folder: Path) -> Dict[str, Any]:
+    """Rows of one seed as plain numbers, read from the folder if they are there."""
+    path = folder / f"seed_{seed}.json"
+    settings = experiment.Settings()._asdict()
+    if path.is_file():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["settings"] == settings:
+            return record
+    result = experiment.run(experiment.Settings(), seed)
+    record = {
+        "settings": settings,
+        "rows": {name: {"miou": row.miou, "share": row.share, "threshold": row.threshold} for name, row in result.rows.items()},
+        "words": {r.name: r.words for r in result.readings},
+    }
+    record = json.loads(json.dumps(record))
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+    return record
+
+
+def summary(records: List[Dict[str, Any]]) -> str:
+    """Mean and standard deviation (n - 1) per row, and of the paired differences that matter."""
+    miou = {name: np.array([100 * r["rows"][name]["miou"] for r in records]) for name in records[0]["rows"]}
+    share = {
+        name: np.array([100 * np.mean([r["rows"][name]["share"][k] for k in THINGS]) for r in records]) for name in miou
+    }
+    lines = [f"{'':46s} {'mIoU':>14s} {'co-occurrence share':>22s}   thresholds"]
+    for name in miou:
+        chosen = " ".join(f"{r['rows'][name]['threshold']:.2f}" for r in records)
+        lines.append(f"{name:46s} {_spread(miou[name]):>14s} {_spread(share[name]) + ' %':>22s}   {chosen}")
+    lines.append("")
+    for better, worse in ((LEARNED, HOST), (LEARNED, MATCH), (LEARNED, HAND), (MASKS, LEARNED)):
+        for title, values in (("mIoU", miou), ("share", share)):
+            difference = values[better] - values[worse]
+            ratio = abs(difference.mean()) / max(difference.std(ddof=1), 1e-9)
+            lines.append(f"{title:5s} [{better}] - [{worse}]: {_spread(difference)}, {ratio:.1f} standard deviations")
+    return "\n".join(lines)
+
+
+def _spread(values: np.ndarray) -> str:
+    return f"{values.mean():.1f} +- {values.std(ddof=1):.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m examples.demo.seeds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0; at least 2")
+    parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
+    args = parser.parse_args()
+    if args.seeds < 2:
+        parser.error("a standard deviation needs --seeds 2 or more")
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = summary([run_seed(seed, args.out) for seed in range(args.seeds)])
+    (args.out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
