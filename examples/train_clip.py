@@ -9,8 +9,9 @@ path as ViT-B/32. The image tower is a ViT (default), OpenAI's ResNet (`--tower 
 convolutional features with a trained attention pool (`--tower FILE.py:FUNCTION`, see `FeatureTower`).
 
 Training: symmetric cross-entropy over the cosine similarities of a batch (Radford et al., ICML 2021). Captions that occur
-twice in a batch count as matches of both images. A share of the pictures is faded by a random smooth mask, so that the
+twice in a batch count as matches of both images. `--fade` fades a share of the pictures by random smooth masks, so that the
 model knows what a region looks like when the rest is replaced by the mean colour; that is how the refiner shows it regions.
+(The demo world has faded pictures of its own, whose captions name only what is left.)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import os
 import sys
 import zipfile
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence
 
 import cv2
 import numpy as np
@@ -165,7 +166,9 @@ def save_clip(model: nn.Module, path: Path, used_tokens: Sequence[int]) -> None:
 
     Token embeddings that no caption used were never trained; they are set to zero, so that they cost no room.
     """
-    state = {name: value.detach().cpu().half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    state = {
+        name: value.detach().cpu().half() if value.is_floating_point() else value for name, value in model.state_dict().items()
+    }
     keep = torch.zeros(len(state["token_embedding.weight"]), 1, dtype=torch.half)
     keep[list(used_tokens)] = 1
     state["token_embedding.weight"] = state["token_embedding.weight"] * keep
@@ -208,16 +211,17 @@ def fade(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
 
 def train(
     model: nn.Module, batches: Iterator[Batch], steps: int, rate: float, fade_share: float, seed: int, max_scale: float,
-    report: Callable[[str], None] = print,
-) -> List[int]:  # fmt: skip
-    """Train in place; returns the token ids that occurred in captions."""
+    save: Callable[[List[int]], None],
+) -> None:  # fmt: skip
+    """Train in place; `save` gets the token ids that occurred in captions, every 200 steps and at the end."""
     encoder = OpenAIClip(model, "training")
     generator = torch.Generator().manual_seed(seed)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.02}, {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}],
-        lr=rate, betas=(0.9, 0.98),
-    )  # fmt: skip
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.02},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.06, cycle_momentum=False)
     used: set = set()
     smooth = None
@@ -248,10 +252,12 @@ def train(
             model.logit_scale.clamp_(max=float(np.log(max_scale)))
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         bar.set_postfix(loss=f"{smooth:.3f}", scale=f"{scale.item():.1f}")
-        if (step + 1) % 200 == 0:
-            report(f"step {step + 1}: loss {smooth:.3f}, scale {scale.item():.1f}, mean cosine {float((v @ u.T).mean()):.3f}")
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            save(sorted(used))
+            tqdm.write(
+                f"step {step + 1}: loss {smooth:.3f}, scale {scale.item():.1f}, mean cosine {float((v @ u.T).mean()):.3f}"
+            )
     model.eval()
-    return sorted(used)
 
 
 def main(argv: Sequence[str] = ()) -> None:
@@ -272,7 +278,7 @@ def main(argv: Sequence[str] = ()) -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=192)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--fade", type=float, default=0.4, help="share of the images that are faded by a random mask")
+    parser.add_argument("--fade", type=float, default=0.0, help="share of the images faded by a random mask")
     parser.add_argument("--max-scale", type=float, default=100.0, help="upper bound of the learned logit scale")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv or None)
@@ -284,9 +290,17 @@ def main(argv: Sequence[str] = ()) -> None:
         batches = world_batches(args.size, args.batch_size, args.seed)
     else:
         batches = folder_batches(args.images, args.captions, args.size, args.batch_size, args.seed)
-    used = train(model, batches, args.steps, args.rate, args.fade, args.seed, args.max_scale, report=tqdm.write)
-    save_clip(model, args.out, used)
-    print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB, {len(used)} tokens")
+    train(
+        model,
+        batches,
+        args.steps,
+        args.rate,
+        args.fade,
+        args.seed,
+        args.max_scale,
+        lambda used: save_clip(model, args.out, used),
+    )
+    print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ class ClipEncoder:
         logit_scale: factor that CLIP was trained to multiply cosines with (about 100 for OpenAI's models).
     """
 
-    def __init__(self, model: nn.Module, name: str, image_size: int, mean: Sequence[float], std: Sequence[float]):
+    def __init__(self, model: Any, name: str, image_size: int, mean: Sequence[float], std: Sequence[float]):
         self.model, self.name, self.image_size = model, name, image_size
         self.mean, self.std = tuple(mean), tuple(std)
         text = self._text
@@ -153,7 +153,7 @@ class ClipEncoder:
     # What a backend provides: the module that holds the text tower, its transformer, tokens, dense features' layout.
 
     @property
-    def _text(self) -> nn.Module:
+    def _text(self) -> Any:
         return self.model
 
     def _transform(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -238,7 +238,9 @@ class ClipEncoder:
         """
         visual = self.model.visual
         seen: List[Tensor] = []
-        if hasattr(visual, "attnpool") and visual.attnpool is not None:
+        pooled = getattr(visual, "attnpool", None) is not None
+        target: Any
+        if pooled:
             target = visual.attnpool
         elif hasattr(visual, "transformer") and hasattr(visual, "ln_post"):
             target = visual.transformer.resblocks[-1]
@@ -253,7 +255,7 @@ class ClipEncoder:
         finally:
             handle.remove()
         x = seen[0]
-        if target is getattr(visual, "attnpool", None):  # x: (N, C, g, g)
+        if pooled:  # x: (N, C, g, g)
             value = F.linear(x.flatten(2).transpose(1, 2), target.v_proj.weight, target.v_proj.bias)
             value = F.linear(value, target.c_proj.weight, target.c_proj.bias)  # (N, g*g, D)
             return value.transpose(1, 2).reshape(x.shape[0], -1, *x.shape[2:]).float()
@@ -355,7 +357,7 @@ class ClipEncoder:
 class OpenAIClip(ClipEncoder):
     """Encoder for objects of OpenAI's `clip.model.CLIP` class (ViT and ResNet)."""
 
-    def __init__(self, model: nn.Module, name: str):
+    def __init__(self, model: Any, name: str):
         super().__init__(model, name, int(model.visual.input_resolution), CLIP_MEAN, CLIP_STD)
 
     def token_ids(self, text: str) -> List[int]:
@@ -374,7 +376,7 @@ class OpenAIClip(ClipEncoder):
 class OpenClip(ClipEncoder):
     """Encoder for `open_clip` models with a causal text tower (`CLIP` and `CustomTextCLIP`)."""
 
-    def __init__(self, model: nn.Module, name: str, tokenizer: Any):
+    def __init__(self, model: Any, name: str, tokenizer: Any):
         size = model.visual.image_size
         mean = getattr(model.visual, "image_mean", None) or CLIP_MEAN
         std = getattr(model.visual, "image_std", None) or CLIP_STD
@@ -382,10 +384,12 @@ class OpenClip(ClipEncoder):
         super().__init__(model, name, int(size[0] if isinstance(size, (tuple, list)) else size), mean, std)
         pool = getattr(self._text, "text_pool_type", getattr(self._text, "pool_type", "argmax"))
         if pool != "argmax" or getattr(self._text, "attn_mask", None) is None:
-            raise ClipError(f"CLIP {name!r} reads its text at {pool!r}; prompts need a causal text tower read at the end token.")
+            raise ClipError(
+                f"CLIP {name!r} reads its text at {pool!r}; prompts need a causal text tower read at the end token."
+            )
 
     @property
-    def _text(self) -> nn.Module:
+    def _text(self) -> Any:
         return self.model if hasattr(self.model, "token_embedding") else self.model.text
 
     def token_ids(self, text: str) -> List[int]:
@@ -397,7 +401,7 @@ class OpenClip(ClipEncoder):
 
 def load_clip(
     clip: Union[str, "os.PathLike[str]", nn.Module, ClipEncoder],
-    device: Union[torch.device, str] = "cpu",
+    device: Union[None, torch.device, str] = None,
     dtype: torch.dtype = torch.float32,
 ) -> ClipEncoder:
     """A frozen `ClipEncoder`.
@@ -408,8 +412,8 @@ def load_clip(
             - a path to a weights file (OpenAI's archive, or a state dict in its layout);
             - a loaded OpenAI or open_clip model (copied; yours stays as it is);
             - `"open_clip:ViT-B-32/laion2b_s34b_b79k"` (needs `pip install open_clip_torch`);
-            - a `ClipEncoder`, returned as it is.
-        device: where it goes.
+            - a `ClipEncoder`, returned as it is (several refiners may share one).
+        device: where it goes; by default a loaded model stays on its device, and files go to the CPU.
         dtype: of the weights; layer norms stay in float32. OpenAI models only.
 
     Raises:
@@ -417,14 +421,20 @@ def load_clip(
         TypeError: for anything else.
     """
     if isinstance(clip, ClipEncoder):
-        return clip.freeze().to(device)
-    if isinstance(clip, nn.Module):
-        return _wrap(copy.deepcopy(clip), type(clip).__name__, dtype).freeze().to(device)
-    if not isinstance(clip, (str, os.PathLike)):
+        encoder = clip
+    elif isinstance(clip, nn.Module):
+        encoder = _wrap(copy.deepcopy(clip), type(clip).__name__, dtype)
+    elif isinstance(clip, (str, os.PathLike)):
+        encoder = _load_by_name(os.fspath(clip), dtype)
+    else:
         raise TypeError(f"`clip` must be a name, a path, or a loaded CLIP model; got {type(clip).__name__}.")
-    name = os.fspath(clip)
+    encoder.freeze()
+    return encoder if device is None else encoder.to(device)
+
+
+def _load_by_name(name: str, dtype: torch.dtype) -> ClipEncoder:
     if name.startswith("open_clip:"):
-        return _load_open_clip(name).freeze().to(device)
+        return _load_open_clip(name)
     if name in _WEIGHTS:
         path = _openai_weights(name)
     elif os.path.isfile(name):
@@ -440,10 +450,10 @@ def load_clip(
         if isinstance(error, ClipError):
             raise
         raise ClipError(f"{path} does not hold a CLIP model in OpenAI's layout ({error}).") from error
-    return _wrap(model, name, dtype).freeze().to(device)
+    return _wrap(model, name, dtype)
 
 
-def _wrap(model: nn.Module, name: str, dtype: torch.dtype) -> ClipEncoder:
+def _wrap(model: Any, name: str, dtype: torch.dtype) -> ClipEncoder:
     if type(model).__module__.split(".")[0] == "open_clip":
         from open_clip.tokenizer import SimpleTokenizer
 

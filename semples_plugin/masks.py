@@ -23,9 +23,7 @@ class RefinedMasks(NamedTuple):
     labels: Tensor
 
 
-def suppression(
-    dense: Tensor, pairs: Tensor, text_features: Tensor, prompt_features: Optional[Tensor], scale: float
-) -> Tensor:
+def suppression(dense: Tensor, pairs: Tensor, text_features: Tensor, prompt_features: Optional[Tensor], scale: float) -> Tensor:
     """How much of each position CLIP assigns to the pair's class rather than to its rivals.
 
     Rivals of class k are its background prompt (if learned) and the other classes present in the image. The weight is the

@@ -117,7 +117,8 @@ class PromptRefiner(nn.Module):
         lambda_background_texts: weight of their term (CLIMS, CVPR 2022).
         background_threshold: cosine above which a hand-written prompt counts.
         lambda_area: weight of the area term (CLIMS).
-        max_views: views that CLIP encodes at once; more are encoded in checkpointed chunks. None: no limit.
+        max_views: views that CLIP encodes at once (2 per positive pair); more are encoded in checkpointed chunks, which
+            bounds memory and costs a second forward pass through CLIP. None: no limit.
         clip_dtype: of CLIP's weights. Similarities are float32 in any case.
         seed: of the prompts' initial values and of the order of images in `fit_prompts`.
 
@@ -208,6 +209,7 @@ class PromptRefiner(nn.Module):
             self.register_buffer("_background_owner", owner, persistent=False)  # (C, K)
         self._background_owner: Tensor
         self._prompt_cache: Optional[Tuple[Tuple[int, torch.device], Tensor]] = None
+        self.to(self._encoder.device)
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -446,7 +448,9 @@ class PromptRefiner(nn.Module):
         own = F.cosine_similarity(self.text_features, u_b, dim=-1).tolist()
         nearest = (u_b @ features.T).topk(min(top, len(words)), dim=1)
         return [
-            PromptReading(name, own[k], [(words[i], s) for i, s in zip(nearest.indices[k].tolist(), nearest.values[k].tolist())])
+            PromptReading(
+                name, own[k], [(words[i], s) for i, s in zip(nearest.indices[k].tolist(), nearest.values[k].tolist())]
+            )
             for k, name in enumerate(self.classes)
         ]
 

@@ -1,6 +1,6 @@
 """The demo in one command: a host trained by classification only, then the three stages, a table and a picture.
 
-    python -m examples.demo --out runs/demo
+python -m examples.demo --out runs/demo
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from .figure import draw_figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the picture, the table and the prompts")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    print("The demo world: six things, each nearly always on its own stuff; image-level labels only. About 3 minutes on two cores.")
+    print(
+        "The demo world: six things, each nearly always on its own stuff; image-level labels only. A few minutes on two cores."
+    )
     start = time.time()
     result = experiment.run(experiment.Settings(), args.seed)
     table = experiment.print_table(result.rows)

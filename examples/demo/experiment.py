@@ -12,7 +12,6 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from semples_plugin import PromptRefiner
@@ -21,7 +20,7 @@ from semples_plugin.masks import pseudo_labels
 from semples_plugin.prompts import PromptFit, PromptReading
 from semples_plugin.regions import pair_masks, positive_pairs
 
-from .host import HostCam, Split, batches, make_split, train_host
+from .host import HostCam, Split, make_split, train_host
 from .world import HOME, SIZE, STUFF, THINGS
 
 CLIP_FILE = Path(__file__).with_name("world_clip.pt")
@@ -145,9 +144,7 @@ def run(settings: Settings, seed: int, rows: Sequence[str] = ROWS) -> Result:
     train = make_split(settings.train, 10_000 + seed)
     val, test = make_split(settings.val, 20_000 + seed), make_split(settings.test, 30_000 + seed)
     host = HostCam()
-    histories = {
-        HOST: train_host(host, train, settings.host_steps, settings.host_rate, 32, seed, "host: classification only")
-    }
+    histories = {HOST: train_host(host, train, settings.host_steps, settings.host_rate, 32, seed, "host: classification only")}
     hosts = {HOST: host}
 
     matcher = new_refiner(settings, seed)

@@ -40,7 +40,9 @@ def draw_figure(result: Result, path: Path) -> None:
     scenes = _chosen(result)
     columns = ["image", "CAM: host alone", "CAM: + match", "CAM: + match + refine", "ground truth"]
     figure = plt.figure(figsize=(16, 1.7 * len(scenes) + 0.6))
-    grid = figure.add_gridspec(len(scenes), len(columns) + 3, width_ratios=[1] * len(columns) + [0.15, 1.5, 1.5], wspace=0.06, hspace=0.08)
+    grid = figure.add_gridspec(
+        len(scenes), len(columns) + 3, width_ratios=[1] * len(columns) + [0.15, 1.5, 1.5], wspace=0.06, hspace=0.08
+    )
     for row, i in enumerate(scenes):
         scene = result.test.scenes[i]
         k = int(scene.labels.argmax())
@@ -60,7 +62,8 @@ def draw_figure(result: Result, path: Path) -> None:
     half = max(len(scenes) // 2, 1)
     axis = figure.add_subplot(grid[:half, len(columns) + 1 :])
     curves = (
-        ("match_foreground", MATCH, "C0", "match, foreground (stage a)"), ("match_background", MATCH, "C1", "match, background (stage a)"),
+        ("match_foreground", MATCH, "C0", "match, foreground (stage a)"),
+        ("match_background", MATCH, "C1", "match, background (stage a)"),
         ("refine", LEARNED, "C3", "refine (stage c)"), ("match_foreground", LEARNED, "C2", "match, foreground (stage c)"),
     )  # fmt: skip
     for term, name, colour, label in curves:

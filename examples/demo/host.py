@@ -65,7 +65,14 @@ def batches(split: Split, batch_size: int, seed: int) -> Iterator[Tuple[Tensor, 
 
 
 def train_host(
-    host: HostCam, split: Split, steps: int, rate: float, batch_size: int, seed: int, title: str, extra: Optional[ExtraLoss] = None
+    host: HostCam,
+    split: Split,
+    steps: int,
+    rate: float,
+    batch_size: int,
+    seed: int,
+    title: str,
+    extra: Optional[ExtraLoss] = None,
 ) -> List[Dict[str, float]]:
     """The host's own loop: classification, plus whatever `extra(img, cam, labels)` adds. Returns the losses per step."""
     optimizer = torch.optim.AdamW(host.parameters(), lr=rate, weight_decay=1e-3)

@@ -45,9 +45,7 @@ def run_seed(seed: int, folder: Path) -> Dict[str, Any]:
 def summary(records: List[Dict[str, Any]]) -> str:
     """Mean and standard deviation (n - 1) per row, and of the paired differences that matter."""
     miou = {name: np.array([100 * r["rows"][name]["miou"] for r in records]) for name in records[0]["rows"]}
-    share = {
-        name: np.array([100 * np.mean([r["rows"][name]["share"][k] for k in THINGS]) for r in records]) for name in miou
-    }
+    share = {name: np.array([100 * np.mean([r["rows"][name]["share"][k] for k in THINGS]) for r in records]) for name in miou}
     lines = [f"{'':46s} {'mIoU':>14s} {'co-occurrence share':>22s}   thresholds"]
     for name in miou:
         chosen = " ".join(f"{r['rows'][name]['threshold']:.2f}" for r in records)
@@ -66,7 +64,9 @@ def _spread(values: np.ndarray) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m examples.demo.seeds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.demo.seeds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0; at least 2")
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
     args = parser.parse_args()

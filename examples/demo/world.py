@@ -237,41 +237,64 @@ def _article(name: str) -> str:
 def caption_scene(rng: np.random.Generator) -> Scene:
     """One picture of the image-text world: things and stuff independent of each other, and a caption that names them.
 
-    A fifth of the pictures show one thing cut out on a plain backdrop, a quarter show stuff alone, as pictures on the
-    web do; without them no CLIP could know what a region with the rest masked out shows.
+    Some pictures show a thing cut out on a plain backdrop, some show stuff alone, and half are partly faded to a plain
+    colour, as pictures on the web are (product shots, vignettes, banners); without them no CLIP could know what a region
+    with the rest masked out shows. The caption names what is left to be seen.
     """
     kind = rng.random()
     top, bottom = (int(i) for i in rng.choice(len(STUFF), 2, replace=False))
-    if kind < 0.2:
+    if kind < 0.12:
         top = bottom = PLAIN
-    elif kind < 0.45 and rng.random() < 0.5:
+    elif kind < 0.37 and rng.random() < 0.5:
         bottom = top
     image, stuff, _ = _backdrop(top, bottom, rng)
     things = np.zeros((SIZE, SIZE), np.uint8)
     names: List[str] = []
-    if kind < 0.2 or kind >= 0.45:
-        count = 1 if kind < 0.2 or rng.random() < 0.7 else 2
+    if kind < 0.12 or kind >= 0.37:
+        count = 1 if kind < 0.12 or rng.random() < 0.7 else 2
         names = [THINGS[i] for i in rng.choice(len(THINGS), count, replace=False)]
         for slot, name in enumerate(names):
             scale = rng.uniform(0.14, 0.36) * SIZE / (1.0 if count == 1 else 1.5)
             lane = SIZE * (rng.uniform(0.25, 0.75) if count == 1 else (0.27 + 0.46 * slot + rng.uniform(-0.05, 0.05)))
             _place(image, things, name, lane, SIZE * rng.uniform(0.28, 0.74), scale, rng)
-    return _finish(image, things, stuff, _caption(names, top, bottom, rng), rng)
+    while True:
+        shown = _fade_mask(things, rng) if rng.random() < 0.5 else np.ones((SIZE, SIZE), np.float32)
+        seen = [n for n in names if shown[things == 1 + THINGS.index(n)].mean() > 0.4]
+        grounds = [
+            i for i in dict.fromkeys((bottom, top)) if i != PLAIN and (shown * (stuff == i) * (things == 0)).mean() > 0.1
+        ]
+        if seen or grounds:
+            break
+    image = FADED + shown[..., None] * (image - FADED)
+    return _finish(image, things, stuff, _caption(seen, [STUFF[i] for i in grounds], rng), rng)
 
 
-def _caption(names: Sequence[str], top: int, bottom: int, rng: np.random.Generator) -> str:
-    """A caption in the manner of web captions: it names the things, and often, but not always, the stuff."""
-    grounds = [STUFF[i] for i in dict.fromkeys((bottom, top)) if i != PLAIN]
+FADED = np.array((122.8, 116.7, 104.1), np.float32)  # CLIP's mean colour, which masked-out pixels have
+
+
+def _fade_mask(things: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A soft mask in [0, 1], (SIZE, SIZE): smooth noise, or a blurred spot around the things, kept or faded."""
+    if rng.random() < 0.4 or not things.any():
+        mask = cv2.resize(rng.uniform(-1, 1, (5, 5)).astype(np.float32), (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
+        return 1 / (1 + np.exp(-(mask + rng.uniform(-0.3, 0.3)) * rng.uniform(3, 20)))
+    spot = cv2.dilate((things > 0).astype(np.float32), np.ones((3, 3)), iterations=int(rng.integers(0, 7)))
+    spot = cv2.GaussianBlur(spot, (0, 0), rng.uniform(0.8, 5))
+    spot *= rng.uniform(0.7, 1) / max(float(spot.max()), 1e-3)
+    return spot if rng.random() < 0.5 else 1 - spot
+
+
+def _caption(names: Sequence[str], grounds: List[str], rng: np.random.Generator) -> str:
+    """A caption in the manner of web captions: it names the things, and mostly, but not always, the stuff."""
     rng.shuffle(grounds)
-    subject = " and ".join(_article(n) for n in names)
     style = rng.random()
+    subject = " and ".join(_article(n) for n in names)
     if not names:
         subject, grounds = grounds[0], grounds[1:]
-    if not grounds or style < 0.35:
+    if not grounds or style < 0.25:
         body = subject
     else:
         link = ("on", "with", "near", "and")[rng.integers(4)]
-        body = f"{subject} {link} {' and '.join(grounds if style < 0.75 else grounds[:1])}"
+        body = f"{subject} {link} {' and '.join(grounds if style < 0.8 else grounds[:1])}"
     return (f"a photo of {body}.", f"{body}.", f"a picture of {body}.", f"this is {body}.")[rng.integers(4)]
 
 
