@@ -1,0 +1,149 @@
+"""The demo world, its CLIP, the trainer for one's own CLIP, and the demo's pipeline on a few scenes."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from examples import train_clip
+from examples.demo import experiment, host, world
+from examples.demo.figure import draw_figure
+from examples.demo.seeds import summary
+
+from semples_plugin import PromptRefiner
+from semples_plugin.clip_encoder import load_clip
+from semples_plugin.regions import change_stats
+
+
+def test_scenes_are_fixed_by_their_seed() -> None:
+    first, again, other = world.draw("weak", 5, 3), world.draw("weak", 5, 3), world.draw("weak", 5, 4)
+    assert all(np.array_equal(a.image, b.image) and np.array_equal(a.things, b.things) for a, b in zip(first, again))
+    assert not np.array_equal(first[0].image, other[0].image)
+
+
+def test_things_come_with_their_stuff_in_the_weak_world_only() -> None:
+    def share_at_home(kind: str) -> float:
+        at_home, total = 0, 0
+        for scene in world.draw(kind, 400, 0):
+            for k in scene.labels.nonzero()[0]:
+                here = scene.stuff[scene.things == k + 1]
+                at_home += int((here == world.STUFF.index(world.HOME[world.THINGS[k]])).mean() > 0.5)
+                total += 1
+        return at_home / total
+
+    assert share_at_home("weak") > 0.8
+    assert share_at_home("caption") < 0.25
+
+
+def test_captions_name_only_what_the_picture_has() -> None:
+    for scene in world.draw("caption", 300, 1):
+        drawn = {world.THINGS[i - 1] for i in np.unique(scene.things) if i}
+        grounds = {world.STUFF[i] for i in np.unique(scene.stuff) if i != world.PLAIN}
+        words = set(scene.caption.rstrip(".").split())
+        assert words & set(world.THINGS) <= drawn
+        assert words & set(world.STUFF) <= grounds
+        assert words & (drawn | grounds)
+
+
+def test_the_demo_clip_knows_its_world() -> None:
+    encoder = load_clip(experiment.CLIP_FILE)
+    assert type(encoder.model).__module__ == "clip.model" and type(encoder.model).__name__ == "CLIP"
+    assert experiment.CLIP_FILE.stat().st_size <= 4_000_000
+    split = host.make_split(120, 5)
+    shown = torch.from_numpy(np.stack([s.things for s in split.scenes]) > 0)
+    x = change_stats(split.images, None, (encoder.mean, encoder.std))
+    texts = [f"a photo of a {name}." for name in world.THINGS] + [f"a photo of {name}." for name in world.STUFF]
+    with torch.no_grad():
+        u = F.normalize(encoder.encode_text(texts), dim=-1)
+        thing = F.normalize(encoder.encode_image(x * shown[:, None]), dim=-1) @ u.T  # the rest faded
+        rest = F.normalize(encoder.encode_image(x * ~shown[:, None]), dim=-1) @ u.T  # the things faded
+    single = split.labels.sum(1) == 1
+    right = thing[single][:, :6].argmax(1) == split.labels[single].argmax(1)
+    assert right.float().mean() > 0.85
+    assert (rest.argmax(1) >= 6).float().mean() > 0.9  # without its things a scene looks like stuff
+
+
+def _write_photos(folder: Path, count: int) -> Path:
+    for i, scene in enumerate(world.draw("caption", count, 2)):
+        cv2.imwrite(str(folder / f"{i}.png"), scene.image[..., ::-1])
+    captions = folder / "captions.csv"
+    with open(captions, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption"])
+        writer.writerows((f"{i}.png", s.caption) for i, s in enumerate(world.draw("caption", count, 2)))
+        writer.writerow(["missing.png", "a photo of nothing."])
+    return captions
+
+
+FEATURES = """
+import torch
+from torch import nn
+def features():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 32, 3, 4, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 4, 1), nn.ReLU())
+"""
+
+
+@pytest.mark.parametrize("tower", ["vit", "resnet", "features"])
+def test_the_trainer_takes_a_folder_with_captions(tower: str, tmp_path: Path) -> None:
+    captions, out = _write_photos(tmp_path, 24), tmp_path / "mine.pt"
+    if tower == "features":
+        (tmp_path / "tower.py").write_text(FEATURES, encoding="utf-8")
+        tower = f"{tmp_path / 'tower.py'}:features"
+    shape = ["--size", "64", "--patch", "16", "--width", "64", "--layers", "1", "--text-width", "64", "--text-layers", "1"]
+    source = ["--images", str(tmp_path), "--captions", str(captions), "--out", str(out), "--dim", "32"]
+    train_clip.main([*source, *shape, "--tower", tower, "--steps", "3", "--batch-size", "8", "--fade", "0.5"])
+    clip = out
+    if tower.endswith(":features"):
+        clip = train_clip.load_feature_clip(
+            out, tower, size=64, patch=16, width=64, layers=1, text_width=64, text_layers=1, dim=32
+        )
+    refiner = PromptRefiner(["boat", "bird"], clip=clip, image_stats=None, prompt_length=2)
+    cam = torch.rand(1, 2, 4, 4, requires_grad=True)
+    loss = refiner(torch.rand(1, 3, 64, 64), cam, torch.tensor([[1, 1]]))
+    assert torch.isfinite(loss) and loss > 0
+    assert refiner.refine(torch.rand(1, 3, 64, 64), cam, torch.tensor([[1, 1]])).masks.shape == (1, 2, 64, 64)
+
+
+def test_the_same_seed_writes_the_same_clip(tmp_path: Path) -> None:
+    shape = ["--patch", "32", "--width", "64", "--layers", "1", "--text-width", "64", "--text-layers", "1", "--dim", "16"]
+    for name in ("a.pt", "b.pt"):
+        train_clip.main(["--world", "--out", str(tmp_path / name), "--steps", "2", "--batch-size", "4", *shape])
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
+def test_the_trainer_refuses_a_file_without_its_columns(tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text("file,text\na.png,a boat\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="must have the columns image,caption; got file,text"):
+        train_clip.read_captions(path)
+
+
+def test_the_demo_runs_on_a_few_scenes(tmp_path: Path) -> None:
+    settings = experiment.Settings(
+        train=24, val=8, test=40, host_steps=3, stage_steps=9, batch_size=4, prompt_epochs=2, prompt_length=2
+    )
+    result = experiment.run(settings, seed=0)
+    assert list(result.rows) == list(experiment.ROWS)
+    assert all(0 < row.miou < 1 and set(row.share) == set(world.THINGS) for row in result.rows.values())
+    again = experiment.run(settings, seed=0)
+    assert [row.miou for row in again.rows.values()] == [row.miou for row in result.rows.values()]  # the same numbers twice
+    table = experiment.print_table(result.rows)
+    assert all(name in table for name in experiment.ROWS)
+    draw_figure(result, tmp_path / "demo.png")
+    assert cv2.imread(str(tmp_path / "demo.png")).shape[1] > 1000
+
+
+def test_summary_gives_mean_and_deviation_over_seeds() -> None:
+    def record(miou: float) -> dict:
+        row = {"miou": miou, "share": dict.fromkeys(world.THINGS, miou), "threshold": 0.4}
+        return {"rows": {name: {**row, "miou": miou + 0.1 * i} for i, name in enumerate(experiment.ROWS)}}
+
+    text = summary([record(0.2), record(0.4)])
+    assert "30.0 +- 14.1" in text  # mean of 20 and 40, deviation with n - 1
+    assert "mIoU  [+ match + refine, learned prompts] - [host alone]: 30.0 +- 0.0" in text

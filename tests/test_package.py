@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import List
+
+import pytest
+
+import semples_plugin
+
+ROOT = Path(__file__).resolve().parents[1]
+FOREIGN = ["clip", "cv2", "safetensors", "timm", "torchvision", "tqdm", "PIL", "matplotlib", "open_clip", "ftfy", "regex"]
+
+
+def fresh_modules(code: str) -> List[str]:
+    """Names of all modules that a fresh process has loaded after `code`."""
+    path = os.pathsep.join(p for p in sys.path if p)
+    root = str(Path(semples_plugin.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, path])}
+    command = [sys.executable, "-c", f"import sys\n{code}\nprint(*sorted(sys.modules), sep='\\n')"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120).stdout.split()
+
+
+def test_public_names() -> None:
+    assert semples_plugin.__all__ == [
+        "COCO",
+        "VOC",
+        "ClipError",
+        "DetachedCamError",
+        "PromptFileError",
+        "PromptRefiner",
+        "Recipe",
+        "SemplesError",
+    ]
+    assert all(hasattr(semples_plugin, name) for name in semples_plugin.__all__)
+    assert semples_plugin.__version__.count(".") == 2
+
+
+def test_import_brings_torch_and_numpy_only() -> None:
+    before, after = fresh_modules("import torch, numpy"), fresh_modules("import semples_plugin")
+    new = {name.split(".")[0] for name in set(after) - set(before)}
+    assert "semples_plugin.refiner" in after
+    assert not new & set(FOREIGN)
+    assert {name for name in new if "site-packages" in str(importlib.util.find_spec(name).origin)} <= {"semples_plugin"}
+
+
+def test_clip_works_without_its_heavy_imports() -> None:
+    code = """
+import torch
+from semples_plugin import PromptRefiner
+from semples_plugin.clip_encoder import openai_clip_module
+clip = openai_clip_module('model').CLIP(32, 32, 1, 64, 16, 77, 49408, 64, 1, 1)
+refiner = PromptRefiner(['boat', 'train'], clip=clip, image_stats=None)
+assert refiner.text_features.shape == (2, 32) and refiner.text_features.isfinite().all()
+assert refiner(torch.rand(1, 3, 32, 32), torch.rand(1, 2, 4, 4, requires_grad=True), torch.ones(1, 2)) > 0"""
+    loaded = {name.split(".")[0] for name in fresh_modules(code)}
+    assert "regex" in loaded  # the tokenizer ran
+    assert not loaded & {"clip", "torchvision", "PIL", "pkg_resources", "cv2", "matplotlib"}
+
+
+def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
+    for needed in ("setuptools", "pip"):
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"{needed} is not installed, so no wheel can be built without a download")
+    if not (ROOT / "setup.cfg").is_file():
+        pytest.skip("the tests do not lie beside the sources")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, source / name)
+        else:
+            (source / name).write_text("placeholder\n")
+    for name in ("semples_plugin", "adapters", "examples", "tests", "benchmarks"):
+        (source / name).mkdir()
+        for file in (ROOT / name).iterdir() if (ROOT / name).is_dir() else ():
+            if file.is_file() and file.suffix in (".py", ".txt", ".typed", ""):
+                shutil.copy(file, source / name / file.name)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir", "--quiet"]
+    result = subprocess.run([*build, "--wheel-dir", str(tmp_path), str(source)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"semples_plugin-{semples_plugin.__version__}-py3")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {f"semples_plugin/{file.name}" for file in (ROOT / "semples_plugin").glob("*.py")}
+    adapters = {f"semples_plugin/adapters/{file.name}" for file in (ROOT / "adapters").glob("*.py")}
+    assert "semples_plugin/adapters/__init__.py" in adapters
+    assert modules | adapters | {"semples_plugin/vocabulary.txt", "semples_plugin/py.typed"} <= names
+    assert {name.split("/")[0] for name in names} == {
+        "semples_plugin",
+        f"semples_plugin-{semples_plugin.__version__}.dist-info",
+    }
+    metadata = zipfile.ZipFile(wheel).read(f"semples_plugin-{semples_plugin.__version__}.dist-info/METADATA").decode()
+    assert "Requires-Dist: torch>=1.13" in metadata and "Requires-Python: >=3.9" in metadata
