@@ -34,16 +34,27 @@ def check_classes(classes: Union[Sequence[str], Mapping[str, str]]) -> Tuple[Lis
     return names, prompt_names
 
 
+def check_number(name: str, value: Any, minimum: float, whole: bool = False, advice: str = "") -> None:
+    """`value` must be a finite number of at least `minimum` (a whole number with `whole`)."""
+    kind = int if whole else (int, float)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a {'whole ' if whole else ''}number; got {value!r} of type {type(value).__name__}.")
+    if not minimum <= value < float("inf"):
+        raise ValueError(f"`{name}` must be at least {minimum:g}{advice or ('' if whole else ' and finite')}; got {value!r}.")
+
+
 def check_stats(image_stats: Any) -> Stats:
     """`(mean, std)` of three values each, or None for images in [0, 1]."""
     if image_stats is None:
         return None
     if image_stats == "imagenet":
         return IMAGENET
-    if isinstance(image_stats, (tuple, list)) and len(image_stats) == 2:
+    try:
         mean, std = (tuple(float(x) for x in part) for part in image_stats)
         if len(mean) == len(std) == 3 and min(std) > 0:
             return mean, std
+    except (TypeError, ValueError):
+        pass  # told below
     raise ValueError(
         "`image_stats` must be 'imagenet', None (images in [0, 1]), or (mean, std) of three values each, std > 0; "
         f"got {image_stats!r}."

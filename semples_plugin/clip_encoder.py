@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import os
 import sys
+import warnings
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +29,16 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import ClipError
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "ClipEncoder", "OpenAIClip", "OpenClip", "load_clip", "openai_clip_module"]
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "ClipEncoder",
+    "OpenAIClip",
+    "OpenClip",
+    "full_precision",
+    "load_clip",
+    "openai_clip_module",
+]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -67,8 +77,9 @@ def openai_clip_module(name: str) -> ModuleType:
     spec = importlib.util.find_spec("clip")
     folders = list(spec.submodule_search_locations or []) if spec else []
     advice = "Install OpenAI's: `pip install openai-clip` (or `pip install git+https://github.com/openai/CLIP`)."
-    if not folders:
+    if spec is None:
         raise ClipError(f"OpenAI's `clip` package was expected; none is installed. {advice}")
+    folders = folders or [spec.origin or "the environment"]
     path = Path(folders[0]) / f"{name}.py"
     if not path.is_file():
         raise ClipError(
@@ -108,7 +119,9 @@ def _openai_weights(name: str) -> Path:
 def _read_state_dict(path: Path) -> Dict[str, Tensor]:
     """State dict of a CLIP weights file: OpenAI's TorchScript archives, or a plain state dict (tensors only)."""
     try:
-        return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # OpenAI ships TorchScript, whatever torch thinks of it today
+            return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
     except RuntimeError:
         pass  # not a TorchScript archive
     try:
@@ -148,7 +161,7 @@ class ClipEncoder:
         projection = text.text_projection
         self.embed_dim = int(projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1])
         self.logit_scale = float(model.logit_scale.detach().float().exp())
-        self._fingerprint = _fingerprint(projection.weight if isinstance(projection, nn.Linear) else projection)
+        self._fingerprint = _fingerprint(model)
 
     # What a backend provides: the module that holds the text tower, its transformer, tokens, dense features' layout.
 
@@ -175,7 +188,7 @@ class ClipEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """First 16 hexadecimal digits of the SHA-256 of the text projection (rounded to half precision)."""
+        """16 hexadecimal digits that tell these weights from others (a sample of every parameter, at half precision)."""
         return self._fingerprint
 
     @property
@@ -340,7 +353,7 @@ class ClipEncoder:
         """Text tower from token embeddings (N, T, Dt), read at positions `end` (N,), at full precision."""
         text = self._text
         length = tokens.shape[1]
-        with _no_autocast(tokens.device):
+        with full_precision(tokens.device):
             x = (tokens + text.positional_embedding[:length]).to(self._text_dtype)
             mask = torch.full((length, length), float("-inf"), dtype=x.dtype, device=x.device).triu_(1)
             x = text.ln_final(self._transform(x, mask))  # (N, T, Dt)
@@ -444,11 +457,12 @@ def _load_by_name(name: str, dtype: torch.dtype) -> ClipEncoder:
             f"`clip` must be one of {', '.join(_WEIGHTS)}, a weights file, or 'open_clip:<architecture>/<tag>'; got {name!r}, "
             "which is neither a known name nor a file."
         )
+    state = _read_state_dict(path)
+    build_model = openai_clip_module("model").build_model
     try:
-        model = openai_clip_module("model").build_model(_read_state_dict(path))
-    except (KeyError, RuntimeError) as error:
-        if isinstance(error, ClipError):
-            raise
+        model = build_model(state).float()  # rounds to half precision on the way
+        model.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError, AssertionError) as error:
         raise ClipError(f"{path} does not hold a CLIP model in OpenAI's layout ({error}).") from error
     return _wrap(model, name, dtype)
 
@@ -463,12 +477,13 @@ def _wrap(model: Any, name: str, dtype: torch.dtype) -> ClipEncoder:
         raise TypeError(
             f"`clip` must be an OpenAI `clip` or `open_clip` model; got {type(model).__name__} without {', '.join(missing)}."
         )
+    encoder = OpenAIClip(model, name)
     model.to(dtype)
     if dtype != torch.float32:
         for module in model.modules():  # OpenAI's LayerNorm computes in float32 and wants float32 weights
             if isinstance(module, nn.LayerNorm):
                 module.float()
-    return OpenAIClip(model, name)
+    return encoder
 
 
 def _load_open_clip(name: str) -> ClipEncoder:
@@ -481,11 +496,17 @@ def _load_open_clip(name: str) -> ClipEncoder:
     return OpenClip(model.float(), name, open_clip.get_tokenizer(architecture))
 
 
-def _fingerprint(weight: Tensor) -> str:
-    return hashlib.sha256(weight.detach().cpu().half().contiguous().numpy().tobytes()).hexdigest()[:16]
+def _fingerprint(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        values = parameter.detach().flatten()
+        digest.update(name.encode())
+        digest.update(values[:: max(1, values.numel() // 1024)].cpu().half().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
-def _no_autocast(device: torch.device) -> ContextManager[Any]:
+def full_precision(device: torch.device) -> ContextManager[Any]:
+    """No autocast on `device`: text features and similarities stay in float32."""
     if device.type in ("cuda", "cpu", "xpu"):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

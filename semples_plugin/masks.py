@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .clip_encoder import full_precision
+
 __all__ = ["RefinedMasks", "pamr", "pseudo_labels", "suppression"]
 
 Align = Callable[[Tensor, Tensor], Tensor]
@@ -39,17 +41,18 @@ def suppression(dense: Tensor, pairs: Tensor, text_features: Tensor, prompt_feat
     Returns:
         (P, g, g) in [0, 1]; 1 for a pair without rivals.
     """
-    dense = F.normalize(dense, dim=1)
-    to_class = torch.einsum("bdhw,cd->bchw", dense, F.normalize(text_features, dim=-1)) * scale  # (B, C, g, g)
-    present = torch.zeros(dense.shape[0], text_features.shape[0], dtype=torch.bool, device=dense.device)
-    present[pairs[:, 0], pairs[:, 1]] = True
-    logits = to_class.masked_fill(~present[:, :, None, None], float("-inf"))[pairs[:, 0]]  # (P, C, g, g)
-    own = logits[torch.arange(len(pairs), device=pairs.device), pairs[:, 1]]  # (P, g, g)
-    if prompt_features is not None:
-        u_b = F.normalize(prompt_features, dim=-1)[pairs[:, 1]]  # (P, D)
-        rival = torch.einsum("pdhw,pd->phw", dense[pairs[:, 0]], u_b) * scale
-        logits = torch.cat([logits, rival[:, None]], dim=1)
-    return torch.exp(own - torch.logsumexp(logits, dim=1))
+    with full_precision(dense.device):
+        dense = F.normalize(dense, dim=1)
+        to_class = torch.einsum("bdhw,cd->bchw", dense, F.normalize(text_features, dim=-1)) * scale  # (B, C, g, g)
+        present = torch.zeros(dense.shape[0], text_features.shape[0], dtype=torch.bool, device=dense.device)
+        present[pairs[:, 0], pairs[:, 1]] = True
+        logits = to_class.masked_fill(~present[:, :, None, None], float("-inf"))[pairs[:, 0]]  # (P, C, g, g)
+        own = logits[torch.arange(len(pairs), device=pairs.device), pairs[:, 1]]  # (P, g, g)
+        if prompt_features is not None:
+            u_b = F.normalize(prompt_features, dim=-1)[pairs[:, 1]]  # (P, D)
+            rival = torch.einsum("pdhw,pd->phw", dense[pairs[:, 0]], u_b) * scale
+            logits = torch.cat([logits, rival[:, None]], dim=1)
+        return torch.exp(own - torch.logsumexp(logits, dim=1))
 
 
 def pamr(img: Tensor, masks: Tensor, iterations: int = 10, dilations: Sequence[int] = (1, 2, 4, 8, 12, 24)) -> Tensor:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import losses, masks, prompts, regions
-from ._checks import check_batch, check_classes, check_stats
-from .clip_encoder import ClipEncoder, load_clip
-from .errors import DetachedCamError
+from ._checks import check_batch, check_classes, check_number, check_stats
+from .clip_encoder import ClipEncoder, full_precision, load_clip
+from .errors import ClipError, DetachedCamError, PromptFileError
 from .prompts import BackgroundPrompts, PromptFit, PromptReading
 
 __all__ = ["COCO", "VOC", "PromptRefiner", "Recipe", "RefinerOutput"]
@@ -177,14 +177,20 @@ class PromptRefiner(nn.Module):
             raise ValueError(f"`repel` must be 'log' or 'log1m'; got {repel!r}.")
         if normalise not in ("minmax", None):
             raise ValueError(f"`normalise` must be 'minmax' or None; got {normalise!r}.")
-        if max_views is not None and max_views < 1:
-            raise ValueError(f"`max_views` must be at least 1, or None for no limit; got {max_views}.")
+        if max_views is not None:
+            check_number("max_views", max_views, 1, whole=True, advice=", or None for no limit")
         if lambda_background_texts and not background_texts:
             raise ValueError("`lambda_background_texts` needs `background_texts`, such as ['a photo of railway.']; got none.")
         self.lambda_b = self.recipe.lambda_b if lambda_b is None else lambda_b
         self.lambda_refine = self.recipe.lambda_refine if lambda_refine is None else lambda_refine
         self.lambda_t = self.recipe.lambda_t if lambda_t is None else lambda_t
         self.eps = self.recipe.eps if eps is None else eps
+        weights = {"lambda_b": self.lambda_b, "lambda_refine": self.lambda_refine, "lambda_t": self.lambda_t}
+        weights.update(lambda_background_texts=lambda_background_texts, lambda_area=lambda_area)
+        for name, value in weights.items():
+            check_number(name, value, 0)
+        check_number("background_threshold", background_threshold, -1)
+        check_number("eps", self.eps, 1e-12)  # a flat map divides by it
         self.repel, self.normalise, self.max_views, self.seed = repel, normalise, max_views, seed
         self.background_channel, self.clip_stats = background_channel, clip_stats
         self.text_template, self.prompt_template = text_template, prompt_template
@@ -194,6 +200,7 @@ class PromptRefiner(nn.Module):
         self._encoder = load_clip(clip, dtype=clip_dtype)  # a plain object: not registered, not saved, not trained
         length = self.recipe.prompt_length if prompt_length is None else prompt_length
         longest = self._encoder.max_prompt_length(prompt_template)
+        check_number("prompt_length", length, float("-inf"), whole=True)
         if not 1 <= length <= longest:
             raise ValueError(
                 f"`prompt_length` must be from 1 to {longest}, what CLIP's {self._encoder.context_length} tokens leave in the "
@@ -208,7 +215,7 @@ class PromptRefiner(nn.Module):
             self.register_buffer("background_features", self._encoder.encode_text(hand_written), persistent=False)  # (K, D)
             self.register_buffer("_background_owner", owner, persistent=False)  # (C, K)
         self._background_owner: Tensor
-        self._prompt_cache: Optional[Tuple[Tuple[int, torch.device], Tensor]] = None
+        self._prompt_cache: Optional[Tuple[Tensor, int, torch.device, Tensor]] = None
         self.to(self._encoder.device)
 
     # ------------------------------------------------------------------------------------------------ training
@@ -304,28 +311,41 @@ class PromptRefiner(nn.Module):
         Raises:
             ValueError: if the data hold no positive label.
         """
+        recipe = self.recipe
+        epochs = recipe.epochs if epochs is None else epochs
+        batch_size = recipe.prompt_batch_size if batch_size is None else batch_size
+        rate = recipe.prompt_rate if rate is None else rate
+        for name, value in (("epochs", epochs), ("passes", passes), ("batch_size", batch_size)):
+            check_number(name, value, 1, whole=True)
+        check_number("rate", rate, 0)
+        if torch.is_inference_mode_enabled():
+            raise ValueError("fit_prompts trains the prompts and cannot run under torch.inference_mode(); call it outside.")
         features, pairs = self._collect(loader, cam_of, passes, progress)
         features, pairs = _gather(features, pairs)
         if len(pairs) == 0:
             raise ValueError("fit_prompts needs at least one positive label; the loader gave none. Check its labels.")
-        recipe = self.recipe
+        before = {name: value.clone() for name, value in self.prompts.state_dict().items()}
         self.prompts.reset()
-        fit = prompts.learn(
-            self.prompts,
-            self._encoder,
-            self.prompt_template,
-            self.text_features,
-            features.to(self.device),
-            pairs,
-            lambda_t=self.lambda_t,
-            form=self.repel,
-            epochs=recipe.epochs if epochs is None else epochs,
-            batch_size=recipe.prompt_batch_size if batch_size is None else batch_size,
-            rate=recipe.prompt_rate if rate is None else rate,
-            weight_decay=recipe.weight_decay,
-            seed=self.seed,
-            progress=progress,
-        )
+        try:
+            fit = prompts.learn(
+                self.prompts,
+                self._encoder,
+                self.prompt_template,
+                self.text_features,
+                features.to(self.device),
+                pairs,
+                lambda_t=self.lambda_t,
+                form=self.repel,
+                epochs=epochs,
+                batch_size=batch_size,
+                rate=rate,
+                weight_decay=recipe.weight_decay,
+                seed=self.seed,
+                progress=progress,
+            )
+        except BaseException:  # also an interrupt: half-learned prompts must not pass for learned ones
+            self.prompts.load_state_dict(before)
+            raise
         _broadcast(self.prompts.context)
         self._prompt_cache = None
         return fit
@@ -417,11 +437,11 @@ class PromptRefiner(nn.Module):
     def prompt_features(self) -> Tensor:
         """(C, D) u_b, the text features of the background prompts; encoded once and kept until the prompts change."""
         context = self.prompts.context
-        key = (context._version, context.device)
-        if self._prompt_cache is None or self._prompt_cache[0] != key:
+        cache = self._prompt_cache
+        if cache is None or cache[0] is not context or cache[1:3] != (context._version, context.device):
             chunks = [self._encoder.encode_prompt(c, self.prompt_template) for c in context.split(64)]
-            self._prompt_cache = (key, torch.cat(chunks))
-        return self._prompt_cache[1]
+            cache = self._prompt_cache = (context, context._version, context.device, torch.cat(chunks))
+        return cache[3]
 
     @torch.no_grad()
     def read_prompts(self, vocabulary: Optional[Sequence[str]] = None, top: int = 5) -> List[PromptReading]:
@@ -446,7 +466,8 @@ class PromptRefiner(nn.Module):
         features = F.normalize(self._encoder.encode_text(texts), dim=-1)
         u_b = F.normalize(self.prompt_features(), dim=-1)
         own = F.cosine_similarity(self.text_features, u_b, dim=-1).tolist()
-        nearest = (u_b @ features.T).topk(min(top, len(words)), dim=1)
+        with full_precision(self.device):
+            nearest = (u_b @ features.T).topk(min(top, len(words)), dim=1)
         return [
             PromptReading(
                 name, own[k], [(words[i], s) for i, s in zip(nearest.indices[k].tolist(), nearest.values[k].tolist())]
@@ -515,7 +536,16 @@ class PromptRefiner(nn.Module):
         classes = dict(zip(facts["classes"], facts["prompt_names"]))
         options = {"text_template": facts["template"], "prompt_template": facts["prompt_template"], **options}
         options.setdefault("prompt_length", context.shape[1])
-        return cls(classes, clip=facts["clip"] if clip is None else clip, **options).load_prompts(path)
+        try:
+            refiner = cls(classes, clip=facts["clip"] if clip is None else clip, **options)
+        except ClipError as error:
+            if clip is not None:
+                raise
+            raise PromptFileError(
+                f"The prompts in {os.fspath(path)} were learned with CLIP {facts['clip']!r}, which that name does not load "
+                f"({error}) Pass it: PromptRefiner.load(path, clip=...)."
+            ) from error
+        return refiner.load_prompts(path)
 
     # ------------------------------------------------------------------------------------------------ inside
 
@@ -536,7 +566,7 @@ class PromptRefiner(nn.Module):
         img, cam, labels = check_batch(
             img, cam, labels, len(self.classes), self.background_channel, self.image_stats, self.normalise is None
         )
-        if cam.device != self.device:
+        if not self.device == self._encoder.device == cam.device:
             self.to(cam.device)
         return img, cam, labels
 
@@ -550,6 +580,9 @@ class PromptRefiner(nn.Module):
         size = self._encoder.image_size
         kept = regions.pair_masks(cam, pairs, (size, size), self.normalise, eps)
         return kept, regions.split(self._clip_images(img), kept, pairs)
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, "_prompt_cache": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "PromptRefiner":
         # Follow moves between devices, not changes of precision: `host.half()` must not round prompts or text features.
@@ -577,9 +610,15 @@ def _hand_written(
         unknown = sorted(set(texts) - set(classes))
         if unknown:
             raise ValueError(f"`background_texts` must name known classes; got {', '.join(map(repr, unknown))}.")
-        table = {name: list(texts.get(name, ())) for name in classes}
+        given = dict(texts)
     else:
-        table = {name: list(texts or ()) for name in classes}
+        given = dict.fromkeys(classes, list(texts or ()))
+    for name, own in given.items():
+        if isinstance(own, str):
+            raise TypeError(
+                f"`background_texts` must hold a list of texts for every class; got the string {own!r} for {name!r}."
+            )
+    table = {name: list(given.get(name, ())) for name in classes}
     every = list(dict.fromkeys(text for own in table.values() for text in own))
     owner = torch.zeros(len(classes), len(every))
     for k, name in enumerate(classes):

@@ -72,7 +72,6 @@ def test_resnet_state_dict_file(tiny_resnet_clip: nn.Module, tmp_path: Path) -> 
     assert similar(encoder, load_clip(in_half(tiny_resnet_clip)), torch.randn(2, 3, 64, 64), 1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: OpenAI's build_model rounds float32 weights to half precision on the way in")
 def test_float32_state_dict_file_keeps_its_precision(tiny_clip: nn.Module, tmp_path: Path, views: Tensor) -> None:
     torch.save(tiny_clip.state_dict(), tmp_path / "tiny.pt")
     assert similar(load_clip(tmp_path / "tiny.pt"), load_clip(tiny_clip), views)

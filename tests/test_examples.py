@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from examples import train_clip
 from examples.demo import experiment, host, world
 from examples.demo.figure import draw_figure
 from examples.demo.seeds import summary
-
 from semples_plugin import PromptRefiner
 from semples_plugin.clip_encoder import load_clip
 from semples_plugin.regions import change_stats

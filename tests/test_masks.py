@@ -57,7 +57,6 @@ def test_suppression_separates_class_from_background() -> None:
     assert got[0, 0, 0] > 0.999 and got[0, 0, 1] < 1e-3
 
 
-@pytest.mark.xfail(strict=True, reason="bug: suppression compares features in autocast's precision, then multiplies by 100")
 def test_suppression_is_exact_under_autocast() -> None:
     arguments = random(2, 6, 3, 3), torch.tensor([[0, 0], [0, 2], [1, 1]]), random(4, 6, seed=1), random(4, 6, seed=2), 100.0
     expected = masks.suppression(*arguments)

@@ -244,12 +244,6 @@ def test_features_follow_every_change_of_the_prompts(saved: Path, make_refiner: 
     check()
 
 
-STALE = pytest.mark.xfail(
-    strict=True, reason="bug: PromptRefiner.prompt_features() compares version counters of different tensors"
-)
-
-
-@STALE
 def test_features_of_a_copy_follow_its_own_prompts(make_refiner: Any) -> None:
     first, other = make_refiner(), make_refiner(learned=True, seed=8)
     first.prompt_features()
@@ -258,7 +252,6 @@ def test_features_of_a_copy_follow_its_own_prompts(make_refiner: Any) -> None:
     assert torch.equal(second.prompt_features(), other.prompt_features())
 
 
-@STALE
 @pytest.mark.skipif("assign" not in signature(nn.Module.load_state_dict).parameters, reason="this torch cannot assign")
 def test_features_follow_assigned_state_dicts(make_refiner: Any) -> None:
     refiner = make_refiner()

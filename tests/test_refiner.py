@@ -299,7 +299,6 @@ def test_text_and_prompt_features_are_exact_under_autocast(make_refiner: Any) ->
         assert torch.equal(cast.prompt_features(), plain.prompt_features())
 
 
-@pytest.mark.xfail(strict=True, reason="bug: read_prompts multiplies features in autocast's precision")
 def test_reading_is_exact_under_autocast(make_refiner: Any) -> None:
     refiner = make_refiner(learned=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -485,7 +484,6 @@ def test_fit_without_any_positive_label(make_refiner: Any, make_batch: Any) -> N
     assert refiner.stage == "refine" and torch.equal(refiner.prompts.context, before)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="bug: fit_prompts resets the prompts before it checks")
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"rate": -1.0}])
 def test_failed_fit_keeps_the_prompts(options: Dict[str, Any], make_refiner: Any, make_batch: Any) -> None:
     refiner = make_refiner(learned=True)

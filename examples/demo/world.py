@@ -298,23 +298,27 @@ def _caption(names: Sequence[str], grounds: List[str], rng: np.random.Generator)
     return (f"a photo of {body}.", f"{body}.", f"a picture of {body}.", f"this is {body}.")[rng.integers(4)]
 
 
-def weak_scene(rng: np.random.Generator, loyalty: float = 0.94) -> Scene:
+def weak_scene(rng: np.random.Generator, loyalty: float = 0.94, empty: float = 0.2) -> Scene:
     """One picture of the weakly-supervised world: each thing nearly always with its own stuff.
+
+    The reverse does not hold: stuff also occurs without its thing, now and then, so a classifier that looks at the stuff
+    alone is often right, and one that looks at the thing too is right more often.
 
     Args:
         rng: source of every random choice.
         loyalty: probability that a thing stands on (or flies in) its own stuff; otherwise the stuff is drawn at random.
+        empty: probability of a scene without things, on random stuff.
     """
     things = np.zeros((SIZE, SIZE), np.uint8)
     neutral = (STUFF.index("snow"), STUFF.index("forest"))
-    main = THINGS[rng.integers(len(THINGS))] if rng.random() < 0.95 else None
+    main = THINGS[rng.integers(len(THINGS))] if rng.random() >= empty else None
     low = main if main != "bird" else (THINGS[rng.choice([0, 1, 3, 4, 5])] if rng.random() < 0.3 else None)
     high = "bird" if main == "bird" or (main is not None and rng.random() < 0.15) else None
 
     def home(name: Optional[str]) -> int:
         if name is not None and rng.random() < loyalty:
             return STUFF.index(HOME[name])
-        return int(rng.choice(neutral)) if name is None else int(rng.integers(len(STUFF)))
+        return int(rng.choice(neutral)) if name is None and rng.random() < 0.6 else int(rng.integers(len(STUFF)))
 
     bottom, top = home(low), home(high)
     image, stuff, horizon = _backdrop(top, bottom, rng)
