@@ -275,7 +275,7 @@ def main(argv: Sequence[str] = ()) -> None:
     parser.add_argument("--text-width", type=int, default=128)
     parser.add_argument("--text-layers", type=int, default=2)
     parser.add_argument("--dim", type=int, default=128, help="size of the joint feature space")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch-size", type=int, default=192)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--fade", type=float, default=0.0, help="share of the images faded by a random mask")

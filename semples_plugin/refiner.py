@@ -387,14 +387,15 @@ class PromptRefiner(nn.Module):
         labels: Tensor,
         *,
         threshold: float = 0.4,
-        suppress: bool = True,
+        suppress: bool = False,
         align: Union[None, str, masks.Align] = "pamr",
         background_power: Optional[float] = None,
     ) -> masks.RefinedMasks:
         """Refined masks and pseudo labels at image size, without training.
 
-        Steps: normalise the CAM; `suppress` what CLIP's dense features assign to the background prompt or to another
-        present class; `align` to image edges; background threshold and argmax.
+        Steps: normalise the CAM; with `suppress`, weigh down what CLIP's dense features assign to the background prompt or
+        to another present class; `align` to image edges; background threshold and argmax. The defaults are what measured
+        best in the demo world, whose small CLIP is poor at dense features; try `suppress=True` with a larger one.
 
         Args:
             img, cam, labels: as for `forward`; no gradient is needed.

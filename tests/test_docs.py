@@ -3,6 +3,10 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, Dict
 
 import pytest
@@ -24,3 +28,12 @@ def test_docstring_examples_run(name: str, doctest_namespace: Dict[str, Any], ca
 
 def test_refiner_has_an_example(doctest_namespace: Dict[str, Any]) -> None:
     assert run_examples("semples_plugin.refiner", doctest_namespace).attempted >= 5
+
+
+def test_the_snippet_of_the_readme_prints_what_it_says() -> None:
+    root = Path(__file__).parents[1]
+    section = (root / "README.md").read_text(encoding="utf-8").split("### A complete run on a CPU")[1]
+    code, printed = (re.search(rf"```{kind}\n(.*?)```", section, re.S).group(1) for kind in ("python", "text"))  # type: ignore[union-attr]
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == printed.strip()
