@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .experiment import HOST, LEARNED, MATCH, Result
+from .experiment import HOST, LEARNED, MASKS, MATCH, Result
 from .world import HOME, STUFF, THINGS
 
 
@@ -38,8 +38,8 @@ def _chosen(result: Result) -> List[int]:
 def draw_figure(result: Result, path: Path) -> None:
     """Write the picture as PNG."""
     scenes = _chosen(result)
-    columns = ["image", "CAM: host alone", "CAM: + match", "CAM: + match + refine", "ground truth"]
-    figure = plt.figure(figsize=(16, 1.7 * len(scenes) + 0.6))
+    columns = ["image", "CAM: host alone", "CAM: + match", "CAM: + match + refine", "refined mask", "ground truth"]
+    figure = plt.figure(figsize=(17.5, 1.7 * len(scenes) + 0.6))
     grid = figure.add_gridspec(
         len(scenes), len(columns) + 3, width_ratios=[1] * len(columns) + [0.15, 1.5, 1.5], wspace=0.06, hspace=0.08
     )
@@ -47,7 +47,7 @@ def draw_figure(result: Result, path: Path) -> None:
         scene = result.test.scenes[i]
         k = int(scene.labels.argmax())
         pictures = [scene.image]
-        pictures += [_overlay(scene.image, result.cams[name][i, k].numpy()) for name in (HOST, MATCH, LEARNED)]
+        pictures += [_overlay(scene.image, result.cams[name][i, k].numpy()) for name in (HOST, MATCH, LEARNED, MASKS)]
         pictures.append(_overlay(scene.image, (scene.things == k + 1).astype(float)))
         for column, picture in enumerate(pictures):
             axis = figure.add_subplot(grid[row, column])
