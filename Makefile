@@ -1,5 +1,5 @@
 # `make demo` and `make test` set themselves up in .venv on a fresh machine; nothing outside this folder is touched.
-#   make demo TORCH="torch==2.4.1"       another torch (any release from 1.13 on)
+#   make demo TORCH="torch==2.0.1 numpy<2"   another torch, from 1.13 on (before 2.3 with numpy<2)
 #   make test PYTHON=python3.10          another Python; one that has torch already lends it to .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -30,7 +30,7 @@ lint: $(VENV)/ready
 # An installed torch is used as it is; otherwise one pinned release, so that no newer one with other needs slips in.
 $(VENV)/ready: setup.cfg
 	$(PYTHON) -m venv $$($(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages) $(VENV)
-	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install --quiet "$(TORCH)"
+	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install --quiet $(TORCH)
 	$(RUN) -m pip install --quiet --editable ".[demo,test]"
 	touch $@
 

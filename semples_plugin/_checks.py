@@ -6,6 +6,7 @@ and one transfer from the device per step.
 
 from __future__ import annotations
 
+import numbers
 from typing import Any, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
@@ -19,6 +20,8 @@ def check_classes(classes: Union[Sequence[str], Mapping[str, str]]) -> Tuple[Lis
     """Class names and the names to prompt CLIP with."""
     if isinstance(classes, str):
         raise TypeError(f"`classes` must be a list of names or a mapping name -> prompt name; got the string {classes!r}.")
+    if isinstance(classes, (set, frozenset)):
+        raise TypeError("`classes` must have an order, that of the CAM's channels; got a set. Use a list.")
     names = list(classes)
     prompt_names = list(classes.values()) if isinstance(classes, Mapping) else names
     if not names:
@@ -36,10 +39,9 @@ def check_classes(classes: Union[Sequence[str], Mapping[str, str]]) -> Tuple[Lis
 
 def check_number(name: str, value: Any, minimum: float, whole: bool = False, advice: str = "") -> None:
     """`value` must be a finite number of at least `minimum` (a whole number with `whole`)."""
-    kind = int if whole else (int, float)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, numbers.Integral if whole else numbers.Real) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a {'whole ' if whole else ''}number; got {value!r} of type {type(value).__name__}.")
-    if not minimum <= value < float("inf"):
+    if not minimum <= float(value) < float("inf"):
         raise ValueError(f"`{name}` must be at least {minimum:g}{advice or ('' if whole else ' and finite')}; got {value!r}.")
 
 
@@ -137,14 +139,16 @@ def _check_label_shape(labels: Tensor, batch: int, num_classes: int) -> None:
 
 @torch.no_grad()
 def _check_values(img: Tensor, cam: Tensor, labels: Tensor, stats: Stats, normalised: bool) -> None:
-    low, high = img.amin((0, 2, 3)).float(), img.amax((0, 2, 3)).float()  # (3,) NaN and inf come through
+    plain = img.detach().float()
     if stats is not None:
-        mean, std = (torch.tensor(s, device=img.device) for s in stats)
-        low, high = low * std + mean, high * std + mean  # back to [0, 1]
+        mean, std = (torch.tensor(s, device=img.device).view(3, 1, 1) for s in stats)
+        plain = plain * std + mean  # back to [0, 1]
+    low, high = plain.amin(), plain.amax()  # NaN and inf come through
+    outside = ((plain - 0.5).abs() > 0.75).float().mean()  # a few pixels may be: random erasing, colour jitter
     cam_low, cam_high = cam.detach().amin().float(), cam.detach().amax().float()
     foreign = ((labels != 0) & (labels != 1)).any().float()
-    facts = torch.stack([low.amin(), high.amax(), cam_low, cam_high, foreign]).tolist()  # one transfer
-    img_low, img_high, cam_min, cam_max, not_binary = facts
+    facts = torch.stack([low, high, outside, cam_low, cam_high, foreign]).tolist()  # one transfer
+    img_low, img_high, img_outside, cam_min, cam_max, not_binary = facts
     for name, lowest, highest in (("cam", cam_min, cam_max), ("img", img_low, img_high)):
         if not (_finite(lowest) and _finite(highest)):
             raise ValueError(
@@ -156,7 +160,7 @@ def _check_values(img: Tensor, cam: Tensor, labels: Tensor, stats: Stats, normal
             f"`labels` must hold only 0 and 1; got values such as {_example(labels)}. "
             "Ignore labels and soft labels have to be turned into 0 or 1 first."
         )
-    if img_low < -0.5 or img_high > 1.5:
+    if img_outside > 0.1:
         expected = "in [0, 1]" if stats is None else f"normalised with mean {stats[0]} and std {stats[1]}"
         raise ValueError(
             f"`img` must be {expected}; undone, its values run from {img_low:.2f} to {img_high:.2f} instead of 0 to 1. "

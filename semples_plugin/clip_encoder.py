@@ -163,6 +163,18 @@ class ClipEncoder:
         self.logit_scale = float(model.logit_scale.detach().float().exp())
         self._fingerprint = _fingerprint(model)
 
+    def __deepcopy__(self, memo: Dict[int, Any]) -> "ClipEncoder":
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "A CLIP encoder is not pickled: its weights would go into your file. Save refiner.state_dict() or call "
+            "refiner.save_prompts(path), and build the PromptRefiner anew in the other process."
+        )
+
     # What a backend provides: the module that holds the text tower, its transformer, tokens, dense features' layout.
 
     @property

@@ -155,6 +155,10 @@ def learn(
                     optimizer.step()
                     schedule.step()
                     total += loss.item()
+                if not math.isfinite(total):
+                    raise FloatingPointError(
+                        f"The prompts diverged (loss {total}). Use a smaller `rate`, or clip_dtype=torch.float32."
+                    )
                 history.append(total / steps_per_epoch)
                 bar.set_postfix(loss=f"{history[-1]:.3f}")
     finally:

@@ -61,6 +61,7 @@ COCO = Recipe(
     lambda_b=0.75, lambda_t=0.01, lambda_refine=0.2, prompt_rate=2.5e-3,
     host_rates=(3.2e-7, 2.4e-7), host_batch_sizes=(32, 24),
 )  # fmt: skip
+MASK_EPS = 1e-6  # of the normalisation in `refine`: masks must not depend on the scale of the CAM
 _RECIPES = {"voc": VOC, "coco": COCO}
 
 
@@ -91,7 +92,8 @@ class PromptRefiner(nn.Module):
         L_refine = < -log(1 - c(v_f, u_b)) >
 
     where v_f, v_b: CLIP features of the region that the CAM keeps and of the rest; u_f: text feature of the class;
-    u_b: feature of its learned background prompt; c: cosine clamped to [1e-4, 0.9999]; < >: mean over positive pairs.
+    u_b: feature of its learned background prompt; c: cosine clamped to [1e-4, 0.9999]; < >: mean over positive pairs (with
+    several processes: each over its own).
 
     The CLIP model is frozen and is no part of `parameters()` or `state_dict()`. The module follows the device of `cam`.
 
@@ -118,7 +120,8 @@ class PromptRefiner(nn.Module):
         background_threshold: cosine above which a hand-written prompt counts.
         lambda_area: weight of the area term (CLIMS).
         max_views: views that CLIP encodes at once (2 per positive pair); more are encoded in checkpointed chunks, which
-            bounds memory and costs a second forward pass through CLIP. None: no limit.
+            bounds memory and costs a second forward pass through CLIP. ViT-B/32 in float32 takes about 40 MiB per view.
+            None: no limit.
         clip_dtype: of CLIP's weights. Similarities are float32 in any case.
         seed: of the prompts' initial values and of the order of images in `fit_prompts`.
 
@@ -171,6 +174,8 @@ class PromptRefiner(nn.Module):
         self.classes, self.prompt_names = check_classes(classes)
         self.recipe = _recipe(recipe)
         self.image_stats = check_stats(image_stats)
+        if background_texts and not lambda_background_texts:
+            raise ValueError("`background_texts` needs `lambda_background_texts` > 0, or they would do nothing; got 0.")
         if text_template.count("{}") != 1:
             raise ValueError(f"`text_template` must hold `{{}}` once; got {text_template!r}.")
         if repel not in ("log", "log1m"):
@@ -248,6 +253,11 @@ class PromptRefiner(nn.Module):
         Exactly two image encodes per positive pair and no text encode: v_f serves L_match and L_refine, u_f and u_b are
         cached.
         """
+        if getattr(self, "_is_replica", False):  # threads would move the one CLIP between devices
+            raise RuntimeError(
+                "PromptRefiner cannot run inside torch.nn.DataParallel; wrap your network alone and call the refiner on the "
+                "gathered outputs."
+            )
         img, cam, labels = self._check(img, cam, labels)
         pairs = regions.positive_pairs(labels)  # (P, 2)
         kept, (foreground, background) = self._views(img, cam, pairs, self.eps)
@@ -298,7 +308,8 @@ class PromptRefiner(nn.Module):
 
         Args:
             loader: yields `(img, labels)` or longer tuples that begin so; shapes as for `forward`.
-            cam_of: img (B, 3, H, W) -> cam (B, C, h, w); called without gradients. Put your host into eval mode first.
+            cam_of: img (B, 3, H, W) -> cam (B, C, h, w); called without gradients. It gets the loader's img as it is and moves
+                it to the host's device itself. Put your host into eval mode first.
             epochs: over the cached features; the recipe's 60 by default.
             passes: times the loader is gone through; more than one makes sense with random augmentation.
             batch_size: images per optimisation step; the recipe's 128 by default.
@@ -359,12 +370,14 @@ class PromptRefiner(nn.Module):
         numbers: List[Tensor] = [torch.zeros(0, 2, dtype=torch.long)]
         count = 0
         for _ in range(passes):
+            batches = 0
             for batch in prompts.progress_bar(loader, "collecting background features", progress):
                 if not isinstance(batch, (tuple, list)) or len(batch) < 2:
                     raise TypeError(
                         f"`loader` must yield (img, labels); got {type(batch).__name__}. Wrap it, e.g. "
                         "((b['img'], b['labels']) for b in loader)."
                     )
+                batches += 1
                 img, labels = batch[:2]
                 cam = cam_of(img)
                 if isinstance(cam, Tensor) and isinstance(img, Tensor) and isinstance(labels, Tensor):
@@ -375,6 +388,8 @@ class PromptRefiner(nn.Module):
                 features.append(self._encoder.encode_image(background, self.max_views).cpu())
                 numbers.append(pairs.cpu() + torch.tensor([count, 0]))
                 count += len(img)
+            if batches == 0 and count:
+                raise ValueError("With passes > 1 `loader` must start again each time; a generator is used up after one pass.")
         return torch.cat(features), torch.cat(numbers)
 
     # ------------------------------------------------------------------------------------------------ masks
@@ -414,7 +429,7 @@ class PromptRefiner(nn.Module):
         height, width = img.shape[2:]
         result = torch.zeros(len(img), len(self.classes), height, width, device=img.device)
         if len(pairs):
-            maps = regions.pair_masks(cam, pairs, (height, width), self.normalise, self.eps).float()  # (P, H, W)
+            maps = regions.pair_masks(cam, pairs, (height, width), self.normalise, MASK_EPS).float()  # (P, H, W)
             if suppress:
                 views = self._clip_images(img)
                 dense = torch.cat([self._encoder.encode_dense(v) for v in views.split(self.max_views or len(views))])
@@ -487,6 +502,7 @@ class PromptRefiner(nn.Module):
             "clip_fingerprint": self._encoder.fingerprint,
             "template": self.text_template,
             "prompt_template": self.prompt_template,
+            "clip_stats": self.clip_stats,
             "prompt_length": self.prompts.context.shape[1],
         }
         prompts.write_file(path, self.prompts.context, facts)
@@ -507,6 +523,8 @@ class PromptRefiner(nn.Module):
         prompts.same_or_error(
             path, "templates", (self.text_template, self.prompt_template), (facts["template"], facts["prompt_template"])
         )
+        views = [f"clip_stats={value}" for value in (self.clip_stats, facts.get("clip_stats", self.clip_stats))]
+        prompts.same_or_error(path, "image statistics for CLIP", views[:1], views[1:])
         if context.shape[2] != self.prompts.context.shape[2]:
             prompts.same_or_error(path, "CLIP token size", (str(self._encoder.context_dim),), (str(context.shape[2]),))
         with torch.no_grad():
@@ -531,12 +549,14 @@ class PromptRefiner(nn.Module):
         Args:
             path: a file of `save_prompts`.
             clip: the CLIP to use; by default the one that the file names.
-            **options: further arguments of `PromptRefiner`.
+            **options: further arguments of `PromptRefiner`. The file holds what belongs to the prompts; what belongs to your
+                pipeline has to be said again: recipe and weights, image_stats, background_channel, normalise.
         """
         context, facts = prompts.read_file(path)
         classes = dict(zip(facts["classes"], facts["prompt_names"]))
         options = {"text_template": facts["template"], "prompt_template": facts["prompt_template"], **options}
         options.setdefault("prompt_length", context.shape[1])
+        options.setdefault("clip_stats", facts.get("clip_stats", True))
         try:
             refiner = cls(classes, clip=facts["clip"] if clip is None else clip, **options)
         except ClipError as error:
@@ -646,4 +666,7 @@ def _broadcast(context: Tensor) -> None:
     """Rank 0's prompts to all: the same data and seed give the same prompts, up to the machines' rounding."""
     dist = torch.distributed
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast(context.data, 0)
+        shared = context.detach().cuda() if dist.get_backend() == "nccl" else context.detach().clone()
+        dist.broadcast(shared, 0)
+        with torch.no_grad():
+            context.copy_(shared)

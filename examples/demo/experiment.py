@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -18,10 +18,9 @@ from semples_plugin import PromptRefiner
 from semples_plugin.evaluation import confusion_matrix, iou_per_class, mean_iou
 from semples_plugin.masks import pseudo_labels
 from semples_plugin.prompts import PromptFit, PromptReading
-from semples_plugin.regions import pair_masks, positive_pairs
 
 from .host import HostCam, Split, make_split, train_host
-from .world import HOME, SIZE, STUFF, THINGS
+from .world import HOME, STUFF, THINGS
 
 CLIP_FILE = Path(__file__).with_name("world_clip.pt")
 THRESHOLDS = [round(0.1 + 0.02 * i, 2) for i in range(41)]  # background threshold, 0.10 to 0.90
@@ -30,9 +29,11 @@ HOST = "host alone"
 MATCH = "+ match"
 HAND = "+ match + refine, hand-written prompts"
 LEARNED = "+ match + refine, learned prompts"
-MASKS = "  the same, masks aligned to edges"
-SUPPRESSED = "  the same, suppressed and aligned"
-ROWS = (HOST, MATCH, HAND, LEARNED, MASKS, SUPPRESSED)
+HOST_ALIGNED = "host alone, aligned to edges"
+MATCH_ALIGNED = "+ match, aligned to edges"
+ALIGNED = "+ match + refine, learned, aligned to edges"
+SUPPRESSED = "+ match + refine, learned, suppressed, aligned"
+ROWS = (HOST, MATCH, HAND, LEARNED, HOST_ALIGNED, MATCH_ALIGNED, ALIGNED, SUPPRESSED)
 
 
 class Settings(NamedTuple):
@@ -81,19 +82,11 @@ class Result(NamedTuple):
     """Everything the table and the picture need."""
 
     rows: Dict[str, Row]
-    cams: Dict[str, Tensor]
+    masks: Dict[str, Tensor]
     test: Split
     histories: Dict[str, List[Dict[str, float]]]
     fit: PromptFit
     readings: List[PromptReading]
-
-
-def soft_masks(cam: Tensor, labels: Tensor) -> Tensor:
-    """Min-max normalised CAMs (N, C, SIZE, SIZE) of the present classes, zero elsewhere."""
-    pairs = positive_pairs(labels.bool())
-    result = torch.zeros(*labels.shape, SIZE, SIZE)
-    result[pairs[:, 0], pairs[:, 1]] = pair_masks(cam, pairs, (SIZE, SIZE), "minmax", 1e-4)
-    return result
 
 
 @torch.no_grad()
@@ -151,24 +144,28 @@ def prompt_loader(split: Split, size: int = 50) -> List[Tuple[Tensor, Tensor]]:
     return list(zip(split.images.split(size), split.labels.split(size)))
 
 
-def run(settings: Settings, seed: int, rows: Sequence[str] = ROWS) -> Result:
+def run(settings: Settings, seed: int) -> Result:
     """All rows for one seed: seed of the scenes, the host, the batches and the prompts."""
     torch.manual_seed(seed)
     train = make_split(settings.train, 10_000 + seed)
     val, test = make_split(settings.val, 20_000 + seed), make_split(settings.test, 30_000 + seed)
     host = HostCam()
     histories = {HOST: train_host(host, train, settings.host_steps, settings.host_rate, 32, seed, "host: classification only")}
-    hosts = {HOST: host}
+    # Every other row trains on from this checkpoint, so "host alone" gets the same steps, without the refiner.
+    longer = copy.deepcopy(host)
+    histories[HOST] += train_host(
+        longer, train, settings.stage_steps, settings.stage_rate, settings.batch_size, seed, "host: as long as the others"
+    )
+    hosts = {HOST: longer}
 
     matcher = new_refiner(settings, seed)
     hosts[MATCH], histories[MATCH] = add_refiner(host, matcher, train, settings, seed, "stage a: match")
-    if HAND in rows:
-        texts = [f"a photo of {name}." for name in STUFF]  # one list for all classes: nobody says what belongs to whom
-        hand = new_refiner(
-            settings, seed, background_texts=texts, lambda_background_texts=settings.lambda_texts,
-            background_threshold=settings.text_threshold,
-        )  # fmt: skip
-        hosts[HAND], histories[HAND] = add_refiner(host, hand, train, settings, seed, "hand-written prompts")
+    texts = [f"a photo of {name}." for name in STUFF]  # one list for all classes: nobody says what belongs to whom
+    hand = new_refiner(
+        settings, seed, background_texts=texts, lambda_background_texts=settings.lambda_texts,
+        background_threshold=settings.text_threshold,
+    )  # fmt: skip
+    hosts[HAND], histories[HAND] = add_refiner(host, hand, train, settings, seed, "hand-written prompts")
 
     refiner = new_refiner(settings, seed)
     matched = hosts[MATCH]
@@ -176,17 +173,20 @@ def run(settings: Settings, seed: int, rows: Sequence[str] = ROWS) -> Result:
     hosts[LEARNED], histories[LEARNED] = add_refiner(host, refiner, train, settings, seed, "stage c: match + refine")
 
     table: Dict[str, Row] = {}
-    cams: Dict[str, Tensor] = {}
-    for name, trained in hosts.items():
-        val_cam, test_cam = cams_of(trained, val), cams_of(trained, test)
-        cams[name] = soft_masks(test_cam, test.labels)
-        table[name] = best_row(soft_masks(val_cam, val.labels), val, cams[name], test)
-    for name, suppress in ((MASKS, False), (SUPPRESSED, True)):
-        if name in rows:
-            val_masks = refiner.refine(val.images, cams_of(hosts[LEARNED], val), val.labels, suppress=suppress).masks
-            cams[name] = refiner.refine(test.images, cams_of(hosts[LEARNED], test), test.labels, suppress=suppress).masks
-            table[name] = best_row(val_masks, val, cams[name], test)
-    return Result(table, cams, test, histories, fit, refiner.read_prompts(world_vocabulary(), top=3))
+    masks: Dict[str, Tensor] = {}
+    for name, source, align, suppress in (
+        *((name, name, None, False) for name in hosts),
+        (HOST_ALIGNED, HOST, "pamr", False),
+        (MATCH_ALIGNED, MATCH, "pamr", False),
+        (ALIGNED, LEARNED, "pamr", False),
+        (SUPPRESSED, LEARNED, "pamr", True),
+    ):
+        val_masks, masks[name] = (
+            refiner.refine(s.images, cams_of(hosts[source], s), s.labels, align=align, suppress=suppress).masks
+            for s in (val, test)
+        )
+        table[name] = best_row(val_masks, val, masks[name], test)
+    return Result(table, masks, test, histories, fit, refiner.read_prompts(world_vocabulary(), top=3))
 
 
 def world_vocabulary() -> List[str]:
@@ -197,9 +197,9 @@ def world_vocabulary() -> List[str]:
 def print_table(rows: Dict[str, Row]) -> str:
     """The table as text: mIoU (background included), then the co-occurrence share of every class."""
     pairs = [f"{name}/{HOME[name]}" for name in THINGS]
-    lines = [f"{'':44s} {'mIoU':>6s}  {'share of its co-occurring stuff called the class':s}"]
-    lines.append(f"{'':44s} {'':>6s}  {'mean':>6s} " + " ".join(f"{p:>13s}" for p in pairs))
+    lines = [f"{'':46s} {'mIoU':>6s}  {'share of its co-occurring stuff called the class':s}"]
+    lines.append(f"{'':46s} {'':>6s}  {'mean':>6s} " + " ".join(f"{p:>13s}" for p in pairs))
     for name, row in rows.items():
         shares = " ".join(f"{100 * row.share[k]:12.1f}%" for k in THINGS)
-        lines.append(f"{name:44s} {100 * row.miou:6.1f}  {100 * row.mean_share:5.1f}% {shares}")
+        lines.append(f"{name:46s} {100 * row.miou:6.1f}  {100 * row.mean_share:5.1f}% {shares}")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .experiment import HOST, LEARNED, MASKS, MATCH, Result
+from .experiment import ALIGNED, HOST, LEARNED, MATCH, Result
 from .world import HOME, STUFF, THINGS
 
 
@@ -47,7 +47,7 @@ def draw_figure(result: Result, path: Path) -> None:
         scene = result.test.scenes[i]
         k = int(scene.labels.argmax())
         pictures = [scene.image]
-        pictures += [_overlay(scene.image, result.cams[name][i, k].numpy()) for name in (HOST, MATCH, LEARNED, MASKS)]
+        pictures += [_overlay(scene.image, result.masks[name][i, k].numpy()) for name in (HOST, MATCH, LEARNED, ALIGNED)]
         pictures.append(_overlay(scene.image, (scene.things == k + 1).astype(float)))
         for column, picture in enumerate(pictures):
             axis = figure.add_subplot(grid[row, column])
@@ -85,6 +85,5 @@ def draw_figure(result: Result, path: Path) -> None:
     lines += ["", "mIoU on held-out scenes"]
     lines += [f"{100 * row.miou:5.1f}   {name}" for name, row in result.rows.items()]
     axis.text(0.02, 0.9, "\n".join(lines), va="top", ha="left", fontsize=9.5, linespacing=1.45, transform=axis.transAxes)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, bbox_inches="tight", facecolor="white")
     plt.close(figure)
