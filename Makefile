@@ -19,7 +19,7 @@ benchmark: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/reference_step.py
 
 test: $(VENV)/ready
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest
 
 lint: $(VENV)/ready
 	$(RUN) -m pip install --quiet ruff mypy

@@ -100,9 +100,7 @@ def test_the_trainer_takes_a_folder_with_captions(tower: str, tmp_path: Path) ->
     train_clip.main([*source, *shape, "--tower", tower, "--steps", "3", "--batch-size", "8", "--fade", "0.5"])
     clip = out
     if tower.endswith(":features"):
-        clip = train_clip.load_feature_clip(
-            out, tower, size=64, patch=16, width=64, layers=1, text_width=64, text_layers=1, dim=32
-        )
+        clip = train_clip.load_feature_clip(out, tower)
     refiner = PromptRefiner(["boat", "bird"], clip=clip, image_stats=None, prompt_length=2)
     cam = torch.rand(1, 2, 4, 4, requires_grad=True)
     loss = refiner(torch.rand(1, 3, 64, 64), cam, torch.tensor([[1, 1]]))

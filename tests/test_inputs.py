@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -265,7 +266,7 @@ ARGUMENTS: Dict[str, Tuple[Dict[str, Any], type, str]] = {
     "weight that is no number": ({"lambda_b": float("nan")}, ValueError, "`lambda_b` must be at least 0 and finite; got nan"),
     "prompt length 2.5": ({"prompt_length": 2.5}, TypeError, "`prompt_length` must be a whole number; got 2.5 of type float"),
     "one string for a class": (
-        {"background_texts": {"boat": "a photo of water."}},
+        {"background_texts": {"boat": "a photo of water."}, "lambda_background_texts": 1.0},
         TypeError,
         "`background_texts` must hold a list of texts for every class; got the string 'a photo of water.' for 'boat'",
     ),
@@ -351,3 +352,35 @@ def test_huge_float64_cam(make_refiner: Any, make_batch: Any) -> None:
     out = refiner.compute(img, large, labels)
     assert out.loss.item() == pytest.approx(refiner(img, cam, labels).item(), rel=0.2)
     assert out.cam.isfinite().all() and out.cam.max() <= 1
+
+
+def test_randomly_erased_pixels_are_no_foreign_statistics(make_refiner: Any, make_batch: Any) -> None:
+    _, cam, labels = make_batch()
+    refiner = make_refiner(image_stats="imagenet")
+    generator = torch.Generator().manual_seed(0)
+    img = (torch.rand(2, 3, 40, 40, generator=generator) - 0.45) / 0.225
+    img[:, :, 5:15, 5:15] = 1.2 * torch.randn(2, 3, 10, 10, generator=generator)  # noise of random erasing
+    assert torch.isfinite(refiner(img, cam, labels))
+    with pytest.raises(ValueError, match="`img` must be normalised with mean"):
+        refiner(255 * torch.rand(2, 3, 40, 40, generator=generator), cam, labels)
+
+
+def test_unordered_classes(make_refiner: Any) -> None:
+    with pytest.raises(TypeError, match="`classes` must have an order, that of the CAM's channels; got a set"):
+        make_refiner({"boat", "train"})
+
+
+def test_background_texts_without_their_weight(make_refiner: Any) -> None:
+    with pytest.raises(ValueError, match="`background_texts` needs `lambda_background_texts` > 0"):
+        make_refiner(background_texts=["a photo of water."])
+
+
+def test_numbers_of_numpy_are_numbers(make_refiner: Any) -> None:
+    refiner = make_refiner(prompt_length=np.int64(4), lambda_b=np.float32(0.5))
+    assert refiner.prompts.context.shape[1] == 4 and refiner.lambda_b == 0.5
+
+
+def test_a_generator_as_loader_of_several_passes(make_refiner: Any, make_batch: Any) -> None:
+    img, cam, labels = make_batch()
+    with pytest.raises(ValueError, match="With passes > 1 `loader` must start again each time"):
+        make_refiner().fit_prompts(((img, labels) for _ in range(2)), lambda _: cam.detach(), passes=2, progress=False)

@@ -186,7 +186,7 @@ def test_refine_without_steps_is_the_normalised_cam(make_refiner: Any, make_batc
     got = make_refiner().refine(img, cam, labels, suppress=False, align=None)
     for b, k in labels.nonzero().tolist():
         up = F.interpolate(cam[b, k][None, None], size=(40, 40), mode="bilinear", align_corners=True)[0, 0]
-        assert torch.allclose(got.masks[b, k], (up - up.min()) / (up.max() - up.min() + 0.1), atol=1e-6)
+        assert torch.allclose(got.masks[b, k], (up - up.min()) / (up.max() - up.min() + 1e-6), atol=1e-6)
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -194,7 +194,7 @@ def test_refine_suppresses_with_dense_features(learned: bool, make_refiner: Any,
     refiner = make_refiner(learned=learned)
     img, cam, labels = make_batch(LABELS)
     plain = refiner.refine(img, cam, labels, suppress=False, align=None).masks
-    got = refiner.refine(img, cam, labels, align=None).masks
+    got = refiner.refine(img, cam, labels, suppress=True, align=None).masks
     mean, std = (torch.tensor(s).reshape(3, 1, 1) for s in (refiner.encoder.mean, refiner.encoder.std))
     small = F.interpolate(img, size=(32, 32), mode="bilinear", antialias=True)
     dense = refiner.encoder.encode_dense((small - mean) / std)
@@ -308,3 +308,11 @@ def test_dense_features_leave_no_hook(aligned_clip: nn.Module, tiny_resnet_clip:
         encoder = load_clip(model)
         encoder.encode_dense(random(1, 3, size, size))
         assert not any(m._forward_pre_hooks or m._forward_hooks for m in encoder.model.modules())
+
+
+@pytest.mark.parametrize("align", [None, "pamr"])
+def test_refined_masks_do_not_depend_on_the_scale_of_the_cam(align: Any, make_refiner: Any, make_batch: Any) -> None:
+    refiner, (img, cam, labels) = make_refiner(), make_batch()
+    one, thousandth = (refiner.refine(img, scale * cam, labels, align=align) for scale in (1.0, 1e-3))
+    assert torch.allclose(one.masks, thousandth.masks, atol=2e-3)
+    assert (one.labels == thousandth.labels).float().mean() > 0.999

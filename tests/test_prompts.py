@@ -104,6 +104,7 @@ def test_file_holds_prompts_and_facts_but_no_clip_weight(saved: Path, make_refin
         "clip_fingerprint": make_refiner().encoder.fingerprint,
         "template": "a photo of a {}.",
         "prompt_template": "a photo of {} .",
+        "clip_stats": True,
         "prompt_length": 4,
     }
     assert saved.stat().st_size < 3 * 4 * 64 * 4 + 1500
@@ -343,3 +344,9 @@ def test_vocabulary_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "words.txt"
     path.write_text("# places\nwater\n\n  sky \nwater\n", encoding="utf-8")
     assert read_vocabulary(path) == ["water", "sky"]
+
+
+def test_prompts_learned_on_other_views_are_refused(make_refiner: Any, tmp_path: Path) -> None:
+    make_refiner(learned=True, clip_stats=False).save_prompts(tmp_path / "p.safetensors")
+    with pytest.raises(PromptFileError, match="image statistics for CLIP: number 0 is 'clip_stats=False' in the file"):
+        make_refiner().load_prompts(tmp_path / "p.safetensors")

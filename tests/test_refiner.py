@@ -585,3 +585,23 @@ def test_two_processes(tmp_path: Path) -> None:
     assert torch.equal(a["second_context"], b["second_context"])
     assert a["second_num_pairs"] == b["second_num_pairs"] == 4
     assert not torch.equal(a["context"], a["second_context"])
+
+
+def test_a_refiner_is_not_pickled_whole(make_refiner: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="its weights would go into your file. Save refiner.state_dict"):
+        torch.save(make_refiner(), tmp_path / "refiner.pt")
+
+
+def test_a_replica_of_data_parallel_is_refused(make_refiner: Any, make_batch: Any) -> None:
+    replica = make_refiner()._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="cannot run inside torch.nn.DataParallel"):
+        replica(*make_batch())
+
+
+def test_diverged_prompts_do_not_pass_for_learned(make_refiner: Any, make_batch: Any) -> None:
+    refiner = make_refiner(learned=True)
+    before = refiner.prompts.context.clone()
+    img, cam, labels = make_batch()
+    with pytest.raises(FloatingPointError, match="The prompts diverged .* smaller `rate`"):
+        refiner.fit_prompts([(img, labels)], lambda _: cam.detach(), epochs=3, rate=1e30, progress=False)
+    assert torch.equal(refiner.prompts.context, before) and refiner.stage == "refine"
