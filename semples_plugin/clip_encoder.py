@@ -474,7 +474,7 @@ def _load_by_name(name: str, dtype: torch.dtype) -> ClipEncoder:
     try:
         model = build_model(state).float()  # rounds to half precision on the way
         model.load_state_dict(state)
-    except (KeyError, RuntimeError, ValueError, AssertionError) as error:
+    except (KeyError, RuntimeError, ValueError, ArithmeticError, AssertionError) as error:
         raise ClipError(f"{path} does not hold a CLIP model in OpenAI's layout ({error}).") from error
     return _wrap(model, name, dtype)
 

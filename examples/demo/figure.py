@@ -74,7 +74,7 @@ def draw_figure(result: Result, path: Path) -> None:
     axis.set_xlabel("step", fontsize=9)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc=(0.5, 0.2))
 
     axis = figure.add_subplot(grid[half:, len(columns) + 1 :])
     axis.axis("off")
