@@ -46,7 +46,11 @@ def test_import_brings_torch_and_numpy_only() -> None:
     new = {name.split(".")[0] for name in set(after) - set(before)}
     assert "semples_plugin.refiner" in after
     assert not new & set(FOREIGN)
-    assert {name for name in new if "site-packages" in str(importlib.util.find_spec(name).origin)} <= {"semples_plugin", "torch", "numpy"}
+    assert {name for name in new if "site-packages" in str(importlib.util.find_spec(name).origin)} <= {
+        "semples_plugin",
+        "torch",
+        "numpy",
+    }
 
 
 def test_clip_works_without_its_heavy_imports() -> None:
