@@ -7,6 +7,7 @@ and one transfer from the device per step.
 from __future__ import annotations
 
 import numbers
+import warnings
 from typing import Any, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
@@ -147,8 +148,9 @@ def _check_values(img: Tensor, cam: Tensor, labels: Tensor, stats: Stats, normal
     outside = ((plain - 0.5).abs() > 0.75).float().mean()  # a few pixels may be: random erasing, colour jitter
     cam_low, cam_high = cam.detach().amin().float(), cam.detach().amax().float()
     foreign = ((labels != 0) & (labels != 1)).any().float()
-    facts = torch.stack([low, high, outside, cam_low, cam_high, foreign]).tolist()  # one transfer
-    img_low, img_high, img_outside, cam_min, cam_max, not_binary = facts
+    inside = ((img >= 0) & (img <= 1)).all().float()  # as only images that were never normalised are
+    facts = torch.stack([low, high, outside, inside, cam_low, cam_high, foreign]).tolist()  # one transfer
+    img_low, img_high, img_outside, img_inside, cam_min, cam_max, not_binary = facts
     for name, lowest, highest in (("cam", cam_min, cam_max), ("img", img_low, img_high)):
         if not (_finite(lowest) and _finite(highest)):
             raise ValueError(
@@ -163,9 +165,16 @@ def _check_values(img: Tensor, cam: Tensor, labels: Tensor, stats: Stats, normal
     if img_outside > 0.1:
         expected = "in [0, 1]" if stats is None else f"normalised with mean {stats[0]} and std {stats[1]}"
         raise ValueError(
-            f"`img` must be {expected}; undone, its values run from {img_low:.2f} to {img_high:.2f} instead of 0 to 1. "
+            f"`img` must be {expected}; {'its values' if stats is None else 'with that undone, its values'} run from "
+            f"{img_low:.2f} to {img_high:.2f} instead of 0 to 1. "
             "Divide 0..255 images by 255, and say how your host normalises: PromptRefiner(..., image_stats=(mean, std)), "
             "'imagenet', or None for none."
+        )
+    if stats is not None and img_inside:
+        warnings.warn(
+            f"`img` should be normalised with mean {stats[0]} and std {stats[1]}, but all its values are in [0, 1]. If your "
+            "images are not normalised, build PromptRefiner(..., image_stats=None).",
+            stacklevel=9,
         )
     if normalised and (cam_min < -1e-3 or cam_max > 1 + 1e-3):
         raise ValueError(

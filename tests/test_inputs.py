@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
@@ -84,13 +85,13 @@ BATCHES: Dict[str, Tuple[Callable[..., Any], type, str]] = {
     "img in 0..255": (
         lambda i, c, y: (255 * i, c, y),
         ValueError,
-        r"`img` must be in \[0, 1\]; undone, its values run from 0.\d\d to 25\d.\d\d instead of 0 to 1. "
+        r"`img` must be in \[0, 1\]; its values run from 0.\d\d to 25\d.\d\d instead of 0 to 1. "
         r"Divide 0..255 images by 255, .*image_stats=\(mean, std\)",
     ),
     "img normalised after all": (
         lambda i, c, y: ((i - 0.5) / 0.25, c, y),
         ValueError,
-        r"`img` must be in \[0, 1\]; undone, its values run from -2.00 to [12].\d\d instead of 0 to 1",
+        r"`img` must be in \[0, 1\]; its values run from -2.00 to [12].\d\d instead of 0 to 1",
     ),
     "detached cam": (lambda i, c, y: (i, c.detach(), y), DetachedCamError, r"`cam` must require grad; .* detach\(\)"),
     "numpy img": (
@@ -363,6 +364,15 @@ def test_randomly_erased_pixels_are_no_foreign_statistics(make_refiner: Any, mak
     assert torch.isfinite(refiner(img, cam, labels))
     with pytest.raises(ValueError, match="`img` must be normalised with mean"):
         refiner(255 * torch.rand(2, 3, 40, 40, generator=generator), cam, labels)
+
+
+def test_images_that_were_never_normalised_are_told(make_refiner: Any, make_batch: Any) -> None:
+    batch = make_batch()  # images in [0, 1]
+    with pytest.warns(UserWarning, match=r"all its values are in \[0, 1\]. .* image_stats=None"):
+        make_refiner(image_stats="imagenet")(*batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_refiner()(*batch)
 
 
 def test_unordered_classes(make_refiner: Any) -> None:
