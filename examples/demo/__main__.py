@@ -38,7 +38,12 @@ def main() -> None:
         f"\n{len(result.test.scenes)} held-out scenes, seed {args.seed}. Background threshold of each row: chosen on "
         f"{experiment.Settings().val} other scenes with masks; no mask is seen in training."
     )
-    print("\nWhat the learned background prompts say (nearest words, cosine):")
+    fit = result.fit
+    print(
+        f"\nThe prompts, learned on {fit.num_pairs} image-class pairs: cosine {fit.similarity:.2f} to the backgrounds, "
+        f"{fit.class_similarity:.2f} to the class names.\nWhat they say (nearest of the {len(experiment.world_vocabulary())} "
+        "names this CLIP knows, cosine):"
+    )
     for reading in result.readings:
         print(f"  {reading}")
     print(f"\nPicture: {args.out / 'demo.png'}   Table: {args.out / 'table.txt'}   ({time.time() - start:.0f} s)")
