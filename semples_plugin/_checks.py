@@ -6,6 +6,7 @@ and one transfer from the device per step.
 
 from __future__ import annotations
 
+import math
 import numbers
 import warnings
 from typing import Any, List, Mapping, Optional, Sequence, Tuple, Union
@@ -152,7 +153,7 @@ def _check_values(img: Tensor, cam: Tensor, labels: Tensor, stats: Stats, normal
     facts = torch.stack([low, high, outside, inside, cam_low, cam_high, foreign]).tolist()  # one transfer
     img_low, img_high, img_outside, img_inside, cam_min, cam_max, not_binary = facts
     for name, lowest, highest in (("cam", cam_min, cam_max), ("img", img_low, img_high)):
-        if not (_finite(lowest) and _finite(highest)):
+        if not (math.isfinite(lowest) and math.isfinite(highest)):
             raise ValueError(
                 f"`{name}` must be finite; got NaN or inf. "
                 + ("Look for sqrt at 0 or a division in your CAM." if name == "cam" else "Look at your data pipeline.")
@@ -181,10 +182,6 @@ def _check_values(img: Tensor, cam: Tensor, labels: Tensor, stats: Stats, normal
             f"`cam` must be in [0, 1] with normalise=None; got values from {cam_min:.3g} to {cam_max:.3g}. "
             "Use normalise='minmax'."
         )
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
 
 
 def _example(labels: Tensor) -> str:

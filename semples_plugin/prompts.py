@@ -133,7 +133,7 @@ def learn(
     context = prompts.context
     context.requires_grad_(True)
     optimizer = torch.optim.AdamW([context], lr=rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(epochs * steps_per_epoch, 1))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * steps_per_epoch)
     generator = torch.Generator().manual_seed(seed)
     bar = progress_bar(range(epochs), "learning prompts", progress)
     try:

@@ -176,6 +176,8 @@ class PromptRefiner(nn.Module):
         self.image_stats = check_stats(image_stats)
         if background_texts and not lambda_background_texts:
             raise ValueError("`background_texts` needs `lambda_background_texts` > 0, or they would do nothing; got 0.")
+        if lambda_background_texts and not background_texts:
+            raise ValueError("`lambda_background_texts` needs `background_texts`, such as ['a photo of railway.']; got none.")
         if text_template.count("{}") != 1:
             raise ValueError(f"`text_template` must hold `{{}}` once; got {text_template!r}.")
         if repel not in ("log", "log1m"):
@@ -184,8 +186,6 @@ class PromptRefiner(nn.Module):
             raise ValueError(f"`normalise` must be 'minmax' or None; got {normalise!r}.")
         if max_views is not None:
             check_number("max_views", max_views, 1, whole=True, advice=", or None for no limit")
-        if lambda_background_texts and not background_texts:
-            raise ValueError("`lambda_background_texts` needs `background_texts`, such as ['a photo of railway.']; got none.")
         self.lambda_b = self.recipe.lambda_b if lambda_b is None else lambda_b
         self.lambda_refine = self.recipe.lambda_refine if lambda_refine is None else lambda_refine
         self.lambda_t = self.recipe.lambda_t if lambda_t is None else lambda_t

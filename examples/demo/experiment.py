@@ -174,6 +174,7 @@ def run(settings: Settings, seed: int) -> Result:
 
     table: Dict[str, Row] = {}
     masks: Dict[str, Tensor] = {}
+    cams = {name: [(s, cams_of(trained, s)) for s in (val, test)] for name, trained in hosts.items()}
     for name, source, align, suppress in (
         *((name, name, None, False) for name in hosts),
         (HOST_ALIGNED, HOST, "pamr", False),
@@ -182,8 +183,7 @@ def run(settings: Settings, seed: int) -> Result:
         (SUPPRESSED, LEARNED, "pamr", True),
     ):
         val_masks, masks[name] = (
-            refiner.refine(s.images, cams_of(hosts[source], s), s.labels, align=align, suppress=suppress).masks
-            for s in (val, test)
+            refiner.refine(s.images, cam, s.labels, align=align, suppress=suppress).masks for s, cam in cams[source]
         )
         table[name] = best_row(val_masks, val, masks[name], test)
     return Result(table, masks, test, histories, fit, refiner.read_prompts(world_vocabulary(), top=3))

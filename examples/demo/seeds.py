@@ -38,11 +38,11 @@ def run_seed(seed: int, folder: Path) -> Dict[str, Any]:
         "rows": {name: {"miou": row.miou, "share": row.share, "threshold": row.threshold} for name, row in result.rows.items()},
         "words": {r.name: r.words for r in result.readings},
     }
-    record = json.loads(json.dumps(record))
+    text = json.dumps(record, indent=1)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.write_text(text + "\n", encoding="utf-8")
     os.replace(part, path)
-    return record
+    return json.loads(text)  # as a later run will read it
 
 
 def _source_hash() -> str:
