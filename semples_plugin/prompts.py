@@ -201,6 +201,7 @@ def write_file(path: Union[str, "os.PathLike[str]"], context: Tensor, facts: Dic
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "facts": json.dumps(facts, ensure_ascii=False)}
     try:
+        part.touch()  # safetensors keeps the mode of a file that exists, and makes new ones unreadable for others
         save_file({"context": context.detach().cpu().contiguous()}, str(part), metadata=metadata)
         os.replace(part, target)
     finally:

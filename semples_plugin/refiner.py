@@ -322,16 +322,45 @@ class PromptRefiner(nn.Module):
         Raises:
             ValueError: if the data hold no positive label.
         """
-        recipe = self.recipe
-        epochs = recipe.epochs if epochs is None else epochs
-        batch_size = recipe.prompt_batch_size if batch_size is None else batch_size
-        rate = recipe.prompt_rate if rate is None else rate
-        for name, value in (("epochs", epochs), ("passes", passes), ("batch_size", batch_size)):
-            check_number(name, value, 1, whole=True)
-        check_number("rate", rate, 0)
-        if torch.is_inference_mode_enabled():
-            raise ValueError("fit_prompts trains the prompts and cannot run under torch.inference_mode(); call it outside.")
+        check_number("passes", passes, 1, whole=True)
+        self._fit_options(epochs, batch_size, rate)  # before the work, not after it
         features, pairs = self._collect(loader, cam_of, passes, progress)
+        return self.fit_prompts_on(features, pairs, epochs=epochs, batch_size=batch_size, rate=rate, progress=progress)
+
+    @torch.no_grad()
+    def encode_backgrounds(self, img: Tensor, cam: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor]:
+        """What stage (b) learns from, of one batch; for loops of your own that cannot hand a loader to `fit_prompts`.
+
+        Args:
+            img, cam, labels: as for `forward`; no gradient is needed.
+
+        Returns:
+            v_b (P, D), the feature of the background view of every positive pair, and pairs (P, 2), image and class index of
+            each; both on the CPU. Add the number of images before this batch to `pairs[:, 0]` and concatenate.
+        """
+        img, cam, labels = self._check(img, cam, labels)
+        pairs = regions.positive_pairs(labels)
+        _, (_, background) = self._views(img, cam, pairs, self.recipe.prompt_eps)
+        return self._encoder.encode_image(background, self.max_views).cpu(), pairs.cpu()
+
+    def fit_prompts_on(
+        self,
+        features: Tensor,
+        pairs: Tensor,
+        *,
+        epochs: Optional[int] = None,
+        batch_size: Optional[int] = None,
+        rate: Optional[float] = None,
+        progress: bool = True,
+    ) -> PromptFit:
+        """Stage (b) on features that `encode_backgrounds` gave; see `fit_prompts` for everything else.
+
+        Args:
+            features: (P, D) v_b.
+            pairs: (P, 2) image number and class of each.
+            epochs, batch_size, rate, progress: as for `fit_prompts`.
+        """
+        epochs, batch_size, rate = self._fit_options(epochs, batch_size, rate)
         features, pairs = _gather(features, pairs)
         if len(pairs) == 0:
             raise ValueError("fit_prompts needs at least one positive label; the loader gave none. Check its labels.")
@@ -350,7 +379,7 @@ class PromptRefiner(nn.Module):
                 epochs=epochs,
                 batch_size=batch_size,
                 rate=rate,
-                weight_decay=recipe.weight_decay,
+                weight_decay=self.recipe.weight_decay,
                 seed=self.seed,
                 progress=progress,
             )
@@ -360,6 +389,19 @@ class PromptRefiner(nn.Module):
         _broadcast(self.prompts.context)
         self._prompt_cache = None
         return fit
+
+    def _fit_options(
+        self, epochs: Optional[int], batch_size: Optional[int], rate: Optional[float]
+    ) -> Tuple[int, int, float]:
+        epochs = self.recipe.epochs if epochs is None else epochs
+        batch_size = self.recipe.prompt_batch_size if batch_size is None else batch_size
+        rate = self.recipe.prompt_rate if rate is None else rate
+        for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+            check_number(name, value, 1, whole=True)
+        check_number("rate", rate, 0)
+        if torch.is_inference_mode_enabled():
+            raise ValueError("fit_prompts trains the prompts and cannot run under torch.inference_mode(); call it outside.")
+        return epochs, batch_size, rate
 
     @torch.no_grad()
     def _collect(
@@ -382,11 +424,9 @@ class PromptRefiner(nn.Module):
                 cam = cam_of(img)
                 if isinstance(cam, Tensor) and isinstance(img, Tensor) and isinstance(labels, Tensor):
                     img, labels = img.to(cam.device), labels.to(cam.device)
-                img, cam, labels = self._check(img, cam, labels)
-                pairs = regions.positive_pairs(labels)
-                _, (_, background) = self._views(img, cam, pairs, self.recipe.prompt_eps)
-                features.append(self._encoder.encode_image(background, self.max_views).cpu())
-                numbers.append(pairs.cpu() + torch.tensor([count, 0]))
+                found, pairs = self.encode_backgrounds(img, cam, labels)
+                features.append(found)
+                numbers.append(pairs + torch.tensor([count, 0]))
                 count += len(img)
             if batches == 0 and count:
                 raise ValueError("With passes > 1 `loader` must start again each time; a generator is used up after one pass.")

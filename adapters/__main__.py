@@ -1,0 +1,182 @@
+"""Run a host's own training script, unedited, with the refiner attached.
+
+    python -m semples_plugin.adapters mctformer --repo MCTformer -- main.py --data-path VOCdevkit/VOC2012 ...
+
+Stages: match (train with L_match), prompt (learn the background prompts with the trained host), refine (train on with
+L_match + lambda L_refine, from the weights of the match stage); `all` runs the three, each in a process of its own, and goes
+on where it was interrupted. `plain` runs the script with nothing attached, for baselines and for the host's CAM files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from ..class_names import COCO_CLASSES, VOC_CLASSES
+from ..errors import SemplesError
+from ..refiner import PromptRefiner
+from . import names, source
+from ._runner import STAGES, Job, forget, run_all, run_stage
+
+__all__ = ["main"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m semples_plugin.adapters",
+        usage="%(prog)s HOST --repo DIR [options] -- SCRIPT [the script's own arguments]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("host", metavar="HOST", choices=names(), help=", ".join(names()))
+    parser.add_argument("--repo", type=Path, required=True, metavar="DIR", help="the host's folder; nothing in it is changed by us")
+    parser.add_argument("--stage", choices=["all", *STAGES, "plain"], default="all", help="(all)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="prompts, weights, logs, record (runs/HOST)")
+    parser.add_argument("--cwd", type=Path, metavar="DIR", help="folder that the script runs in (the host's)")
+    parser.add_argument("--classes", default="voc", metavar="voc|coco|FILE", help="names in the order of the label columns; FILE: "
+                        "one per line, or JSON list, or JSON mapping name -> name for CLIP (voc)")  # fmt: skip
+    parser.add_argument("--clip", default="ViT-B/32", metavar="NAME", help="CLIP model or weights file (ViT-B/32)")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="learned prompts: skips the prompt stage")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="trained host weights: skips the match stage")
+    parser.add_argument("--mode", choices=["add", "replace"], default="add", help="add to the host's label loss, or replace it (add)")
+    parser.add_argument("--weight", type=float, default=1.0, help="factor on the refiner's loss (1)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="argument of PromptRefiner, e.g. lambda_area=1")
+    parser.add_argument("--host-option", action="append", default=[], metavar="NAME=VALUE", help="of the adapter, e.g. cam=patch")
+    parser.add_argument("--prompt-epochs", type=int, metavar="N", help="epochs over the cached features (the recipe's)")
+    parser.add_argument("--seed", type=int, default=0, help="of Python, NumPy, torch and the prompts; hosts may set their own (0)")
+    parser.add_argument("--log-every", type=int, default=10, metavar="N", help="steps between two lines of OUT/STAGE.jsonl (10)")
+    parser.add_argument("--cpu", action="store_true", help="run a host with hard-coded .cuda() on the CPU: for smoke tests")
+    parser.add_argument("--restart", action="store_true", help="forget what an earlier run left in OUT")
+    return parser
+
+
+def _pairs(items: Sequence[str], option: str, parser: argparse.ArgumentParser) -> Dict[str, Any]:
+    values: Dict[str, Any] = {}
+    for item in items:
+        name, sign, text = item.partition("=")
+        if not sign or not name.isidentifier():
+            parser.error(f"{option} takes NAME=VALUE; got {item!r}.")
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[name] = text
+    return values
+
+
+def _classes(text: str) -> Any:
+    if text in ("voc", "coco"):
+        return VOC_CLASSES if text == "voc" else COCO_CLASSES
+    path = Path(text)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--classes must be voc, coco or a readable file; got {text!r} ({error.strerror}).") from error
+    if path.suffix != ".json":
+        return [line.strip() for line in content.splitlines() if line.strip()]
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}.") from error
+    if not isinstance(found, (list, dict)):
+        raise ValueError(f"{path} must hold a list of names or a mapping name -> name for CLIP; got {type(found).__name__}.")
+    return found
+
+
+def _split(arguments: Sequence[str]) -> Tuple[List[str], List[str]]:
+    arguments = list(arguments)
+    if "--" not in arguments:
+        return arguments, []
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Exit status: 0 done, 1 a stage failed, 2 wrong arguments; a script's own status where it has one."""
+    ours, script = _split(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    options = parser.parse_args(ours)
+    try:
+        job = _job(options, script, parser)
+    except (TypeError, ValueError, SemplesError) as error:
+        parser.error(str(error))
+    if options.restart:
+        forget(job.out, STAGES if options.stage == "all" else [options.stage])
+    if options.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        if options.stage != "all":
+            run_stage(job, options.stage)
+            return 0
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            parser.error("--stage all starts processes of its own; under torchrun run --stage match, prompt and refine in turn.")
+        given = {"prompt": options.prompts, "match": options.checkpoint}  # what the user brings needs no stage
+        stages = [stage for stage in STAGES if given.get(stage) is None]
+        rest = [part for part in ours if part != "--restart"]
+        return run_all(job, stages, lambda stage: [sys.executable, "-m", "semples_plugin.adapters", *rest, "--stage", stage, "--", *script])
+    except SemplesError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _job(options: argparse.Namespace, script: List[str], parser: argparse.ArgumentParser) -> Job:
+    if not script:
+        parser.error("Give the host's script and its arguments after --, e.g. -- main.py --epochs 1.")
+    repo = options.repo.resolve()
+    if not (repo / script[0]).is_file():
+        parser.error(f"There is no {script[0]} in {repo}.")
+    for name in ("prompts", "checkpoint"):
+        path = getattr(options, name)
+        if path is not None and not path.is_file():
+            parser.error(f"--{name}: there is no file {path}.")
+    if options.cwd is not None and not options.cwd.is_dir():
+        parser.error(f"--cwd: there is no folder {options.cwd}.")
+    if options.log_every < 1:
+        parser.error(f"--log-every must be at least 1; got {options.log_every}.")
+    classes = _classes(options.classes)
+    settings = _pairs(options.set, "--set", parser)
+    adapter_options = _pairs(options.host_option, "--host-option", parser)
+    clip = str(Path(options.clip).resolve()) if Path(options.clip).is_file() else options.clip
+    refiner_options = {"recipe": "coco" if options.classes == "coco" else "voc", "seed": options.seed, **settings}
+    out = (options.out or Path("runs") / options.host).resolve()
+    facts = {
+        "host": options.host,
+        "script": script,
+        "repo": str(repo),
+        "cwd": str((options.cwd or repo).resolve()),
+        "classes": list(classes),
+        "clip": clip,
+        "refiner": refiner_options,
+        "adapter": adapter_options,
+        "mode": options.mode,
+        "weight": options.weight,
+        "prompt_epochs": options.prompt_epochs,
+        "seed": options.seed,
+        "cpu": options.cpu,
+    }
+    return Job(
+        host=options.host,
+        source=source(options.host, **adapter_options),
+        script=script,
+        repo=repo,
+        cwd=(options.cwd or repo).resolve(),
+        out=out,
+        refiner=lambda: PromptRefiner(classes, clip=clip, **refiner_options),
+        facts=facts,
+        prompts=(options.prompts or out / "prompts.safetensors").resolve(),
+        checkpoint=options.checkpoint.resolve() if options.checkpoint else None,
+        prompt_epochs=options.prompt_epochs,
+        mode=options.mode,
+        weight=options.weight,
+        seed=options.seed,
+        cpu=options.cpu,
+        log_every=options.log_every,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

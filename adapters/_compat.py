@@ -1,0 +1,167 @@
+"""What old hosts need in a current environment: scopes for the runner's own process, all undone on exit.
+
+None of this touches a file, and `attach` uses none of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["old_libraries", "on_cpu", "replaced"]
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Attributes of a module or class, replaced for the time of a `with`; those it lacked are removed again."""
+    missing = object()
+    before = {name: vars(owner).get(name, missing) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            if value is missing:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+
+
+# ---------------------------------------------------------------------------------------------------- no GPU
+
+
+class _NoCuda(TorchFunctionMode):
+    """`.cuda()`, `.to("cuda")` and `device="cuda"` mean the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Optional[Dict[str, Any]] = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.cuda:
+            return args[0]
+        if func is Tensor.to:
+            args = (args[0], *(_cpu(value) for value in args[1:]))
+        if "device" in kwargs:
+            kwargs["device"] = _cpu(kwargs["device"])
+        return func(*args, **kwargs)
+
+
+def _cpu(value: Any) -> Any:
+    if isinstance(value, torch.device):
+        return torch.device("cpu") if value.type == "cuda" else value
+    if isinstance(value, str):
+        return "cpu" if value.split(":")[0] == "cuda" else value
+    return torch.device("cpu") if type(value) is int else value  # .to(0)
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """A host with hard-coded `.cuda()` runs on the CPU. For smoke tests: slow, and autocast to float16 is off."""
+    load = torch.load
+
+    def load_on_cpu(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return load(f, "cpu" if map_location is None else _cpu(map_location), *args, **kwargs)
+
+    idle = {name: _nothing() for name in ("synchronize", "set_device", "empty_cache")}
+    with replaced(torch.cuda, is_available=lambda: False, **idle), replaced(torch, load=load_on_cpu), _NoCuda():
+        yield
+
+
+def _nothing() -> Any:
+    """A function of its own each time: torch's compiler keeps a table of torch functions and refuses doubles."""
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    return nothing
+
+
+# ---------------------------------------------------------------------------------------------------- old libraries
+
+
+@contextlib.contextmanager
+def old_libraries() -> Iterator[List[str]]:
+    """Hosts written for timm 0.4/0.5, Pillow 9 and a matching torchvision run under current ones.
+
+    - timm >= 0.6 hands `pretrained_cfg` and the like to every model factory, which a host's own factory does not take:
+      `create_model` calls factories that are not timm's own as timm 0.4 did.
+    - torchvision built for another torch fails on import ("operator torchvision::nms does not exist"): its operators are
+      declared, so that its Python transforms can be imported. Calling such an operator fails as before.
+    - Pillow >= 10 has lost `Image.CUBIC` and others: they are there again under their old names.
+
+    Yields the list of what was done, for the record of the run; libraries that are not installed are left alone.
+    """
+    done: List[str] = []
+    with contextlib.ExitStack() as stack:
+        for shim in (_torchvision, _pillow, _timm):
+            note = shim(stack)
+            if note:
+                done.append(note)
+        yield done
+
+
+def _torchvision(stack: contextlib.ExitStack) -> Optional[str]:
+    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        importlib.import_module("torchvision")
+        return None
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+    spec = importlib.util.find_spec("torchvision")
+    assert spec is not None and spec.origin is not None
+    text = (Path(spec.origin).parent / "_meta_registrations.py").read_text(encoding="utf-8")
+    library = torch.library.Library("torchvision", "DEF")
+    for name in sorted(set(re.findall(r'register_fake\("torchvision::(\w+)"\)', text))):
+        library.define(f"{name}(Tensor x) -> Tensor")
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    importlib.import_module("torchvision")
+    _declared.append(library)  # an operator stays declared for the life of the process
+    return "declared the operators of a torchvision that was built for another torch"
+
+
+_declared: List[Any] = []
+
+
+def _pillow(stack: contextlib.ExitStack) -> Optional[str]:
+    if importlib.util.find_spec("PIL") is None:
+        return None
+    image = importlib.import_module("PIL.Image")
+    old = {"CUBIC": "BICUBIC", "LINEAR": "BILINEAR", "ANTIALIAS": "LANCZOS"}
+    lost = {name: getattr(image.Resampling, new) for name, new in old.items() if not hasattr(image, name)}
+    stack.enter_context(replaced(image, **lost))
+    return f"gave Pillow its old names {', '.join(lost)}" if lost else None
+
+
+def _timm(stack: contextlib.ExitStack) -> Optional[str]:
+    if importlib.util.find_spec("timm") is None:
+        return None
+    timm = importlib.import_module("timm")
+    models = importlib.import_module("timm.models")
+    if _version(timm.__version__) < (0, 6):
+        return None
+    create = models.create_model
+
+    def create_model(model_name: str, pretrained: bool = False, *args: Any, **kwargs: Any) -> Any:
+        entry = models.model_entrypoint(model_name) if models.is_model(model_name) else None
+        if entry is None or entry.__module__.split(".")[0] == "timm":
+            return create(model_name, pretrained, *args, **kwargs)
+        return entry(pretrained=pretrained, **{key: value for key, value in kwargs.items() if value is not None})
+
+    stack.enter_context(replaced(models, create_model=create_model))
+    stack.enter_context(replaced(timm, create_model=create_model))
+    return f"called the host's own model factories as timm 0.4 did (timm {timm.__version__})"
+
+
+def _version(text: str) -> Tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])

@@ -1,0 +1,441 @@
+"""A host's own script, unedited, with the refiner attached: one stage of it in this process.
+
+The script is run as `__main__` from its own folder, as `python main.py ...` would. The host's model is the first one of the
+adapter's kind that runs forward in training mode; the hooks are put on there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import random
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .. import __version__
+from ..refiner import PromptRefiner
+from . import _compat
+from ._attachment import AdapterError, Attachment, CamSource, Capture, unwrap
+
+STAGES = ("match", "prompt", "refine")
+
+
+class Job(NamedTuple):
+    """What one run of the runner is asked for; paths are absolute.
+
+    Attributes:
+        host: name of the adapter.
+        source: the adapter.
+        script: the host's script and its arguments.
+        repo: folder of the host; `script` is relative to it.
+        cwd: where the script runs.
+        out: folder of the run.
+        refiner: makes the `PromptRefiner`.
+        facts: what identifies the run, for its record.
+        prompts: prompt file, read by the refine stage and written by the prompt stage.
+        checkpoint: host weights for the prompt and refine stages; by default those of the match stage.
+        prompt_epochs: epochs of the prompt stage, or None for the recipe's.
+        mode, weight: as for `attach`.
+        seed: of Python, NumPy and torch before the script starts.
+        cpu: run a host with hard-coded `.cuda()` on the CPU.
+        log_every: steps between two lines of the log of terms.
+    """
+
+    host: str
+    source: CamSource
+    script: List[str]
+    repo: Path
+    cwd: Path
+    out: Path
+    refiner: Callable[[], PromptRefiner]
+    facts: Dict[str, Any]
+    prompts: Path
+    checkpoint: Optional[Path]
+    prompt_epochs: Optional[int]
+    mode: str
+    weight: float
+    seed: int
+    cpu: bool
+    log_every: int
+
+
+# ---------------------------------------------------------------------------------------------------- the record of a run
+
+
+class Record:
+    """`record.json` of a run: what was asked for, with which versions, and how far each stage came. Always a whole file."""
+
+    def __init__(self, out: Path):
+        self.path = out / "record.json"
+        self.content: Dict[str, Any] = {}
+        if self.path.exists():
+            try:
+                self.content = json.loads(self.path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise AdapterError(f"{self.path} is not readable JSON ({error}). Choose another --out, or --restart.") from error
+
+    def open(self, job: Job) -> None:
+        """Check that the folder belongs to this very run, or make it so."""
+        before = self.content.get("run")
+        if before is not None and before != job.facts:
+            keys = [key for key in {**before, **job.facts} if before.get(key) != job.facts.get(key)]
+            what = "; ".join(f"{key} was {before.get(key)!r}, is {job.facts.get(key)!r}" for key in sorted(keys))
+            raise AdapterError(f"{self.path.parent} holds another run: {what}. Choose another --out, or --restart.")
+        self.content.update(run=job.facts, host_commit=_commit(job.repo), versions=_versions())
+        self.content.setdefault("stages", {})
+        self.save()
+
+    def state(self, stage: str) -> str:
+        return self.content.get("stages", {}).get(stage, {}).get("state", "not started")
+
+    def stage(self, stage: str, **values: Any) -> None:
+        self.content.setdefault("stages", {}).setdefault(stage, {}).update(values)
+        self.save()
+
+    def save(self) -> None:
+        if _is_main():
+            write_atomically(self.path, lambda part: part.write_text(_json(self.content) + "\n", encoding="utf-8"))
+
+
+def forget(out: Path, stages: Sequence[str]) -> None:
+    """Delete what these stages wrote, by name; the record of the whole run with the last of them."""
+    for stage in stages:
+        for name in (f"{stage}.pt", f"{stage}.jsonl", *(["prompts.safetensors"] if stage == "prompt" else [])):
+            (out / name).unlink(missing_ok=True)
+    if set(stages) >= set(STAGES):
+        (out / "record.json").unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """`path` holds all that `write(part)` wrote, or what it held before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False)
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _commit(repo: Path) -> Dict[str, Any]:
+    """The host's commit, and its files that differ from it; None where the folder is no git repository."""
+
+    def git(*arguments: str) -> Optional[str]:
+        try:
+            done = subprocess.run(["git", "-C", str(repo), *arguments], capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.rstrip("\n") if done.returncode == 0 else None
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "changed_files": None if changed is None else changed.splitlines()}
+
+
+def _versions() -> Dict[str, str]:
+    versions = {"python": platform.python_version(), "semples_plugin": __version__, "torch": torch.__version__}
+    versions["numpy"] = np.__version__
+    for name in ("timm", "torchvision"):
+        module = sys.modules.get(name)
+        if module is not None:
+            versions[name] = module.__version__
+    return versions
+
+
+# ---------------------------------------------------------------------------------------------------- the host's process
+
+
+@contextlib.contextmanager
+def _as_script(job: Job) -> Iterator[None]:
+    """Working folder, `sys.argv` and `sys.path` as `python script ...` has them."""
+    script = job.repo / job.script[0]
+    cwd, argv, path = os.getcwd(), sys.argv[:], sys.path[:]
+    try:
+        os.chdir(job.cwd)
+        sys.argv = [job.script[0], *job.script[1:]]
+        sys.path[0] = str(script.parent)  # of this process it was the folder it was started from
+        if str(job.repo) not in sys.path[:1]:
+            sys.path.insert(1, str(job.repo))
+        yield
+    finally:
+        os.chdir(cwd)
+        sys.argv, sys.path[:] = argv, path
+
+
+def _run_script(job: Job) -> None:
+    try:
+        runpy.run_path(str(job.repo / job.script[0]), run_name="__main__")
+    except SystemExit as leave:
+        if leave.code not in (None, 0):
+            raise
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class _Finder:
+    """Waits for the host's model: the first of the adapter's kind that runs forward in training mode with gradients."""
+
+    def __init__(self, source: CamSource, found: Callable[[nn.Module, Any], None]):
+        self.source, self.found = source, found
+        self.model: Optional[nn.Module] = None
+        self.seen: List[str] = []
+
+    def __enter__(self) -> "_Finder":
+        self.handle = nn.modules.module.register_module_forward_pre_hook(self._hook)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.handle.remove()
+
+    def _hook(self, module: nn.Module, inputs: Any) -> None:
+        inner = unwrap(module)
+        if not (torch.is_grad_enabled() and inner.training):
+            return
+        try:
+            self.source.modules(inner)
+        except AdapterError:
+            if type(inner).__name__ not in self.seen:
+                self.seen.append(type(inner).__name__)
+            return
+        self.handle.remove()
+        self.model = module
+        self.found(module, inputs)
+
+    def missing(self, script: str) -> AdapterError:
+        return AdapterError(
+            f"{script} ended without training a model that the adapter {self.source.name!r} knows. Modules that ran in training "
+            f"mode: {', '.join(self.seen[:12]) or 'none'}. Is this the training script, and the right adapter?"
+        )
+
+
+class _PassOver(BaseException):
+    """The host's loader was gone through once; not an `Exception`, so that a host's `except Exception` lets it pass."""
+
+
+class _Collector(Attachment):
+    """Instead of adding a loss, keeps what stage (b) learns from. The host's weights are the same for every batch."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.features: List[Tensor] = []
+        self.pairs: List[Tensor] = []
+        self.images = 0
+        self.over = False
+
+    def _bind(self, model: nn.Module) -> None:
+        super()._bind(model)
+        inner = unwrap(model)
+        self._weights = {name: value.detach().clone() for name, value in inner.state_dict().items()}
+        self._handles.append(model.register_forward_pre_hook(lambda module, inputs: self._restore(inner)))
+        self._restore(inner)
+
+    def _restore(self, model: nn.Module) -> None:
+        """Undo the host's last step, and keep dropout, stochastic depth and batch statistics still."""
+        if self.over:
+            raise _PassOver
+        model.load_state_dict(self._weights)
+        for module in model.modules():
+            if next(module.children(), None) is None:
+                module.training = False
+
+    def _step(self, capture: Capture, labels: Tensor) -> None:
+        img, cam = self._cam(capture)
+        features, pairs = self.refiner.encode_backgrounds(img, cam.detach(), labels.to(cam.device))
+        self.features.append(features)
+        self.pairs.append(pairs + torch.tensor([self.images, 0]))
+        self.images += len(img)
+        self.steps += 1
+
+    def collected(self) -> Tuple[Tensor, Tensor]:
+        return torch.cat(self.features), torch.cat(self.pairs)
+
+
+@contextlib.contextmanager
+def _one_pass(collector: _Collector) -> Iterator[None]:
+    """Ends the script when a DataLoader that fed the collector is exhausted."""
+    iterate = DataLoader.__iter__
+
+    def once(loader: Any) -> Iterator[Any]:
+        before = collector.steps
+        yield from iterate(loader)
+        if collector.steps > before:
+            collector.over = True
+            raise _PassOver
+
+    with _compat.replaced(DataLoader, __iter__=once):
+        yield
+
+
+def _load_weights(path: Path, model: nn.Module) -> None:
+    """Host weights from a checkpoint: a state dict, or a dict that holds one under "model" or "state_dict"."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise AdapterError(
+            f"{path} is no checkpoint of plain weights ({error}). Give one that holds tensors only: "
+            "torch.save(model.state_dict(), path)."
+        ) from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path} must hold a state dict; it holds a {type(content).__name__}.")
+    weights = {name[7:] if name.startswith("module.") else name: value for name, value in content.items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise AdapterError(f"{path} does not fit {type(model).__name__}: {error}") from error
+
+
+def run_stage(job: Job, stage: str) -> None:
+    """One stage of a run, in this process. `"plain"` runs the script with nothing attached and nothing recorded."""
+    if stage == "plain":
+        with _process(job):
+            _run_script(job)
+        return
+    record = Record(job.out)
+    record.open(job)
+    record.stage(stage, state="running", started=_now())
+    try:
+        values = _prompt(job) if stage == "prompt" else _train(job, stage)
+    except BaseException as error:
+        how = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}: {error}"
+        record.stage(stage, state=how, finished=_now())
+        raise
+    record.content["versions"] = _versions()
+    record.stage(stage, state="done", finished=_now(), **values)
+
+
+@contextlib.contextmanager
+def _process(job: Job) -> Iterator[List[str]]:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_as_script(job))
+        shims = stack.enter_context(_compat.old_libraries())
+        if job.cpu:
+            stack.enter_context(_compat.on_cpu())
+        for note in shims:
+            print(f"semples: {note}", file=sys.stderr)
+        _seed(job.seed)
+        yield shims
+
+
+def _start(job: Job, stage: str) -> Optional[Path]:
+    """The host weights that a stage starts from, or None for the script's own."""
+    if stage == "match":
+        return None
+    path = job.checkpoint or job.out / "match.pt"
+    if not path.exists():
+        raise AdapterError(f"The {stage} stage starts from the host's trained weights, but there is no {path}. Run --stage match, "
+                           "or give them: --checkpoint FILE.")  # fmt: skip
+    return path
+
+
+def _attached(job: Job, attachment: Attachment, start: Optional[Path]) -> _Finder:
+    def found(model: nn.Module, inputs: Any) -> None:
+        if start is not None:
+            _load_weights(start, unwrap(model))
+            print(f"semples: {type(unwrap(model)).__name__} starts from {start}", file=sys.stderr)
+        attachment._bind(model)
+        attachment._recorder._begin(model, inputs)  # type: ignore[union-attr]  # this very call is under way
+        print(f"semples: attached to {type(unwrap(model)).__name__}", file=sys.stderr)
+
+    return _Finder(job.source, found)
+
+
+def _train(job: Job, stage: str) -> Dict[str, Any]:
+    """Stages (a) and (c)."""
+    start = _start(job, stage)
+    refiner = job.refiner()
+    if stage == "refine":
+        refiner.load_prompts(job.prompts)
+    log = _log(job.out / f"{stage}.jsonl", job.log_every)
+    attachment = Attachment(job.source, None, refiner, mode=job.mode, weight=job.weight, on_step=None)
+    with log as write:
+        attachment.on_step = write if _is_main() else None
+        with _process(job) as shims, attachment, _attached(job, attachment, start) as finder:
+            _run_script(job)
+    if finder.model is None:
+        raise finder.missing(job.script[0])
+    weights = unwrap(finder.model).state_dict()
+    if _is_main():
+        write_atomically(job.out / f"{stage}.pt", lambda part: torch.save({"model": weights}, part))
+    print(f"semples: {stage}: {attachment.steps} steps, weights in {job.out / f'{stage}.pt'}", file=sys.stderr)
+    return {"steps": attachment.steps, "weights": f"{stage}.pt", "shims": shims}
+
+
+@contextlib.contextmanager
+def _log(path: Path, every: int) -> Iterator[Any]:
+    """A line of JSON per `every` steps; a stage that starts again starts its log again."""
+    if not _is_main():
+        yield None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", buffering=1) as file:
+        yield lambda step, terms: file.write(json.dumps({"step": step, **terms}) + "\n") if (step - 1) % every == 0 else None
+
+
+def _prompt(job: Job) -> Dict[str, Any]:
+    """Stage (b): one pass over the host's own loader with the trained host held still, then the prompts on cached features."""
+    start = _start(job, "prompt")
+    refiner = job.refiner()
+    collector = _Collector(job.source, None, refiner)
+    with _process(job) as shims, contextlib.suppress(_PassOver), collector, _one_pass(collector):
+        with _attached(job, collector, start) as finder:
+            _run_script(job)
+    if finder.model is None:
+        raise finder.missing(job.script[0])
+    if not collector.features:
+        raise AdapterError(f"{job.script[0]} trained, but gave no batch with labels to learn prompts from.")
+    features, pairs = collector.collected()
+    print(f"semples: learning prompts from {len(pairs)} pairs of {collector.images} images", file=sys.stderr)
+    fit = refiner.fit_prompts_on(features, pairs, epochs=job.prompt_epochs, progress=_is_main())
+    seen = {refiner.classes[k] for k in pairs[:, 1].unique().tolist()}  # prompts of other classes learned nothing
+    readings = {reading.name: [word for word, _ in reading.words] for reading in refiner.read_prompts() if reading.name in seen}
+    if _is_main():
+        job.prompts.parent.mkdir(parents=True, exist_ok=True)
+        refiner.save_prompts(job.prompts)
+        for name, words in readings.items():
+            print(f"semples: background of {name}: {', '.join(words)}", file=sys.stderr)
+    return {"images": collector.images, "pairs": fit.num_pairs, "nearest_words": readings, "shims": shims}
+
+
+def run_all(job: Job, stages: Sequence[str], command: Callable[[str], List[str]]) -> int:
+    """Every stage in a process of its own; those that the record calls done are skipped. Returns an exit status."""
+    Record(job.out).open(job)
+    for stage in stages:
+        record = Record(job.out)
+        if record.state(stage) == "done":
+            print(f"semples: {stage}: done before, skipped", file=sys.stderr)
+            continue
+        print(f"semples: {stage}: starting", file=sys.stderr)
+        status = subprocess.run(command(stage)).returncode
+        if status or Record(job.out).state(stage) != "done":
+            print(f"semples: {stage} ended with status {status}; the same command goes on from here.", file=sys.stderr)
+            return status or 1
+    return 0
