@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 OUT ?= runs/demo
 SEEDS ?= 5
 
-.PHONY: demo seeds benchmark test lint clean
+.PHONY: demo seeds benchmark test test-hosts lint clean
 demo: $(VENV)/ready
 	$(RUN) -m examples.demo --out $(OUT)
 
@@ -21,11 +21,21 @@ benchmark: $(VENV)/ready
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest
 
+# The real baselines: MCTFORMER=dir WEAKTR=dir TRANSCAM=dir ... VOC_PHOTOS=dir, see tests/hosts/README.md
+test-hosts: $(VENV)/hosts
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/hosts -rs
+
+$(VENV)/hosts: $(VENV)/ready
+	$(RUN) -m pip install --quiet --no-deps timm==1.0.31 torchvision==0.28.0
+	$(RUN) -m pip install --quiet -r tests/hosts/requirements.txt
+	touch $@
+
 lint: $(VENV)/ready
 	$(RUN) -m pip install --quiet ruff mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy semples_plugin
+	rm -rf build/mypy && mkdir -p build/mypy && cp -r semples_plugin build/mypy/ && cp -r adapters build/mypy/semples_plugin/
+	$(RUN) -m mypy build/mypy/semples_plugin
 
 # An installed torch is used as it is; otherwise one pinned release, so that no newer one with other needs slips in.
 $(VENV)/ready: setup.cfg

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..refiner import PromptRefiner
-from ._attachment import AdapterError, Attachment, CamSource, Capture, LogStep, Recorder, Records
+from ._attachment import AdapterError, Attachment, CamSource, Capture, LogStep, Recorder, Records, unwrap
 from .generic import Generic
 from .mctformer import MCTformer
 from .probe import Probe, Reach, probe_host
@@ -40,7 +40,9 @@ def source(host: Union[str, CamSource], **options: Any) -> CamSource:
     """The `CamSource` of a host by name, with its options; a `CamSource` passes through."""
     if isinstance(host, CamSource):
         if options:
-            raise TypeError(f"Options such as {next(iter(options))!r} belong to hosts given by name; set them on your CamSource.")
+            raise TypeError(
+                f"Options such as {next(iter(options))!r} belong to hosts given by name; set them on your CamSource."
+            )
         return host
     if host not in _HOSTS:
         raise ValueError(f"The host must be one of {', '.join(map(repr, names()))} or a CamSource; got {host!r}.")
@@ -122,7 +124,7 @@ def cam_of(host: Union[str, CamSource], model: nn.Module, **options: Any) -> Cal
     For `refiner.fit_prompts(loader, cam_of("weaktr", model.eval()))` and `refiner.refine(img, cam, labels)`.
     """
     parts = source(host, **options)
-    parts.modules(getattr(model, "module", model))
+    parts.modules(unwrap(model))
 
     @torch.no_grad()
     def function(img: Tensor) -> Tensor:

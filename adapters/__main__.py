@@ -34,22 +34,34 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("host", metavar="HOST", choices=names(), help=", ".join(names()))
-    parser.add_argument("--repo", type=Path, required=True, metavar="DIR", help="the host's folder; nothing in it is changed by us")
+    parser.add_argument(
+        "--repo", type=Path, required=True, metavar="DIR", help="the host's folder; nothing in it is changed by us"
+    )
     parser.add_argument("--stage", choices=["all", *STAGES, "plain"], default="all", help="(all)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="prompts, weights, logs, record (runs/HOST)")
     parser.add_argument("--cwd", type=Path, metavar="DIR", help="folder that the script runs in (the host's)")
-    parser.add_argument("--classes", default="voc", metavar="voc|coco|FILE", help="names in the order of the label columns; FILE: "
+    parser.add_argument("--classes", default="voc", metavar="voc|coco|FILE", help="names in label order; FILE: "
                         "one per line, or JSON list, or JSON mapping name -> name for CLIP (voc)")  # fmt: skip
     parser.add_argument("--clip", default="ViT-B/32", metavar="NAME", help="CLIP model or weights file (ViT-B/32)")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="learned prompts: skips the prompt stage")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="trained host weights: skips the match stage")
-    parser.add_argument("--mode", choices=["add", "replace"], default="add", help="add to the host's label loss, or replace it (add)")
+    parser.add_argument(
+        "--mode", choices=["add", "replace"], default="add", help="add to the host's label loss, or replace it (add)"
+    )
     parser.add_argument("--weight", type=float, default=1.0, help="factor on the refiner's loss (1)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="argument of PromptRefiner, e.g. lambda_area=1")
-    parser.add_argument("--host-option", action="append", default=[], metavar="NAME=VALUE", help="of the adapter, e.g. cam=patch")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="argument of PromptRefiner, e.g. lambda_area=1"
+    )
+    parser.add_argument(
+        "--host-option", action="append", default=[], metavar="NAME=VALUE", help="of the adapter, e.g. cam=patch"
+    )
     parser.add_argument("--prompt-epochs", type=int, metavar="N", help="epochs over the cached features (the recipe's)")
-    parser.add_argument("--seed", type=int, default=0, help="of Python, NumPy, torch and the prompts; hosts may set their own (0)")
-    parser.add_argument("--log-every", type=int, default=10, metavar="N", help="steps between two lines of OUT/STAGE.jsonl (10)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of Python, NumPy, torch and the prompts; hosts may set their own (0)"
+    )
+    parser.add_argument(
+        "--log-every", type=int, default=10, metavar="N", help="steps between two lines of OUT/STAGE.jsonl (10)"
+    )
     parser.add_argument("--cpu", action="store_true", help="run a host with hard-coded .cuda() on the CPU: for smoke tests")
     parser.add_argument("--restart", action="store_true", help="forget what an earlier run left in OUT")
     return parser
@@ -113,11 +125,15 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             run_stage(job, options.stage)
             return 0
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            parser.error("--stage all starts processes of its own; under torchrun run --stage match, prompt and refine in turn.")
+            parser.error(
+                "--stage all starts processes of its own; under torchrun run --stage match, prompt and refine in turn."
+            )
         given = {"prompt": options.prompts, "match": options.checkpoint}  # what the user brings needs no stage
         stages = [stage for stage in STAGES if given.get(stage) is None]
         rest = [part for part in ours if part != "--restart"]
-        return run_all(job, stages, lambda stage: [sys.executable, "-m", "semples_plugin.adapters", *rest, "--stage", stage, "--", *script])
+        return run_all(
+            job, stages, lambda stage: [sys.executable, "-m", "semples_plugin.adapters", *rest, "--stage", stage, "--", *script]
+        )
     except SemplesError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -61,6 +61,10 @@ class Records:
     def add(self, name: str, output: Any) -> None:
         self._outputs[name].append(output)
 
+    def names(self) -> List[str]:
+        """The watched modules, in the order of `CamSource.modules`."""
+        return list(self._outputs)
+
     def all(self, name: str) -> List[Any]:
         if name not in self._outputs:
             raise AdapterError(f"Module {name!r} is not watched; watched are {_listing(self._outputs)}.")
@@ -157,7 +161,7 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         options = {"with_kwargs": True} if _WITH_KWARGS else {}
         self.handles = [
-            self.model.register_forward_pre_hook(self._begin),
+            self.model.register_forward_pre_hook(self.begin),
             self.model.register_forward_hook(self._end, **options),
         ]
         for name, module in self.watched.items():
@@ -169,7 +173,7 @@ class Recorder:
             handle.remove()
         self.handles, self.records = [], None
 
-    def _begin(self, module: nn.Module, inputs: Any) -> None:
+    def begin(self, module: nn.Module, inputs: Any) -> None:
         if getattr(module, "_is_replica", False):
             raise AdapterError(
                 f"{type(module).__name__} runs as a replica of torch.nn.DataParallel. Give `attach` the DataParallel wrapper "
@@ -274,7 +278,7 @@ class Attachment:
             if self._criterion is not None:
                 self._handles.append(self._criterion.register_forward_hook(self._on_criterion))
             if self._model is not None:
-                self._bind(self._model)
+                self.bind(self._model)
             self._mode = _Tap(self)
             self._mode.__enter__()
         except BaseException:
@@ -307,10 +311,17 @@ class Attachment:
             raise TypeError(f"`model` must be the host's torch.nn.Module; got {type(model).__name__}.")
         self.source.modules(unwrap(model))
 
-    def _bind(self, model: nn.Module) -> None:
-        """Put the hooks on a model; `attach` does it on entry, the runner when the host's model turns up."""
+    def bind(self, model: nn.Module, under_way: bool = False) -> None:
+        """Put the hooks on a model; a `with` does it on entry, the runner when the host's model turns up.
+
+        Args:
+            model: the host.
+            under_way: whether its forward pass has begun, so that it counts as well.
+        """
         self._model = model
         self._recorder = Recorder(model, self.source, self._on_forward, self._training).__enter__()
+        if under_way:
+            self._recorder.begin(model, ())
 
     # ------------------------------------------------------------------------------------------------ what is seen
 

@@ -83,7 +83,9 @@ class Record:
             try:
                 self.content = json.loads(self.path.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise AdapterError(f"{self.path} is not readable JSON ({error}). Choose another --out, or --restart.") from error
+                raise AdapterError(
+                    f"{self.path} is not readable JSON ({error}). Choose another --out, or --restart."
+                ) from error
 
     def open(self, job: Job) -> None:
         """Check that the folder belongs to this very run, or make it so."""
@@ -201,7 +203,7 @@ def _seed(seed: int) -> None:
 class _Finder:
     """Waits for the host's model: the first of the adapter's kind that runs forward in training mode with gradients."""
 
-    def __init__(self, source: CamSource, found: Callable[[nn.Module, Any], None]):
+    def __init__(self, source: CamSource, found: Callable[[nn.Module], None]):
         self.source, self.found = source, found
         self.model: Optional[nn.Module] = None
         self.seen: List[str] = []
@@ -225,12 +227,12 @@ class _Finder:
             return
         self.handle.remove()
         self.model = module
-        self.found(module, inputs)
+        self.found(module)
 
     def missing(self, script: str) -> AdapterError:
         return AdapterError(
-            f"{script} ended without training a model that the adapter {self.source.name!r} knows. Modules that ran in training "
-            f"mode: {', '.join(self.seen[:12]) or 'none'}. Is this the training script, and the right adapter?"
+            f"{script} ended without training a model that the adapter {self.source.name!r} knows. Modules that ran in "
+            f"training mode: {', '.join(self.seen[:12]) or 'none'}. Is this the training script, and the right adapter?"
         )
 
 
@@ -248,8 +250,8 @@ class _Collector(Attachment):
         self.images = 0
         self.over = False
 
-    def _bind(self, model: nn.Module) -> None:
-        super()._bind(model)
+    def bind(self, model: nn.Module, under_way: bool = False) -> None:
+        super().bind(model, under_way)
         inner = unwrap(model)
         self._weights = {name: value.detach().clone() for name, value in inner.state_dict().items()}
         self._handles.append(model.register_forward_pre_hook(lambda module, inputs: self._restore(inner)))
@@ -339,6 +341,8 @@ def _process(job: Job) -> Iterator[List[str]]:
         shims = stack.enter_context(_compat.old_libraries())
         if job.cpu:
             stack.enter_context(_compat.on_cpu())
+        bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave the host's folder as it is
+        stack.callback(setattr, sys, "dont_write_bytecode", bytecode)
         for note in shims:
             print(f"semples: {note}", file=sys.stderr)
         _seed(job.seed)
@@ -351,18 +355,19 @@ def _start(job: Job, stage: str) -> Optional[Path]:
         return None
     path = job.checkpoint or job.out / "match.pt"
     if not path.exists():
-        raise AdapterError(f"The {stage} stage starts from the host's trained weights, but there is no {path}. Run --stage match, "
-                           "or give them: --checkpoint FILE.")  # fmt: skip
+        raise AdapterError(
+            f"The {stage} stage starts from the host's trained weights, but there is no {path}. Run --stage match, or give them: "
+            "--checkpoint FILE."
+        )
     return path
 
 
 def _attached(job: Job, attachment: Attachment, start: Optional[Path]) -> _Finder:
-    def found(model: nn.Module, inputs: Any) -> None:
+    def found(model: nn.Module) -> None:
         if start is not None:
             _load_weights(start, unwrap(model))
             print(f"semples: {type(unwrap(model)).__name__} starts from {start}", file=sys.stderr)
-        attachment._bind(model)
-        attachment._recorder._begin(model, inputs)  # type: ignore[union-attr]  # this very call is under way
+        attachment.bind(model, under_way=True)
         print(f"semples: attached to {type(unwrap(model)).__name__}", file=sys.stderr)
 
     return _Finder(job.source, found)
@@ -397,7 +402,12 @@ def _log(path: Path, every: int) -> Iterator[Any]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", buffering=1) as file:
-        yield lambda step, terms: file.write(json.dumps({"step": step, **terms}) + "\n") if (step - 1) % every == 0 else None
+
+        def write(step: int, terms: Dict[str, float]) -> None:
+            if (step - 1) % every == 0:
+                file.write(json.dumps({"step": step, **terms}) + "\n")
+
+        yield write
 
 
 def _prompt(job: Job) -> Dict[str, Any]:

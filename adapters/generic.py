@@ -61,7 +61,7 @@ class Generic(CamSource):
         self.names, self.patch_size = list(modules), patch_size
         self.background_channel, self.relu, self.image_stats = background_channel, relu, image_stats
         self.name = "the host"
-        self._weight: Optional[nn.Module] = None
+        self._classifier: Optional[nn.Module] = None
         self._patch: Optional[Tuple[int, int]] = None
 
     def modules(self, model: nn.Module) -> Dict[str, nn.Module]:
@@ -73,10 +73,10 @@ class Generic(CamSource):
             wanted = [self.source if self.source is not None else str(self.features)]
         kinds: Dict[str, Any] = {name: nn.Module for name in wanted}
         if self.classifier is not None:
-            self._weight = self.find(model, {self.classifier: nn.Module}, self.name)[self.classifier]
-            weight = getattr(self._weight, "weight", None)
+            self._classifier = self.find(model, {self.classifier: nn.Module}, self.name)[self.classifier]
+            weight = getattr(self._classifier, "weight", None)
             if not isinstance(weight, Tensor) or weight.ndim < 2 or weight[0, 0].numel() != 1:
-                raise AdapterError(f"`classifier` must be an nn.Linear or a 1x1 nn.Conv2d; got {self._weight}.")
+                raise AdapterError(f"`classifier` must be an nn.Linear or a 1x1 nn.Conv2d; got {self._classifier}.")
         return self.find(model, kinds, self.name)
 
     def cam(self, img: Tensor, output: Any, records: Records) -> Tensor:
@@ -85,8 +85,8 @@ class Generic(CamSource):
         elif self.source is not None:
             cam = self._map(img, records[self.source], self.source, None)
         else:
-            weight = self._weight.weight  # type: ignore[union-attr]
-            weight = weight.reshape(len(weight), -1).float()  # (C, D)
+            assert self._classifier is not None
+            weight: Tensor = self._classifier.get_parameter("weight").flatten(1).float()  # (C, D)
             features = self._map(img, records[str(self.features)], str(self.features), weight.shape[1])
             cam = torch.einsum("bdhw,cd->bchw", features.float(), weight)
         return cam.relu() if self.relu else cam
@@ -118,8 +118,8 @@ def tokens_to_map(tokens: Tensor, img: Tensor, patch: Optional[Tuple[int, int]],
     prefix = tokens.shape[1] - height * width
     if prefix < 0:
         raise AdapterError(
-            f"{name!r} gives {tokens.shape[1]} tokens, fewer than the {height} x {width} patches of size {patch} in an image of "
-            f"{img.shape[2]} x {img.shape[3]}. Say patch_size=..."
+            f"{name!r} gives {tokens.shape[1]} tokens, fewer than the {height} x {width} patches of size {patch} in an image "
+            f"of {img.shape[2]} x {img.shape[3]}. Say patch_size=..."
         )
     return tokens[:, prefix:].transpose(1, 2).reshape(len(tokens), -1, height, width)
 

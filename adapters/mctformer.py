@@ -45,12 +45,11 @@ class MCTformer(CamSource):
         found = self.find(model, {"head": nn.Conv2d, "blocks": nn.ModuleList, "patch_embed": nn.Module}, self.name)
         if self.kind == "patch":
             return {"head": found["head"]}
-        blocks = found["blocks"]
-        return {"head": found["head"], **{f"blocks.{i}": block for i, block in enumerate(blocks)}}  # type: ignore[arg-type]
+        return {"head": found["head"], **{f"blocks.{i}": block for i, block in found["blocks"].named_children()}}
 
     def attention(self, records: Records) -> List[Tensor]:
         """Attention (B, heads, N, N) of every block, first to last."""
-        names = [name for name in records._outputs if name.startswith("blocks.")]
+        names = [name for name in records.names() if name.startswith("blocks.")]
         return [attention_of(records[name], self.name, name) for name in names]
 
     def cam(self, img: Tensor, output: Any, records: Records) -> Tensor:
@@ -71,7 +70,9 @@ def attention_of(output: Any, host: str, name: str) -> Tensor:
     """Attention (B, heads, N, N) out of a block's output `(tokens, attention, ...)`."""
     if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4:
         return output[1]
-    raise AdapterError(f"Expected {name} of {host} to return (tokens, attention (B, heads, N, N)); got {type(output).__name__}.")
+    raise AdapterError(
+        f"Expected {name} of {host} to return (tokens, attention (B, heads, N, N)); got {type(output).__name__}."
+    )
 
 
 def spread(affinity: Tensor, cam: Tensor) -> Tensor:

@@ -132,17 +132,26 @@ def _judge(
     inside = [(name, value) for name, value in outputs if value.requires_grad]
     wanted = [*parameters.values(), *(value for _, value in inside)]
     found = torch.autograd.grad(out.loss, wanted, allow_unused=True) if wanted else ()
-    gradients = dict(zip(parameters, found))
+    gradients: Dict[str, Optional[Tensor]] = dict(zip(parameters, found))
     loss = float(out.loss.detach())
     broken = [name for name, g in gradients.items() if g is not None and not bool(torch.isfinite(g).all())]
     if broken:
         # The gradient runs from the last module to the first: NaN enters where the last module in that order has it.
-        where = [n for (n, _), g in zip(inside, found[len(parameters) :]) if g is not None and not bool(torch.isfinite(g).all())]
-        place = f"module {where[-1]!r}, where it enters the gradient" if where else f"parameter {broken[0]!r}"
+        entered = [
+            n for (n, _), g in zip(inside, found[len(parameters) :]) if g is not None and not bool(torch.isfinite(g).all())
+        ]
+        place = f"module {entered[-1]!r}, where it enters the gradient" if entered else f"parameter {broken[0]!r}"
         return _probe(f"NaN at {place}", False, loss, gradients, parameters, depth)
     reached = {name for name, g in gradients.items() if g is not None}
     if not reached:
-        return _probe(f"detached at {_cut(outputs)}: no trainable parameter lies before the CAM", False, loss, gradients, parameters, depth)
+        return _probe(
+            f"detached at {_cut(outputs)}: no trainable parameter lies before the CAM",
+            False,
+            loss,
+            gradients,
+            parameters,
+            depth,
+        )
     moved = [name for name in reached if bool(gradients[name].any())]  # type: ignore[union-attr]
     if not moved:
         verdict = (
@@ -209,5 +218,3 @@ def _tensors(value: Any) -> List[Tensor]:
     if isinstance(value, (tuple, list)):
         return [tensor for item in value for tensor in _tensors(item)]
     return []
-
-

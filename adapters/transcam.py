@@ -38,7 +38,9 @@ class TransCAM(CamSource):
         if self.kind == "patch":
             return records["conv_cls_head"].float().relu()
         if not (isinstance(output, tuple) and len(output) == 3 and isinstance(output[2], Tensor) and output[2].ndim == 4):
-            raise AdapterError(f"Expected TransCAM to return (logits, logits, cams (B, C + 1, h, w)); got {type(output).__name__}.")
+            raise AdapterError(
+                f"Expected TransCAM to return (logits, logits, cams (B, C + 1, h, w)); got {type(output).__name__}."
+            )
         return output[2].float() if self.kind == "raw" else output[2].float().relu()
 
     def run(self, model: nn.Module, img: Tensor) -> Any:

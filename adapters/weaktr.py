@@ -40,7 +40,7 @@ class WeakTr(CamSource):
         found = self.find(model, {"head": nn.Conv2d, "blocks": nn.ModuleList, WEIGHTS: nn.Module}, self.name)
         if self.kind == "patch":
             return {"head": found["head"]}
-        blocks = {f"blocks.{i}": block for i, block in enumerate(found["blocks"])}  # type: ignore[arg-type]
+        blocks = {f"blocks.{i}": block for i, block in found["blocks"].named_children()}
         return {"head": found["head"], WEIGHTS: found[WEIGHTS], **blocks}
 
     def cam(self, img: Tensor, output: Any, records: Records) -> Tensor:
@@ -48,13 +48,15 @@ class WeakTr(CamSource):
         if self.kind == "patch":
             return maps
         batch, classes, height, width = maps.shape
-        names = [name for name in records._outputs if name.startswith("blocks.")]
+        names = [name for name in records.names() if name.startswith("blocks.")]
         attention = [attention_of(records[name], self.name, name) for name in names]
         heads, blocks = attention[0].shape[1], len(attention)
         weights = records[WEIGHTS].float().view(batch, heads, blocks) / (heads * blocks)
 
         def fuse(rows: slice, columns: slice) -> Tensor:
-            parts = [torch.einsum("bh,bhnm->bnm", weights[:, :, k], a[:, :, rows, columns].float()) for k, a in enumerate(attention)]
+            parts = [
+                torch.einsum("bh,bhnm->bnm", weights[:, :, k], a[:, :, rows, columns].float()) for k, a in enumerate(attention)
+            ]
             return torch.stack(parts).sum(0)
 
         fused = fuse(slice(0, classes), slice(classes, None)).reshape(maps.shape) * maps

@@ -390,9 +390,7 @@ class PromptRefiner(nn.Module):
         self._prompt_cache = None
         return fit
 
-    def _fit_options(
-        self, epochs: Optional[int], batch_size: Optional[int], rate: Optional[float]
-    ) -> Tuple[int, int, float]:
+    def _fit_options(self, epochs: Optional[int], batch_size: Optional[int], rate: Optional[float]) -> Tuple[int, int, float]:
         epochs = self.recipe.epochs if epochs is None else epochs
         batch_size = self.recipe.prompt_batch_size if batch_size is None else batch_size
         rate = self.recipe.prompt_rate if rate is None else rate
