@@ -161,9 +161,12 @@ def _judge(
         return _probe(verdict, False, loss, gradients, parameters, depth)
     total, held = sum(p.numel() for p in parameters.values()), sum(parameters[name].numel() for name in reached)
     verdict = f"attached: the loss reaches {held:,} of {total:,} trainable values ({len(reached)} of {len(parameters)} tensors)"
-    missed = _groups([name for name in parameters if name not in reached], depth)
+    missed: List[str] = []
+    for group, names in _groups(list(parameters), depth).items():
+        absent = [name for name in names if name not in reached]
+        missed += [group] if absent == names else absent
     if missed:
-        verdict += f"; not {', '.join(list(missed)[:6])}{' ...' if len(missed) > 6 else ''}"
+        verdict += f"; not {', '.join(missed[:6])}{' ...' if len(missed) > 6 else ''}"
     return _probe(verdict, True, loss, gradients, parameters, depth)
 
 

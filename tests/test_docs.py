@@ -30,9 +30,10 @@ def test_refiner_has_an_example(doctest_namespace: Dict[str, Any]) -> None:
     assert run_examples("semples_plugin.refiner", doctest_namespace).attempted >= 5
 
 
-def test_the_snippet_of_the_readme_prints_what_it_says() -> None:
+@pytest.mark.parametrize("title", ["A complete run on a CPU", "Your own host in ten lines"])
+def test_the_snippet_of_the_readme_prints_what_it_says(title: str) -> None:
     root = Path(__file__).parents[1]
-    section = (root / "README.md").read_text(encoding="utf-8").split("### A complete run on a CPU")[1]
+    section = (root / "README.md").read_text(encoding="utf-8").split(f"### {title}")[1]
     code, printed = (re.search(rf"```{kind}\n(.*?)```", section, re.S).group(1) for kind in ("python", "text"))  # type: ignore[union-attr]
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
