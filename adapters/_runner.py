@@ -178,8 +178,6 @@ def _as_script(job: Job) -> Iterator[None]:
         os.chdir(job.cwd)
         sys.argv = [job.script[0], *job.script[1:]]
         sys.path[0] = str(script.parent)  # of this process it was the folder it was started from
-        if str(job.repo) not in sys.path[:1]:
-            sys.path.insert(1, str(job.repo))
         yield
     finally:
         os.chdir(cwd)
