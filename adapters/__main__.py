@@ -10,14 +10,12 @@ on where it was interrupted. `plain` runs the script with nothing attached, for 
 from __future__ import annotations
 
 import argparse
-import ast
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
-from ..class_names import COCO_CLASSES, VOC_CLASSES
+from ..cli import assignments, class_list
 from ..errors import SemplesError
 from ..refiner import PromptRefiner
 from . import names, source
@@ -65,38 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cpu", action="store_true", help="run a host with hard-coded .cuda() on the CPU: for smoke tests")
     parser.add_argument("--restart", action="store_true", help="forget what an earlier run left in OUT")
     return parser
-
-
-def _pairs(items: Sequence[str], option: str, parser: argparse.ArgumentParser) -> Dict[str, Any]:
-    values: Dict[str, Any] = {}
-    for item in items:
-        name, sign, text = item.partition("=")
-        if not sign or not name.isidentifier():
-            parser.error(f"{option} takes NAME=VALUE; got {item!r}.")
-        try:
-            values[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            values[name] = text
-    return values
-
-
-def _classes(text: str) -> Any:
-    if text in ("voc", "coco"):
-        return VOC_CLASSES if text == "voc" else COCO_CLASSES
-    path = Path(text)
-    try:
-        content = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--classes must be voc, coco or a readable file; got {text!r} ({error.strerror}).") from error
-    if path.suffix != ".json":
-        return [line.strip() for line in content.splitlines() if line.strip()]
-    try:
-        found = json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}.") from error
-    if not isinstance(found, (list, dict)):
-        raise ValueError(f"{path} must hold a list of names or a mapping name -> name for CLIP; got {type(found).__name__}.")
-    return found
 
 
 def _split(arguments: Sequence[str]) -> Tuple[List[str], List[str]]:
@@ -153,9 +119,9 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
         parser.error(f"--cwd: there is no folder {options.cwd}.")
     if options.log_every < 1:
         parser.error(f"--log-every must be at least 1; got {options.log_every}.")
-    classes = _classes(options.classes)
-    settings = _pairs(options.set, "--set", parser)
-    adapter_options = _pairs(options.host_option, "--host-option", parser)
+    classes = class_list(options.classes)
+    settings = assignments("--set", options.set)
+    adapter_options = assignments("--host-option", options.host_option)
     clip = str(Path(options.clip).resolve()) if Path(options.clip).is_file() else options.clip
     refiner_options = {"recipe": "coco" if options.classes == "coco" else "voc", "seed": options.seed, **settings}
     out = (options.out or Path("runs") / options.host).resolve()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import __version__
+from ..cam_files import write_atomically
 from ..refiner import PromptRefiner
 from . import _compat
 from ._attachment import AdapterError, Attachment, CamSource, Capture, unwrap
@@ -107,7 +108,8 @@ class Record:
 
     def save(self) -> None:
         if _is_main():
-            write_atomically(self.path, lambda part: part.write_text(_json(self.content) + "\n", encoding="utf-8"))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, lambda file: file.write((_json(self.content) + "\n").encode()))
 
 
 def forget(out: Path, stages: Sequence[str]) -> None:
@@ -117,17 +119,6 @@ def forget(out: Path, stages: Sequence[str]) -> None:
             (out / name).unlink(missing_ok=True)
     if set(stages) >= set(STAGES):
         (out / "record.json").unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """`path` holds all that `write(part)` wrote, or what it held before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _json(content: Any) -> str:
@@ -354,7 +345,7 @@ def _start(job: Job, stage: str) -> Optional[Path]:
     path = job.checkpoint or job.out / "match.pt"
     if not path.exists():
         raise AdapterError(
-            f"The {stage} stage starts from the host's trained weights, but there is no {path}. Run --stage match, or give them: "
+            f"The {stage} stage starts from trained host weights, but there is no {path}. Run --stage match, or give them: "
             "--checkpoint FILE."
         )
     return path
@@ -387,7 +378,7 @@ def _train(job: Job, stage: str) -> Dict[str, Any]:
         raise finder.missing(job.script[0])
     weights = unwrap(finder.model).state_dict()
     if _is_main():
-        write_atomically(job.out / f"{stage}.pt", lambda part: torch.save({"model": weights}, part))
+        write_atomically(job.out / f"{stage}.pt", lambda file: torch.save({"model": weights}, file))
     print(f"semples: {stage}: {attachment.steps} steps, weights in {job.out / f'{stage}.pt'}", file=sys.stderr)
     return {"steps": attachment.steps, "weights": f"{stage}.pt", "shims": shims}
 

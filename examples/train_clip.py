@@ -27,7 +27,7 @@ import os
 import sys
 import zipfile
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import cv2
 import numpy as np
@@ -40,9 +40,9 @@ from semples_plugin.clip_encoder import CLIP_MEAN, CLIP_STD, OpenAIClip, openai_
 
 
 class Batch(NamedTuple):
-    """`images` (N, S, S, 3) uint8 RGB and one caption per image."""
+    """`images` (N, S, S, 3) uint8 RGB, or cached features (N, C, h, h) of a `FeatureTower`, and one caption per image."""
 
-    images: np.ndarray
+    images: Union[np.ndarray, Tensor]
     captions: List[str]
 
 
@@ -60,8 +60,15 @@ def world_batches(size: int, batch_size: int, seed: int) -> Iterator[Batch]:
         yield Batch(images, [s.caption for s in scenes])
 
 
-def folder_batches(folder: Path, captions: Path, size: int, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Endless shuffled batches of a folder of images; every image once per epoch, with one of its captions at random.
+class Photos(NamedTuple):
+    """Captioned images: `images` (N, S, S, 3) uint8 RGB, and all captions of each."""
+
+    images: np.ndarray
+    captions: List[List[str]]
+
+
+def read_photos(folder: Path, captions: Path, size: int) -> Photos:
+    """The images of a folder that a captions file names, sorted by name.
 
     Raises:
         ValueError: if the captions file lacks its columns, or names no readable image.
@@ -77,14 +84,43 @@ def folder_batches(folder: Path, captions: Path, size: int, batch_size: int, see
     if len(images) < len(texts):
         print(f"{len(texts) - len(images)} of {len(texts)} images could not be read and are left out", file=sys.stderr)
     names = sorted(images)
+    return Photos(np.stack([images[n] for n in names]), [texts[n] for n in names])
+
+
+def shuffled(photos: Photos, batch_size: int, seed: int) -> Iterator[Tuple[np.ndarray, List[str], np.random.Generator]]:
+    """Endless (indices, captions, random generator): every image once per epoch, with one of its captions at random."""
     rng = np.random.default_rng(seed)
     while True:
-        order = rng.permutation(len(names))
+        order = rng.permutation(len(photos.images))
         for start in range(0, max(len(order) - batch_size, 0) + 1, batch_size):
-            chosen = [names[i] for i in order[start : start + batch_size]]
-            picked = [texts[n][rng.integers(len(texts[n]))] for n in chosen]
-            flip = rng.random(len(chosen)) < 0.5
-            yield Batch(np.stack([images[n][:, ::-1] if f else images[n] for n, f in zip(chosen, flip)]), picked)
+            chosen = order[start : start + batch_size]
+            yield chosen, [photos.captions[i][rng.integers(len(photos.captions[i]))] for i in chosen], rng
+
+
+def photo_batches(photos: Photos, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Endless shuffled batches, flipped left to right at random."""
+    for chosen, captions, rng in shuffled(photos, batch_size, seed):
+        flip = rng.random(len(chosen)) < 0.5
+        yield Batch(np.stack([photos.images[i][:, ::-1] if f else photos.images[i] for i, f in zip(chosen, flip)]), captions)
+
+
+@torch.no_grad()
+def cached_batches(
+    tower: FeatureTower, photos: Photos, batch_size: int, seed: int, fade_share: float, variants: int
+) -> Iterator[Batch]:
+    """Endless shuffled batches of frozen features, each image in a fixed number of variants (flipped, faded) encoded once."""
+    generator = torch.Generator().manual_seed(seed)
+    bank: List[Tensor] = []
+    for variant in tqdm(range(variants), desc="caching features"):
+        rows = []
+        for start in range(0, len(photos.images), 64):
+            part = photos.images[start : start + 64]
+            images = fade(normalise(part[:, :, ::-1] if variant % 2 else part), fade_share, generator)
+            rows.append(tower.features(images).half())
+        bank.append(torch.cat(rows))
+    for chosen, captions, rng in shuffled(photos, batch_size, seed):
+        pick = rng.integers(variants, size=len(chosen))
+        yield Batch(torch.stack([bank[v][i] for v, i in zip(pick, chosen)]).float(), captions)
 
 
 def read_captions(path: Path) -> Dict[str, List[str]]:
@@ -135,9 +171,13 @@ class FeatureTower(nn.Module):
         self.features.eval()
         return self
 
-    def forward(self, images: Tensor) -> Tensor:
-        pooled = self.attnpool(self.norm(self.features(images)))
+    def pool(self, features: Tensor) -> Tensor:
+        """Image features (N, D) of frozen features (N, C, h, h)."""
+        pooled = self.attnpool(self.norm(features))
         return pooled[0] if pooled.ndim == 3 else pooled
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.pool(self.features(images))
 
 
 def build_clip(tower: str, size: int, patch: int, width: int, layers: int, text_width: int, text_layers: int, dim: int):
@@ -243,7 +283,10 @@ def train(
         used.update(token for row in rows for token in row)
         unique = {tuple(row): i for i, row in reversed(list(enumerate(rows)))}
         index = torch.tensor([list(unique).index(tuple(row)) for row in rows])  # (N,) caption of each image
-        v = F.normalize(encoder.encode_image(fade(normalise(batch.images), fade_share, generator)), dim=-1)
+        if isinstance(batch.images, Tensor):
+            v = F.normalize(model.visual.pool(batch.images), dim=-1)
+        else:
+            v = F.normalize(encoder.encode_image(fade(normalise(batch.images), fade_share, generator)), dim=-1)
         u = F.normalize(encoder.encode_tokens(list(unique)), dim=-1)
         scale = model.logit_scale.exp().clamp(max=max_scale)
         logits = scale * v @ u.T  # (N, number of different captions)
@@ -274,8 +317,8 @@ def main(argv: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--world", action="store_true", help="train on the demo world")
-    source.add_argument("--images", type=Path, help="folder of images")
-    parser.add_argument("--captions", type=Path, help="CSV file with the columns image,caption")
+    source.add_argument("--images", type=Path, action="append", help="folder of images; may be given several times")
+    parser.add_argument("--captions", type=Path, action="append", help="CSV file with the columns image,caption, per folder")
     parser.add_argument("--out", type=Path, required=True, help="weights file to write")
     parser.add_argument("--tower", default="vit", help="vit, resnet, or FILE.py:FUNCTION that returns frozen features")
     parser.add_argument("--size", type=int, default=64, help="input size in pixels")
@@ -289,11 +332,12 @@ def main(argv: Sequence[str] = ()) -> None:
     parser.add_argument("--batch-size", type=int, default=192)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--fade", type=float, default=0.0, help="share of the images faded by a random mask")
+    parser.add_argument("--variants", type=int, default=4, help="of each image, whose frozen features are cached")
     parser.add_argument("--max-scale", type=float, default=100.0, help="upper bound of the learned logit scale")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv or None)
-    if args.images and not args.captions:
-        parser.error("--images needs --captions")
+    if args.images and len(args.images) != len(args.captions or ()):
+        parser.error("--images needs --captions, one for each")
     torch.manual_seed(args.seed)
     names = ("size", "patch", "width", "layers", "text_width", "text_layers", "dim")
     shape = {name: getattr(args, name) for name in names}
@@ -302,7 +346,12 @@ def main(argv: Sequence[str] = ()) -> None:
     if args.world:
         batches = world_batches(args.size, args.batch_size, args.seed)
     else:
-        batches = folder_batches(args.images, args.captions, args.size, args.batch_size, args.seed)
+        parts = [read_photos(folder, file, args.size) for folder, file in zip(args.images, args.captions)]
+        photos = Photos(np.concatenate([p.images for p in parts]), [texts for p in parts for texts in p.captions])
+        if features:
+            batches = cached_batches(model.visual, photos, args.batch_size, args.seed, args.fade, args.variants)
+        else:
+            batches = photo_batches(photos, args.batch_size, args.seed)
 
     def save(used: List[int]) -> None:
         save_clip(model, args.out, used, shape if features else None)

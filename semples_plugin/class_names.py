@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Dict
+from typing import Dict, Tuple
 
-__all__ = ["COCO_CLASSES", "VOC_CLASSES"]
+__all__ = ["COCO_CATEGORY_IDS", "COCO_CLASSES", "VOC_CLASSES"]
 
 _SPELLED = {
     "aeroplane": "airplane",
@@ -36,3 +36,6 @@ COCO_CLASSES: Dict[str, str] = {
     ).split(", ")
 }
 """The 80 classes of MS COCO in the order of its category ids 1 to 90 (ten ids are unused)."""
+
+COCO_CATEGORY_IDS: Tuple[int, ...] = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
+"""Category id in COCO's annotation files (1 to 90) of each of the 80 label columns."""

@@ -6,11 +6,11 @@ pixels labelled `ignore_index` (255 in VOC) are left out.
 
 from __future__ import annotations
 
-from typing import List, Optional
+from typing import List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-__all__ = ["confusion_matrix", "iou_per_class", "mean_iou"]
+__all__ = ["ClassScore", "Curve", "class_scores", "confusion_matrix", "iou_per_class", "mean_iou"]
 
 
 def confusion_matrix(
@@ -50,3 +50,95 @@ def mean_iou(confusion: np.ndarray) -> float:
     """Mean of the IoU over the labels that occur, background included."""
     present = [value for value in iou_per_class(confusion) if value is not None]
     return float(np.mean(present)) if present else float("nan")
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+
+
+class Curve:
+    """Confusion matrices of soft CAMs at many background thresholds, from one pass over the images.
+
+    At threshold t a pixel is called the class with the highest CAM if that is more than t (as float32), else background; of
+    equal CAMs the lower class index wins. That is what the baselines' own evaluation scripts do.
+
+    Args:
+        thresholds: background thresholds, ascending.
+        num_labels: number of labels, background included.
+        ignore_index: target label that is not counted.
+    """
+
+    def __init__(self, thresholds: Sequence[float], num_labels: int, ignore_index: Optional[int] = 255):
+        self.thresholds = list(thresholds)
+        if self.thresholds != sorted(set(self.thresholds)) or not self.thresholds:
+            raise ValueError(f"`thresholds` must ascend and hold at least one; got {self.thresholds[:5]} ...")
+        self.num_labels, self.ignore_index = num_labels, ignore_index
+        steps = len(self.thresholds) + 1
+        self._counts = np.zeros((num_labels, num_labels, steps), np.int64)  # target, class, thresholds passed
+
+    def add(self, cams: Mapping[int, np.ndarray], target: np.ndarray) -> None:
+        """Count one image: class index (from 0) -> (H, W) CAM, and the target label map (H, W)."""
+        best, label = np.zeros(target.shape, np.float32), np.zeros(target.shape, np.int64)
+        for k, cam in sorted(cams.items()):
+            if cam.shape != target.shape:
+                raise ValueError(f"The CAM must have the shape of the ground truth, {target.shape}; got {cam.shape}.")
+            higher = cam > best
+            best[higher], label[higher] = cam[higher], k + 1
+        passed = np.searchsorted(np.asarray(self.thresholds, np.float32), best, side="left")  # thresholds below the CAM
+        counted = np.ones(target.shape, bool) if self.ignore_index is None else target != self.ignore_index
+        rows, columns, depth = target[counted].astype(np.int64), label[counted], passed[counted]
+        if rows.size and (rows.min() < 0 or rows.max() >= self.num_labels):
+            raise ValueError(f"`target` must hold labels from 0 to {self.num_labels - 1}; got {rows.min()} to {rows.max()}.")
+        flat = (rows * self.num_labels + columns) * self._counts.shape[2] + depth
+        self._counts += np.bincount(flat, minlength=self._counts.size).reshape(self._counts.shape)
+
+    def merge(self, other: "Curve") -> None:
+        """Add the counts of another curve with the same thresholds."""
+        self._counts += other._counts
+
+    def confusion(self, index: int) -> np.ndarray:
+        """Confusion matrix (num_labels, num_labels) at `thresholds[index]`."""
+        result = self._counts[:, :, index + 1 :].sum(2)
+        result[:, 0] += self._counts[:, :, : index + 1].sum((1, 2))
+        return result
+
+    def miou(self) -> List[float]:
+        """mIoU at every threshold; `mean_iou(self.confusion(i))`, all at once."""
+        below = self._counts.cumsum(2)[:, :, :-1]  # (target, class, T) counted as background
+        called = self._counts.sum(2, keepdims=True) - below
+        called[:, 0] += below.sum(1)
+        hit = np.einsum("kkt->kt", called).astype(np.float64)
+        union = called.sum(0) + called.sum(1) - hit
+        with np.errstate(invalid="ignore"):
+            iou = np.where(union > 0, hit / union, np.nan)
+        occurs = (union > 0).sum(0)
+        return [float(np.nansum(iou[:, t]) / occurs[t]) if occurs[t] else float("nan") for t in range(len(self.thresholds))]
+
+
+class ClassScore(NamedTuple):
+    """Figures of one label, each None where nothing is there to divide by. false_positive and false_negative are shares of
+    the union, so that they and the IoU add up to 1."""
+
+    name: str
+    iou: Optional[float]
+    precision: Optional[float]
+    recall: Optional[float]
+    false_positive: Optional[float]
+    false_negative: Optional[float]
+
+
+def class_scores(confusion: np.ndarray, names: Sequence[str]) -> List[ClassScore]:
+    """Per-label figures; `names` with background first."""
+    scores = []
+    for k, name in enumerate(names):
+        hit, said, true = int(confusion[k, k]), int(confusion[:, k].sum()), int(confusion[k].sum())
+        union = said + true - hit
+
+        def share(value: int, whole: int) -> Optional[float]:
+            return value / whole if whole else None
+
+        scores.append(
+            ClassScore(
+                name, share(hit, union), share(hit, said), share(hit, true), share(said - hit, union), share(true - hit, union)
+            )
+        )
+    return scores

@@ -5,7 +5,7 @@ Used by `PromptRefiner.refine`. Each step is a function of its own and can be le
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple, Optional, Sequence
+from typing import Callable, NamedTuple, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .clip_encoder import full_precision
 
-__all__ = ["RefinedMasks", "pamr", "pseudo_labels", "suppression"]
+__all__ = ["RefinedMasks", "align_maps", "pamr", "pseudo_labels", "suppression"]
 
 Align = Callable[[Tensor, Tensor], Tensor]
 
@@ -92,6 +92,27 @@ def pamr(img: Tensor, masks: Tensor, iterations: int = 10, dilations: Sequence[i
     for _ in range(iterations):
         masks = (affinity * neighbours(masks)).sum(dim=2)
     return masks
+
+
+def align_maps(img: Tensor, maps: Tensor, pairs: Tensor, align: Union[None, str, Align]) -> Tensor:
+    """Maps (P, H, W) of the positive pairs, aligned to the edges of their images, all classes of an image together.
+
+    Args:
+        img: (B, 3, H, W) in [0, 1].
+        maps: (P, H, W) in [0, 1].
+        pairs: (P, 2) image and class of each map.
+        align: `"pamr"`, None for the maps as they are, or a callable (img (3, H, W), maps (K, H, W)) -> (K, H, W).
+    """
+    if align is None:
+        return maps
+    result = maps.clone()
+    for i in pairs[:, 0].unique().tolist():
+        own = pairs[:, 0] == i
+        if align == "pamr":
+            result[own] = pamr(img[i : i + 1], maps[own][None])[0]
+        else:
+            result[own] = align(img[i], maps[own]).to(result)  # type: ignore[operator]
+    return result
 
 
 def pseudo_labels(masks: Tensor, threshold: float, background_power: Optional[float] = None) -> Tensor:

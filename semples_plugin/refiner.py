@@ -261,7 +261,12 @@ class PromptRefiner(nn.Module):
         img, cam, labels = self._check(img, cam, labels)
         pairs = regions.positive_pairs(labels)  # (P, 2)
         kept, (foreground, background) = self._views(img, cam, pairs, self.eps)
-        features = self._encoder.encode_image(torch.cat([foreground, background]), self.max_views)  # (2P, D)
+        loss, terms = self._terms(torch.cat([foreground, background]), kept, pairs)
+        return RefinerOutput(loss, terms, kept, pairs)
+
+    def _terms(self, views: Tensor, kept: Tensor, pairs: Tensor) -> Tuple[Tensor, Dict[str, Tensor]]:
+        """Weighted sum and unweighted terms for the views (2P, 3, S, S), first foregrounds, then backgrounds, of the pairs."""
+        features = self._encoder.encode_image(views, self.max_views)  # (2P, D)
         v_f, v_b = features[: len(pairs)], features[len(pairs) :]  # (P, D) each
         u_f = self.text_features[pairs[:, 1]]  # (P, D)
         terms = {
@@ -282,7 +287,7 @@ class PromptRefiner(nn.Module):
             terms["area"] = losses.area(kept)
             weights["area"] = self.lambda_area
         loss = torch.stack([weights[name] * term.float() for name, term in terms.items()]).sum()
-        return RefinerOutput(loss, terms, kept, pairs)
+        return loss, terms
 
     @property
     def stage(self) -> str:
@@ -474,16 +479,55 @@ class PromptRefiner(nn.Module):
                 u_b = self.prompt_features() if self.stage == "refine" else None
                 weight = masks.suppression(dense, pairs, self.text_features, u_b, self._encoder.logit_scale)
                 maps = maps * F.interpolate(weight[:, None], size=(height, width), mode="bilinear", align_corners=False)[:, 0]
-            result[pairs[:, 0], pairs[:, 1]] = maps
-            if align is not None:
-                plain = regions.change_stats(img.float(), self.image_stats, None).clamp(0, 1)
-                for i in pairs[:, 0].unique().tolist():
-                    present = labels[i].nonzero()[:, 0]
-                    if align == "pamr":
-                        result[i, present] = masks.pamr(plain[i : i + 1], result[i : i + 1, present])[0]
-                    else:
-                        result[i, present] = align(plain[i], result[i, present]).to(result)  # type: ignore[operator]
+            plain = regions.change_stats(img.float(), self.image_stats, None).clamp(0, 1)
+            result[pairs[:, 0], pairs[:, 1]] = masks.align_maps(plain, maps, pairs, align)
         return masks.RefinedMasks(result, masks.pseudo_labels(result, threshold, background_power))
+
+    def optimise_cam(
+        self, img: Tensor, cam: Tensor, labels: Tensor, *, steps: int = 20, rate: float = 0.1, grid: int = 16
+    ) -> Tensor:
+        """A better CAM for images whose host cannot be retrained: gradient steps on the refiner's own loss, per image.
+
+        The CAM is weighed by 2 sigmoid(d), d a map per pair on a coarse grid that starts at 0 and is learned with Adam, so
+        that the CAM's own detail stays and no single pixel is free. Pairs do not influence one another.
+
+        Args:
+            img, cam, labels: as for `forward`; the CAM is a constant.
+            steps: gradient steps; two image encodes per pair each.
+            rate: Adam's learning rate for d.
+            grid: side of the coarse grid.
+
+        Returns:
+            (B, C, h, w) in [0, 1]: the normalised, weighed CAM of present classes, 0 for absent ones.
+        """
+        for name, value in (("steps", steps), ("grid", grid)):
+            check_number(name, value, 1, whole=True)
+        check_number("rate", rate, 0)
+        img, cam, labels = self._check(img, cam, labels)
+        pairs = regions.positive_pairs(labels)
+        height, width = cam.shape[2:]
+        result = torch.zeros(len(img), len(self.classes), height, width, device=cam.device)
+        if not len(pairs):
+            return result
+        base = regions.pair_masks(cam.detach(), pairs, (height, width), self.normalise, MASK_EPS)  # (P, h, w)
+        size = (self._encoder.image_size,) * 2
+        clip_images = self._clip_images(img)
+
+        def weighed(d: Tensor) -> Tensor:
+            weight = F.interpolate(d[:, None], size=(height, width), mode="bilinear", align_corners=False)[:, 0]
+            return (base * 2 * torch.sigmoid(weight)).clamp(max=1)
+
+        with torch.enable_grad():
+            d = torch.zeros(len(pairs), grid, grid, device=cam.device, requires_grad=True)
+            optimizer = torch.optim.Adam([d], lr=rate)
+            for _ in range(steps):
+                kept = F.interpolate(weighed(d)[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+                loss, _ = self._terms(torch.cat(regions.split(clip_images, kept, pairs)), kept, pairs)
+                optimizer.zero_grad()
+                (loss * len(pairs)).backward()  # the terms are means over pairs
+                optimizer.step()
+            result[pairs[:, 0], pairs[:, 1]] = weighed(d).detach()
+        return result
 
     # ------------------------------------------------------------------------------------------------ prompts
 

@@ -1,0 +1,322 @@
+"""`semples`: folders of CAM files in, better masks, figures and pictures out.
+
+    semples refine --images JPEGImages --cams cam-npy --out refined      # CAMs -> refined CAMs and pseudo labels
+    semples evaluate --pred refined/labels --gt SegmentationClass        # how good are they?
+    semples report --images JPEGImages --before cam-npy --after refined/cams --gt SegmentationClass --out report.html
+    semples prompts show voc_prompts.safetensors                         # what do the learned prompts say?
+
+Exit status: 0 all done, 1 something failed (the summary says what), 2 wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
+
+from .errors import SemplesError
+
+__all__ = ["assignments", "class_list", "main"]
+
+Classes = Union[List[str], Dict[str, str]]
+
+
+def class_list(text: str) -> Classes:
+    """Class names from `voc`, `coco`, or a file: one name per line, a JSON list, or a JSON mapping name -> name for CLIP."""
+    from .class_names import COCO_CLASSES, VOC_CLASSES
+
+    if text in ("voc", "coco"):
+        return dict(VOC_CLASSES if text == "voc" else COCO_CLASSES)
+    path = Path(text)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--classes must be voc, coco or a readable file; got {text!r} ({error}).") from error
+    if path.suffix != ".json":
+        return [line.strip() for line in content.splitlines() if line.strip()]
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}.") from error
+    if not isinstance(found, (list, dict)):
+        raise ValueError(f"{path} must hold a list of names or a mapping name -> name for CLIP; got {type(found).__name__}.")
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="semples", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    raw = argparse.RawDescriptionHelpFormatter
+
+    part = commands.add_parser(
+        "refine",
+        help="refine a folder of CAM files, without training",
+        formatter_class=raw,
+        description="Reads the CAM files of MCTformer, WeakTr, TransCAM, SEAM and IRN (.npy), plain arrays and .npz; writes\n"
+        "OUT/cams (same layout), OUT/labels (palette PNGs, 0 background, 1 + class index) and OUT/summary.json.\n"
+        "An interrupted run is taken up by the same command; under torchrun the processes share the work.",
+    )
+    part.add_argument("--images", type=Path, required=True, metavar="DIR", help="images, named as the CAM files")
+    part.add_argument("--cams", type=Path, required=True, metavar="DIR", help="CAM files")
+    part.add_argument("--out", type=Path, required=True, metavar="DIR", help="results")
+    part.add_argument("--labels", type=Path, metavar="FILE", help="image-level labels: cls_labels.npy, .npz, .json, .csv, COCO "
+                      "instances, or a folder of VOC XML (the classes in each CAM file)")  # fmt: skip
+    part.add_argument("--classes", default="voc", metavar="voc|coco|FILE", help="class names, one per line or JSON (voc)")
+    part.add_argument("--prompts", type=Path, metavar="FILE", help="learned background prompts, for --suppress and --optimise")
+    part.add_argument("--clip", metavar="NAME", help="CLIP model or weights file (that of the prompts, else ViT-B/32)")
+    part.add_argument("--threshold", type=float, default=0.4, help="background score (0.4)")
+    part.add_argument("--align", choices=["pamr", "none"], default="pamr", help="follow the edges of the image (pamr)")
+    part.add_argument("--suppress", action="store_true", help="weigh the CAMs with CLIP's dense features")
+    part.add_argument("--optimise", type=int, default=0, metavar="N", help="gradient steps on the refiner's losses (0)")
+    part.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="argument of PromptRefiner")
+    part.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at once (8)")
+    part.add_argument("--max-pixels", type=int, default=1_000_000, metavar="N", help="refine larger images at this size (1e6)")
+    part.add_argument("--soft-masks", action="store_true", help="also write OUT/masks, 8-bit masks of the present classes")
+    part.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (cpu)")
+    part.add_argument("--json", action="store_true", help="print the summary as JSON")
+    part.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    part = commands.add_parser(
+        "evaluate",
+        help="compare pseudo labels or CAM files with ground truth",
+        formatter_class=raw,
+        description="The VOC metric: one confusion matrix over the set, label 255 ignored. For CAM files every background\n"
+        "threshold is tried and the best one reported, with a note that it was chosen on ground truth; --threshold fixes it.",
+    )
+    part.add_argument("--pred", type=Path, required=True, metavar="DIR", help="label PNGs, or CAM files")
+    part.add_argument("--gt", type=Path, required=True, metavar="DIR", help="ground-truth PNGs")
+    part.add_argument("--list", type=Path, metavar="FILE", help="ids to evaluate, one per line (all predictions)")
+    part.add_argument("--split", default="", help="name of the split, for the record (name of --list, else of --gt)")
+    part.add_argument("--classes", default="voc", metavar="voc|coco|FILE", help="class names (voc)")
+    part.add_argument("--threshold", type=float, help="background threshold for CAM files, chosen elsewhere")
+    part.add_argument("--thresholds", default="0:60", metavar="FROM:TO", help="hundredths to try, TO excluded (0:60)")
+    part.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
+    part.add_argument("--json", action="store_true", help="print everything as JSON")
+
+    part = commands.add_parser("report", help="one HTML page of what a refinement changed")
+    part.add_argument("--images", type=Path, required=True, metavar="DIR")
+    part.add_argument("--before", type=Path, required=True, metavar="DIR", help="CAM files of the host")
+    part.add_argument("--after", type=Path, required=True, metavar="DIR", help="refined CAM files")
+    part.add_argument("--gt", type=Path, required=True, metavar="DIR", help="ground-truth PNGs")
+    part.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page")
+    part.add_argument("--list", type=Path, metavar="FILE", help="ids, one per line (all CAM files)")
+    part.add_argument("--split", default="", help="name of the split, for the record")
+    part.add_argument("--classes", default="voc", metavar="voc|coco|FILE", help="class names (voc)")
+    part.add_argument("--prompts", type=Path, metavar="FILE", help="learned prompts to show with their nearest words")
+    part.add_argument("--clip", metavar="NAME", help="the CLIP of the prompts")
+    part.add_argument("--title", default="What the refinement changed")
+    part.add_argument("--rows", type=int, default=8, help="images of each kind: improved, worse, random (8)")
+
+    part = commands.add_parser("prompts", help="learned prompts")
+    actions = part.add_subparsers(dest="action", metavar="ACTION", required=True)
+    show = actions.add_parser("show", help="what a prompt file holds; with its CLIP at hand, the nearest words")
+    show.add_argument("file", type=Path, metavar="FILE")
+    show.add_argument("--clip", metavar="NAME", help="CLIP model or weights file, for the nearest words")
+    show.add_argument("--vocabulary", type=Path, metavar="FILE", help="words to choose from, one per line")
+    show.add_argument("--top", type=int, default=5, metavar="N", help="words per class (5)")
+    show.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """The command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    commands = {"refine": _refine, "evaluate": _evaluate, "report": _report, "prompts": _prompts}
+    try:
+        return commands[options.command](options)
+    except (SemplesError, OSError, ValueError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in ("cv2", "PIL"):
+            raise
+        print(f"error: {error.name} is missing. Install what the command line needs: pip install 'semples-plugin[cli]'.",
+              file=sys.stderr)  # fmt: skip
+        return 2
+
+
+# ---------------------------------------------------------------------------------------------------- refine
+
+
+def _refine(options: argparse.Namespace) -> int:
+    from .folders import Options, refine_folder, write_summary
+    from .label_files import read_labels
+
+    classes = class_list(options.classes)
+    settings = assignments("--set", options.set)
+    if options.optimise < 0 or options.batch_size < 1 or options.max_pixels < 1:
+        raise ValueError("--optimise must be at least 0, --batch-size and --max-pixels at least 1.")
+    ask_clip = options.suppress or options.optimise > 0
+    if not ask_clip and (options.prompts or options.clip or settings):
+        raise ValueError(
+            "--prompts, --clip and --set matter only with --suppress or --optimise N; without them CLIP is not used."
+        )
+    labels = None if options.labels is None else read_labels(options.labels, list(classes))
+    refiner = _refiner(options, classes, settings) if ask_clip else None
+    how = Options(
+        threshold=options.threshold,
+        align=None if options.align == "none" else options.align,
+        suppress=options.suppress,
+        optimise=options.optimise,
+        batch_size=options.batch_size,
+        max_pixels=options.max_pixels,
+        soft_masks=options.soft_masks,
+    )
+    facts: Dict[str, Any] = {
+        "classes": list(classes),
+        "cams": str(options.cams.resolve()),
+        "images": str(options.images.resolve()),
+    }
+    facts["labels"] = None if options.labels is None else str(options.labels.resolve())
+    if refiner is not None:
+        facts.update(clip=refiner.encoder.id, prompts=_digest(options.prompts), refiner=settings)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    summary = refine_folder(
+        options.cams, options.images, options.out, len(classes), how,
+        labels=labels, refiner=refiner, shard=(rank, world), progress=not options.quiet and rank == 0, settings=facts,
+    )  # fmt: skip
+    write_summary(options.out / ("summary.json" if world == 1 else f"summary-{rank}-of-{world}.json"), summary)
+    if options.json:
+        print(json.dumps(summary._asdict(), ensure_ascii=False))
+    else:
+        rate = f", {summary.refined / summary.seconds:.1f} images/s" if summary.refined else ""
+        print(f"{summary.refined} refined, {summary.kept} done before, {len(summary.failed)} failed{rate}: {options.out}")
+    for name, why in sorted(summary.failed.items()):
+        print(f"failed: {name}: {why}", file=sys.stderr)
+    return 1 if summary.failed else 0
+
+
+def _refiner(options: argparse.Namespace, classes: Classes, settings: Mapping[str, Any]) -> Any:
+    from .refiner import PromptRefiner
+
+    given = {"image_stats": None, **settings}
+    if options.prompts is None:
+        refiner = PromptRefiner(classes, clip=options.clip or "ViT-B/32", **given)
+    else:
+        refiner = PromptRefiner.load(options.prompts, clip=options.clip, **given)
+        if refiner.classes != list(classes):
+            raise ValueError(
+                f"{options.prompts} was learned for {len(refiner.classes)} classes ({', '.join(refiner.classes[:3])}, ...) and "
+                f"--classes names {len(classes)} ({', '.join(list(classes)[:3])}, ...). They must be the same, in this order."
+            )
+    return refiner.to(options.device)
+
+
+def assignments(option: str, items: Sequence[str]) -> Dict[str, Any]:
+    """Options such as `lambda_area=1` as a dict, values read as Python literals where they are some."""
+    import ast
+
+    values: Dict[str, Any] = {}
+    for item in items:
+        name, sign, text = item.partition("=")
+        if not sign or not name.isidentifier():
+            raise ValueError(f"{option} takes NAME=VALUE; got {item!r}.")
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[name] = text
+    return values
+
+
+def _digest(path: Optional[Path]) -> Optional[str]:
+    import hashlib
+
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------- evaluate
+
+
+def _ids(path: Optional[Path]) -> Optional[List[str]]:
+    """Ids of a list file; of lines such as `/JPEGImages/2007_000032.jpg /Seg/...png` the stem of the first file."""
+    if path is None:
+        return None
+    lines = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [Path(line).stem if line.lower().endswith((".jpg", ".png", ".npy")) else line for line in lines]
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from .scores import evaluate_cams, evaluate_labels
+
+    names = ["background", *class_list(options.classes)]
+    ids, split = _ids(options.list), options.split or (options.list.stem if options.list else options.gt.name)
+    if not options.pred.is_dir() or not options.gt.is_dir():
+        raise ValueError(f"--pred and --gt must be folders; got {options.pred} and {options.gt}.")
+    if any(options.pred.glob("*.np[yz]")):
+        low, _, high = options.thresholds.partition(":")
+        if not (low.isdigit() and high.isdigit() and int(low) < int(high) <= 100):
+            raise ValueError(f"--thresholds takes two whole hundredths such as 0:60; got {options.thresholds!r}.")
+        tried = [options.threshold] if options.threshold is not None else [i / 100 for i in range(int(low), int(high))]
+        result = evaluate_cams(options.pred, options.gt, names, ids, tried, chosen=options.threshold is None)
+    else:
+        result = evaluate_labels(options.pred, options.gt, names, ids)
+    result = result._replace(split=split)
+    if options.csv:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["class", "iou", "precision", "recall", "false_positive", "false_negative"])
+        writer.writerows([["" if value is None else value for value in score] for score in result.classes])
+        options.csv.write_text(text.getvalue(), encoding="utf-8")
+    print(json.dumps(result.as_json(), ensure_ascii=False) if options.json else str(result))
+    for name, why in sorted(result.failed.items()):
+        print(f"failed: {name}: {why}", file=sys.stderr)
+    return 1 if result.failed else 0
+
+
+# ---------------------------------------------------------------------------------------------------- report, prompts
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .report import write_report
+
+    classes = class_list(options.classes)
+    readings = _readings(options.prompts, options.clip, None, 5) if options.prompts else None
+    failed = write_report(
+        options.out, options.images, options.before, options.after, options.gt, list(classes), ids=_ids(options.list),
+        split=options.split or (options.list.stem if options.list else options.gt.name), title=options.title,
+        rows=options.rows, readings=readings,
+    )  # fmt: skip
+    print(options.out)
+    for name, why in sorted(failed.items()):
+        print(f"failed: {name}: {why}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _readings(file: Path, clip: Optional[str], vocabulary: Optional[Path], top: int) -> List[Any]:
+    from .refiner import PromptRefiner
+
+    words = None
+    if vocabulary is not None:
+        words = [line.strip() for line in vocabulary.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return PromptRefiner.load(file, clip=clip, image_stats=None).read_prompts(words, top=top)
+
+
+def _prompts(options: argparse.Namespace) -> int:
+    from .prompts import read_file
+
+    context, facts = read_file(options.file)
+    shown: Dict[str, Any] = {**facts, "vectors": list(context.shape)}
+    if options.clip is not None:
+        readings = _readings(options.file, options.clip, options.vocabulary, options.top)
+        shown["nearest_words"] = {r.name: {"class_similarity": r.class_similarity, "words": r.words} for r in readings}
+    if options.json:
+        print(json.dumps(shown, ensure_ascii=False))
+        return 0
+    print(f"{options.file}: {context.shape[0]} prompts of {context.shape[1]} vectors, CLIP {facts['clip']}")
+    print(f"classes: {', '.join(facts['classes'])}")
+    print(f"layout: {facts['prompt_template']!r}, class text: {facts['template']!r}")
+    if options.clip is None:
+        print("Give --clip to see the nearest words.")
+    else:
+        for reading in readings:
+            print(f"  {reading}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
