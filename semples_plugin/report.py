@@ -31,7 +31,11 @@ p { margin: .3rem 0; } .note { color: var(--soft); font-size: .9rem; max-width: 
 .figure { border: 1px solid var(--line); border-radius: 8px; padding: .7rem 1rem; min-width: 9.5rem; flex: 1 1 9.5rem; }
 .figure b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
 .figure span { color: var(--soft); font-size: .85rem; }
-.wide { overflow-x: auto; } svg { max-width: 100%; height: auto; display: block; }
+.wide { overflow-x: auto; } svg { display: block; }
+.bars { display: grid; grid-template-columns: max-content 1fr; gap: .45rem .8rem; max-width: 46rem; margin: .6rem 0; }
+.bars dt { text-align: right; font-size: .9rem; align-self: center; } .bars dd { margin: 0; }
+.bars div { display: flex; align-items: center; gap: .4rem; height: .85rem; }
+.bars i { height: .7rem; border-radius: 2px; } .bars span { font-size: .78rem; color: var(--soft); }
 svg text { font: 12px system-ui, sans-serif; fill: var(--ink); } svg .soft { fill: var(--soft); }
 .key i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .3em 0 1em; vertical-align: -.05em; }
 .key i:first-child { margin-left: 0; }
@@ -124,7 +128,7 @@ def _summary(first: Result, second: Result, gain: Mapping[str, float]) -> str:
 
     figures = [
         (f"{100 * first.miou:.1f} → {100 * second.miou:.1f}", "mean IoU, %"),
-        (f"{100 * (second.miou - first.miou):+.1f}", "change, points"),
+        (f"{100 * (second.miou - first.miou) + 0.0:+.1f}".replace("-0.0", "0.0"), "change, points"),
         (f"{mean(first, 'false_positive'):.1f} → {mean(second, 'false_positive'):.1f}", "false-positive share, %"),
         (f"{mean(first, 'false_negative'):.1f} → {mean(second, 'false_negative'):.1f}", "false-negative share, %"),
         (f"{better} / {worse}", "images better / worse"),
@@ -144,20 +148,16 @@ def _key() -> str:
 
 
 def _bars(first: Result, second: Result) -> str:
-    shown = [(a, b) for a, b in zip(first.classes, second.classes) if a.iou is not None or b.iou is not None]
-    left, width, step = 110, 640, 34
     lines = []
-    for i, (a, b) in enumerate(shown):
-        y = i * step + 4
-        lines.append(f'<text x="{left - 8}" y="{y + 16}" text-anchor="end">{html.escape(a.name)}</text>')
-        for dy, value, colour in ((0, a.iou, BEFORE), (12, b.iou, AFTER)):
-            length = (value or 0) * width
-            label = "-" if value is None else f"{100 * value:.1f}"
-            lines.append(f'<rect x="{left}" y="{y + dy}" width="{length:.1f}" height="11" fill="{colour}" rx="2"/>')
-            lines.append(f'<text class="soft" x="{left + length + 5:.1f}" y="{y + dy + 10}">{label}</text>')
-    height = len(shown) * step + 8
-    svg = f'<svg viewBox="0 0 {left + width + 50} {height}" width="{left + width + 50}" role="img" aria-label="IoU per class">'
-    return f"<section><h2>IoU per class, %</h2>{_key()}{svg}{''.join(lines)}</svg></section>"
+    for a, b in zip(first.classes, second.classes):
+        if a.iou is None and b.iou is None:
+            continue
+        bars = ""
+        for value, colour in ((a.iou, BEFORE), (b.iou, AFTER)):
+            length, label = (0.0, "-") if value is None else (100 * value, f"{100 * value:.1f}")
+            bars += f'<div><i style="width:{length * 0.9:.2f}%;background:{colour}"></i><span>{label}</span></div>'
+        lines.append(f"<dt>{html.escape(a.name)}</dt><dd>{bars}</dd>")
+    return f'<section><h2>IoU per class, %</h2>{_key()}<dl class="bars">{"".join(lines)}</dl></section>'
 
 
 def _curves(first: Result, second: Result) -> str:
@@ -181,7 +181,8 @@ def _curves(first: Result, second: Result) -> str:
         lines.append(f'<circle cx="{cx}" cy="{cy}" r="4" fill="{colour}"/>')
     box = f"0 0 {left + width + 16} {top + height + 28}"
     svg = f'<svg viewBox="{box}" width="{left + width + 16}" role="img" aria-label="mean IoU over the threshold">'
-    return f"<section><h2>Mean IoU (%) over the background threshold</h2>{_key()}{svg}{''.join(lines)}</svg></section>"
+    chart = f'<div class="wide">{svg}{"".join(lines)}</svg></div>'
+    return f"<section><h2>Mean IoU (%) over the background threshold</h2>{_key()}{chart}</section>"
 
 
 def _prompts(readings: Sequence[PromptReading]) -> str:
