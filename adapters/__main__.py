@@ -10,11 +10,13 @@ on where it was interrupted. `plain` runs the script with nothing attached, for 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple
 
+from .._checks import check_classes, check_number
 from ..cli import assignments, class_list
 from ..errors import SemplesError
 from ..refiner import PromptRefiner
@@ -82,20 +84,18 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         job = _job(options, script, parser)
     except (TypeError, ValueError, SemplesError) as error:
         parser.error(str(error))
-    if options.restart:
-        forget(job.out, STAGES if options.stage == "all" else [options.stage])
+    if options.stage == "all" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error("--stage all starts processes of its own; under torchrun run --stage match, prompt and refine in turn.")
+    given = {"prompt": options.prompts, "match": options.checkpoint}  # what the user brings needs no stage
+    stages = [stage for stage in STAGES if given.get(stage) is None]
+    if options.restart and int(os.environ.get("RANK", "0")) == 0:
+        forget(job.out, stages if options.stage == "all" else [options.stage], options.stage == "all")
     if options.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
         if options.stage != "all":
             run_stage(job, options.stage)
             return 0
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            parser.error(
-                "--stage all starts processes of its own; under torchrun run --stage match, prompt and refine in turn."
-            )
-        given = {"prompt": options.prompts, "match": options.checkpoint}  # what the user brings needs no stage
-        stages = [stage for stage in STAGES if given.get(stage) is None]
         rest = [part for part in ours if part != "--restart"]
         return run_all(
             job, stages, lambda stage: [sys.executable, "-m", "semples_plugin.adapters", *rest, "--stage", stage, "--", *script]
@@ -119,7 +119,13 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
         parser.error(f"--cwd: there is no folder {options.cwd}.")
     if options.log_every < 1:
         parser.error(f"--log-every must be at least 1; got {options.log_every}.")
+    if options.stage == "prompt" and options.prompts is not None:
+        parser.error("--stage prompt writes OUT/prompts.safetensors; --prompts is for the refine stage.")
     classes = class_list(options.classes)
+    told = list(zip(*check_classes(classes)))
+    check_number("weight", options.weight, 0)
+    if options.prompt_epochs is not None and options.prompt_epochs < 1:
+        parser.error(f"--prompt-epochs must be at least 1; got {options.prompt_epochs}.")
     settings = assignments("--set", options.set)
     adapter_options = assignments("--host-option", options.host_option)
     clip = str(Path(options.clip).resolve()) if Path(options.clip).is_file() else options.clip
@@ -130,7 +136,9 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
         "script": script,
         "repo": str(repo),
         "cwd": str((options.cwd or repo).resolve()),
-        "classes": list(classes),
+        "classes": told,
+        "prompts": options.prompts and str(options.prompts.resolve()),
+        "checkpoint": options.checkpoint and str(options.checkpoint.resolve()),
         "clip": clip,
         "refiner": refiner_options,
         "adapter": adapter_options,
@@ -140,6 +148,7 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
         "seed": options.seed,
         "cpu": options.cpu,
     }
+    facts = json.loads(json.dumps(facts, allow_nan=False))  # as the record will give them back
     return Job(
         host=options.host,
         source=source(options.host, **adapter_options),

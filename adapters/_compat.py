@@ -49,6 +49,8 @@ class _NoCuda(TorchFunctionMode):
             return args[0]
         if func is Tensor.to:
             args = (args[0], *(_cpu(value) for value in args[1:]))
+        if func is torch._C._nn._parse_to:
+            args = tuple(_cpu(value) for value in args)
         if "device" in kwargs:
             kwargs["device"] = _cpu(kwargs["device"])
         return func(*args, **kwargs)

@@ -87,15 +87,19 @@ class Record:
                 raise AdapterError(
                     f"{self.path} is not readable JSON ({error}). Choose another --out, or --restart."
                 ) from error
+            if not isinstance(self.content, dict):
+                raise AdapterError(f"{self.path} is no record of a run. Choose another --out, or --restart.")
 
     def open(self, job: Job) -> None:
         """Check that the folder belongs to this very run, or make it so."""
         before = self.content.get("run")
-        if before is not None and before != job.facts:
+        finished = [stage for stage in self.content.get("stages", {}) if self.state(stage) == "done"]
+        if finished and before is not None and before != job.facts:
             keys = [key for key in {**before, **job.facts} if before.get(key) != job.facts.get(key)]
             what = "; ".join(f"{key} was {before.get(key)!r}, is {job.facts.get(key)!r}" for key in sorted(keys))
             raise AdapterError(f"{self.path.parent} holds another run: {what}. Choose another --out, or --restart.")
-        self.content.update(run=job.facts, host_commit=_commit(job.repo), versions=_versions())
+        self.content.update(run=job.facts, host_commit=_commit(job.repo))
+        self.content.setdefault("versions", {}).update(_versions())
         self.content.setdefault("stages", {})
         self.save()
 
@@ -112,12 +116,12 @@ class Record:
             write_atomically(self.path, lambda file: file.write((_json(self.content) + "\n").encode()))
 
 
-def forget(out: Path, stages: Sequence[str]) -> None:
-    """Delete what these stages wrote, by name; the record of the whole run with the last of them."""
+def forget(out: Path, stages: Sequence[str], whole: bool) -> None:
+    """Delete what these stages wrote, by name, and with `whole` the record of the run."""
     for stage in stages:
         for name in (f"{stage}.pt", f"{stage}.jsonl", *(["prompts.safetensors"] if stage == "prompt" else [])):
             (out / name).unlink(missing_ok=True)
-    if set(stages) >= set(STAGES):
+    if whole:
         (out / "record.json").unlink(missing_ok=True)
 
 
@@ -218,9 +222,9 @@ class _Finder:
         self.model = module
         self.found(module)
 
-    def missing(self, script: str) -> AdapterError:
+    def missing(self, script: str, host: str) -> AdapterError:
         return AdapterError(
-            f"{script} ended without training a model that the adapter {self.source.name!r} knows. Modules that ran in "
+            f"{script} ended without training a model that the adapter {host!r} knows. Modules that ran in "
             f"training mode: {', '.join(self.seen[:12]) or 'none'}. Is this the training script, and the right adapter?"
         )
 
@@ -250,9 +254,13 @@ class _Collector(Attachment):
         """Undo the host's last step, and keep dropout, stochastic depth and batch statistics still."""
         if self.over:
             raise _PassOver
-        model.load_state_dict(self._weights)
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                if not torch.equal(value, self._weights[name]):  # in place only where it must be: a graph may be alive
+                    value.copy_(self._weights[name])
         for module in model.modules():
-            if next(module.children(), None) is None:
+            leaf = next(module.children(), None) is None or type(module).__module__.startswith("torch.nn.")
+            if leaf and module is not model:
                 module.training = False
 
     def _step(self, capture: Capture, labels: Tensor) -> None:
@@ -338,6 +346,13 @@ def _process(job: Job) -> Iterator[List[str]]:
         yield shims
 
 
+def _refiner(job: Job) -> PromptRefiner:
+    try:
+        return job.refiner()
+    except (TypeError, ValueError) as error:
+        raise AdapterError(str(error)) from error
+
+
 def _start(job: Job, stage: str) -> Optional[Path]:
     """The host weights that a stage starts from, or None for the script's own."""
     if stage == "match":
@@ -365,8 +380,13 @@ def _attached(job: Job, attachment: Attachment, start: Optional[Path]) -> _Finde
 def _train(job: Job, stage: str) -> Dict[str, Any]:
     """Stages (a) and (c)."""
     start = _start(job, stage)
-    refiner = job.refiner()
+    refiner = _refiner(job)
     if stage == "refine":
+        if not job.prompts.is_file():
+            raise AdapterError(
+                f"The refine stage needs learned prompts, but there is no {job.prompts}. Run --stage prompt, or "
+                "give them: --prompts FILE."
+            )
         refiner.load_prompts(job.prompts)
     log = _log(job.out / f"{stage}.jsonl", job.log_every)
     attachment = Attachment(job.source, None, refiner, mode=job.mode, weight=job.weight, on_step=None)
@@ -374,8 +394,8 @@ def _train(job: Job, stage: str) -> Dict[str, Any]:
         attachment.on_step = write if _is_main() else None
         with _process(job) as shims, attachment, _attached(job, attachment, start) as finder:
             _run_script(job)
-    if finder.model is None:
-        raise finder.missing(job.script[0])
+            if finder.model is None:
+                raise finder.missing(job.script[0], job.host)
     weights = unwrap(finder.model).state_dict()
     if _is_main():
         write_atomically(job.out / f"{stage}.pt", lambda file: torch.save({"model": weights}, file))
@@ -402,13 +422,13 @@ def _log(path: Path, every: int) -> Iterator[Any]:
 def _prompt(job: Job) -> Dict[str, Any]:
     """Stage (b): one pass over the host's own loader with the trained host held still, then the prompts on cached features."""
     start = _start(job, "prompt")
-    refiner = job.refiner()
+    refiner = _refiner(job)
     collector = _Collector(job.source, None, refiner)
     with _process(job) as shims, contextlib.suppress(_PassOver), collector, _one_pass(collector):
         with _attached(job, collector, start) as finder:
             _run_script(job)
-    if finder.model is None:
-        raise finder.missing(job.script[0])
+            if finder.model is None:
+                raise finder.missing(job.script[0], job.host)
     if not collector.features:
         raise AdapterError(f"{job.script[0]} trained, but gave no batch with labels to learn prompts from.")
     features, pairs = collector.collected()
