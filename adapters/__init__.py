@@ -58,6 +58,7 @@ def attach(
     weight: float = 1.0,
     label_loss: Union[None, nn.Module, Callable[..., Tensor]] = None,
     on_step: Optional[LogStep] = None,
+    passes: int = 1,
     **options: Any,
 ) -> Attachment:
     """Train a host with the refiner's loss, through the host's own loop: `with attach("mctformer", model, refiner): ...`.
@@ -77,6 +78,7 @@ def attach(
             criterion modules; among these, losses over (B, C) or (B, C + 1) targets count.
         on_step: called after each step with its number and the terms as floats (`loss` among them), for a log; it costs one
             transfer from the device per term.
+        passes: forward passes per label loss, for hosts that look at an image several times; the CAM of the first counts.
         **options: of the host by that name, such as `cam="patch"`; see the modules of this package.
 
     Returns:
@@ -87,7 +89,7 @@ def attach(
         DetachedCamError: if the CAM is cut off from the host's graph.
     """
     parts = source(host, **options)
-    return Attachment(parts, model, refiner, mode=mode, weight=weight, label_loss=label_loss, on_step=on_step)
+    return Attachment(parts, model, refiner, mode=mode, weight=weight, label_loss=label_loss, on_step=on_step, passes=passes)
 
 
 def probe(

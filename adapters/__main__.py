@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--mode", choices=["add", "replace"], default="add", help="add to the host's label loss, or replace it (add)"
     )
+    parser.add_argument("--passes", type=int, default=1, metavar="N", help="forward passes of the host per label loss (1)")
     parser.add_argument("--weight", type=float, default=1.0, help="factor on the refiner's loss (1)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="argument of PromptRefiner, e.g. lambda_area=1"
@@ -124,6 +125,7 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
     classes = class_list(options.classes)
     told = list(zip(*check_classes(classes)))
     check_number("weight", options.weight, 0)
+    check_number("passes", options.passes, 1, whole=True)
     if options.prompt_epochs is not None and options.prompt_epochs < 1:
         parser.error(f"--prompt-epochs must be at least 1; got {options.prompt_epochs}.")
     settings = assignments("--set", options.set)
@@ -144,6 +146,7 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
         "adapter": adapter_options,
         "mode": options.mode,
         "weight": options.weight,
+        "passes": options.passes,
         "prompt_epochs": options.prompt_epochs,
         "seed": options.seed,
         "cpu": options.cpu,
@@ -163,6 +166,7 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
         prompt_epochs=options.prompt_epochs,
         mode=options.mode,
         weight=options.weight,
+        passes=options.passes,
         seed=options.seed,
         cpu=options.cpu,
         log_every=options.log_every,

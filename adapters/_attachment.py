@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+import weakref
 from collections import Counter
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type, Union
 
@@ -36,6 +37,7 @@ LABEL_LOSSES: Tuple[Callable[..., Tensor], ...] = (
 )
 _WITH_KWARGS = "with_kwargs" in inspect.signature(nn.Module.register_forward_hook).parameters  # torch >= 2.0
 LogStep = Callable[[int, Dict[str, float]], None]
+probed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models that `probe` runs right now: no training step
 
 
 class AdapterError(SemplesError, RuntimeError):
@@ -160,12 +162,14 @@ class Recorder:
 
     def __enter__(self) -> "Recorder":
         options = {"with_kwargs": True} if _WITH_KWARGS else {}
-        self.handles = [
-            self.model.register_forward_pre_hook(self.begin),
-            self.model.register_forward_hook(self._end, **options),
-        ]
-        for name, module in self.watched.items():
-            self.handles.append(module.register_forward_hook(functools.partial(self._record, name)))
+        try:
+            self.handles.append(self.model.register_forward_pre_hook(self.begin))
+            self.handles.append(self.model.register_forward_hook(self._end, **options))
+            for name, module in self.watched.items():
+                self.handles.append(module.register_forward_hook(functools.partial(self._record, name)))
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -220,8 +224,9 @@ class Attachment:
     """The refiner inside a host's training loop; what `attach(...)` returns. Use it in a `with`.
 
     A step is one forward pass of the model in training mode with gradients, and the label loss after it. If the model runs
-    several times before its label loss (two scales, say), the first pass counts. Forward passes without gradients or in eval
-    mode, and label losses there, are left alone.
+    several times before its label loss, the last pass counts, so that a batch whose loss the host skips is forgotten; a host
+    that needs several passes per step (two scales, say) is told by `passes`, and the first of them counts. Forward passes
+    without gradients or in eval mode, and label losses there, are left alone.
 
     Attributes:
         terms: unweighted terms of the last step by name, as floats; empty before the first.
@@ -239,17 +244,19 @@ class Attachment:
         weight: float = 1.0,
         label_loss: Union[None, nn.Module, Callable[..., Tensor]] = None,
         on_step: Optional[LogStep] = None,
+        passes: int = 1,
     ):
         if not isinstance(refiner, PromptRefiner):
             raise TypeError(f"`refiner` must be a PromptRefiner; got {type(refiner).__name__}.")
         if mode not in ("add", "replace"):
             raise ValueError(f"`mode` must be 'add' (to the host's label loss) or 'replace' (it); got {mode!r}.")
         check_number("weight", weight, 0)
+        check_number("passes", passes, 1, whole=True)
         if on_step is not None and not callable(on_step):
             raise TypeError(f"`on_step` must be a callable (step, terms); got {type(on_step).__name__}.")
         _check_source(source, refiner)
         self.source, self.refiner, self.mode, self.weight, self.on_step = source, refiner, mode, weight, on_step
-        self.steps = 0
+        self.steps, self.passes = 0, passes
         self._tensors: Dict[str, Tensor] = {}
         self._criterion = label_loss if isinstance(label_loss, nn.Module) else None
         self._functions = _functions(label_loss)
@@ -263,9 +270,10 @@ class Attachment:
             self._model = model
 
     def _clear(self) -> None:
-        self._capture: Optional[Capture] = None
+        self._captures: List[Capture] = []  # the last `passes` of the current step
         self._added = self._backward_since = False  # in the current step
         self._forwards = self._backwards = 0
+        self._before = self.steps
         self._seen: "Counter[str]" = Counter()
 
     # ------------------------------------------------------------------------------------------------ life
@@ -296,7 +304,7 @@ class Attachment:
             self._remove()
         if kind is None:
             self._check_end()
-        self._capture = None
+        self._captures = []
 
     def _remove(self) -> None:
         for handle in self._handles:
@@ -319,22 +327,25 @@ class Attachment:
             under_way: whether its forward pass has begun, so that it counts as well.
         """
         self._model = model
-        self._recorder = Recorder(model, self.source, self._on_forward, self._training).__enter__()
+        self._recorder = Recorder(model, self.source, self._on_forward, self._training)
+        self._recorder.__enter__()
         if under_way:
             self._recorder.begin(model, ())
 
     # ------------------------------------------------------------------------------------------------ what is seen
 
     def _training(self) -> bool:
-        return torch.is_grad_enabled() and self._model is not None and unwrap(self._model).training
+        model = self._model
+        return torch.is_grad_enabled() and model is not None and unwrap(model).training and unwrap(model) not in probed
 
     def _on_forward(self, img: Tensor, output: Any, records: Records) -> None:
-        if self._capture is not None and not self._added and self._backward_since:
+        if self._captures and not self._added and self._backward_since:
             raise self._never_tapped()
         self._forwards += 1
-        if self._capture is None or self._added:
-            self._capture = Capture(img, output, records)
-            self._added = self._backward_since = False
+        if self._added:
+            self._captures = []
+        self._captures = [*self._captures, Capture(img, output, records)][-self.passes :]
+        self._added = self._backward_since = False
 
     def _on_backward(self) -> None:
         self._backward_since = True
@@ -357,7 +368,7 @@ class Attachment:
                 f"{tuple(result.shape)} (reduction='none'). Pass attach(..., label_loss=criterion) with a module whose output "
                 "is the reduced loss, or add the loss yourself: loss = loss + refiner(img, cam, labels)."
             )
-        if self._capture is None:
+        if not self._captures:
             raise AdapterError(
                 f"The label loss {name} was computed, but no CAM was captured before it: "
                 f"{type(unwrap(self._model)).__name__ if self._model is not None else 'no model'} "
@@ -365,9 +376,10 @@ class Attachment:
                 "calls (the DataParallel or DistributedDataParallel wrapper, if there is one)."
             )
         if not self._added:
-            extra = self._step(self._capture, labels)
+            first = self._captures[0]
+            extra = self._step(first, labels)
             self._added = True
-            self._capture = self._capture._replace(output=None, records=Records({}))  # the graph is the host's again
+            self._captures = [first._replace(output=None, records=Records({}))]  # the graph is the host's again
             if extra is not None:
                 extra = extra.to(result.device)
                 return extra + (result if self.mode == "add" else 0.0 * result)
@@ -379,11 +391,11 @@ class Attachment:
         num_classes = len(self.refiner.classes)
         if not isinstance(target, Tensor) or target.ndim < 2 or len(target) == 0:
             return None
-        if self._capture is not None and len(target) != len(self._capture.img):
+        if self._captures and len(target) != len(self._captures[0].img):
             return None
         flat = target.detach().reshape(len(target), -1)
-        if flat.shape[1] == num_classes + 1:
-            flat = flat[:, 1:]  # background first
+        if flat.shape[1] == num_classes + 1 and bool((flat[:, 0] == 1).all()):
+            flat = flat[:, 1:]  # background first, present in every image
         return flat.round() if flat.shape[1] == num_classes else None  # smoothed labels become 0 and 1
 
     # ------------------------------------------------------------------------------------------------ what is done
@@ -425,19 +437,19 @@ class Attachment:
     def _never_tapped(self) -> AdapterError:
         seen = [f"{name} ({count}x)" for name, count in self._seen.most_common(10)]
         return AdapterError(
-            f"{self.source.name} trained without the refiner's loss: its CAM was captured and backward() ran, but no label "
-            f"loss over {len(self.refiner.classes)} classes was seen. Looked for "
+            f"{self.source.name} trained without the refiner's loss: its CAM was captured {self._forwards} times, backward() "
+            f"ran {self._backwards} times, but no label loss over {len(self.refiner.classes)} classes was seen. Looked for "
             f"{_listing([self._name_of(f) for f in self._watched_losses()], quote=False)}; "
             f"losses seen: {_listing(seen, quote=False)}. If your host computes its label loss in another way, pass that "
             "module: attach(..., label_loss=criterion). If the number of classes differs, build the refiner with the host's."
         )
 
     def _check_end(self) -> None:
-        if self._capture is not None and not self._added and self._backward_since:
+        if self._captures and not self._added and self._backward_since:
             raise self._never_tapped()
-        if self.steps == 0 and self._forwards:
+        if self.steps == self._before and self._forwards:
             raise self._never_tapped()
-        if self.steps == 0 and self._backwards:
+        if self.steps == self._before and self._backwards:
             name = type(unwrap(self._model)).__name__ if self._model is not None else "no model"
             raise AdapterError(
                 f"{self.source.name} trained without the refiner's loss: backward() ran {self._backwards} times, but {name} "
@@ -469,7 +481,7 @@ class _Tap(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if func in self.attachment._functions:
             return self.attachment._on_loss(name, result, _target(args, kwargs))
-        if name.endswith(("_loss", "cross_entropy")) and torch.is_grad_enabled():  # for the message of `_never_tapped`
+        if ("_loss" in name or "cross_entropy" in name) and torch.is_grad_enabled():  # for the message of `_never_tapped`
             self.attachment._seen[f"{name} with targets {_describe(_target(args, kwargs))}"] += 1
         return result
 

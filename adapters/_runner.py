@@ -47,7 +47,7 @@ class Job(NamedTuple):
         prompts: prompt file, read by the refine stage and written by the prompt stage.
         checkpoint: host weights for the prompt and refine stages; by default those of the match stage.
         prompt_epochs: epochs of the prompt stage, or None for the recipe's.
-        mode, weight: as for `attach`.
+        mode, weight, passes: as for `attach`.
         seed: of Python, NumPy and torch before the script starts.
         cpu: run a host with hard-coded `.cuda()` on the CPU.
         log_every: steps between two lines of the log of terms.
@@ -66,6 +66,7 @@ class Job(NamedTuple):
     prompt_epochs: Optional[int]
     mode: str
     weight: float
+    passes: int
     seed: int
     cpu: bool
     log_every: int
@@ -389,7 +390,7 @@ def _train(job: Job, stage: str) -> Dict[str, Any]:
             )
         refiner.load_prompts(job.prompts)
     log = _log(job.out / f"{stage}.jsonl", job.log_every)
-    attachment = Attachment(job.source, None, refiner, mode=job.mode, weight=job.weight, on_step=None)
+    attachment = Attachment(job.source, None, refiner, mode=job.mode, weight=job.weight, passes=job.passes)
     with log as write:
         attachment.on_step = write if _is_main() else None
         with _process(job) as shims, attachment, _attached(job, attachment, start) as finder:
@@ -423,7 +424,7 @@ def _prompt(job: Job) -> Dict[str, Any]:
     """Stage (b): one pass over the host's own loader with the trained host held still, then the prompts on cached features."""
     start = _start(job, "prompt")
     refiner = _refiner(job)
-    collector = _Collector(job.source, None, refiner)
+    collector = _Collector(job.source, None, refiner, passes=job.passes)
     with _process(job) as shims, contextlib.suppress(_PassOver), collector, _one_pass(collector):
         with _attached(job, collector, start) as finder:
             _run_script(job)

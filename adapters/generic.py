@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor, nn
 
+from ..clip_encoder import full_precision
 from ._attachment import AdapterError, CamSource, Records, _describe
 
 CamFunction = Callable[[Any, Records], Tensor]
@@ -86,9 +87,10 @@ class Generic(CamSource):
             cam = self._map(img, records[self.source], self.source, None)
         else:
             assert self._classifier is not None
-            weight: Tensor = self._classifier.get_parameter("weight").flatten(1).float()  # (C, D)
+            weight: Tensor = self._classifier.weight.flatten(1).float()  # type: ignore[operator, union-attr]  # (C, D)
             features = self._map(img, records[str(self.features)], str(self.features), weight.shape[1])
-            cam = torch.einsum("bdhw,cd->bchw", features.float(), weight)
+            with full_precision(weight.device):
+                cam = torch.einsum("bdhw,cd->bchw", features.float(), weight)
         return cam.relu() if self.relu else cam
 
     def _map(self, img: Tensor, value: Any, name: str, channels: Optional[int]) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, Dict, List
 import torch
 from torch import Tensor, nn
 
+from ..clip_encoder import full_precision
 from ._attachment import AdapterError, CamSource, Records
 
 FLOOR = 1e-8
@@ -53,6 +54,10 @@ class MCTformer(CamSource):
         return [attention_of(records[name], self.name, name) for name in names]
 
     def cam(self, img: Tensor, output: Any, records: Records) -> Tensor:
+        with full_precision(records["head"].device):  # the host may run under autocast
+            return self._cam(records)
+
+    def _cam(self, records: Records) -> Tensor:
         maps = records["head"].float().relu()  # (B, C, h, w)
         if self.kind == "patch":
             return maps

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from ..refiner import PromptRefiner
-from ._attachment import AdapterError, CamSource, Capture, Recorder, _check_source, unwrap
+from ._attachment import AdapterError, CamSource, Capture, Recorder, _check_source, probed, unwrap
 
 __all__ = ["Probe", "Reach", "probe_host"]
 
@@ -93,13 +93,16 @@ def probe_host(
     trace = _Trace(inner)
     devices = [device] if device.type == "cuda" else []
     try:
+        probed.add(inner)
         with recorder, torch.enable_grad(), torch.random.fork_rng(devices):
             model.train()
             source.run(model, img.to(device))
         if not captures:
             raise AdapterError(f"{type(inner).__name__} was called, but its forward hooks did not fire; nothing was captured.")
-        return _judge(source, inner, refiner, captures[0], labels, trace.outputs, depth)
+        with torch.enable_grad():
+            return _judge(source, inner, refiner, captures[0], labels, trace.outputs, depth)
     finally:
+        probed.discard(inner)
         trace.remove()
         for module, training in modes.items():
             module.training = training
@@ -127,7 +130,7 @@ def _judge(
         where = f"module {bad!r}, the first whose output is not finite" if bad else f"the CAM itself ({source.name})"
         return _probe(f"NaN at {where}", False, math.nan, nothing, parameters, depth)
     if not cam.requires_grad:
-        return _probe(f"detached at {_cut(outputs)}", False, math.nan, nothing, parameters, depth)
+        return _probe(f"detached at {_cut(outputs, capture.records.names())}", False, math.nan, nothing, parameters, depth)
     out = refiner.compute(capture.img.detach().to(cam.device), cam, labels.to(cam.device))
     inside = [(name, value) for name, value in outputs if value.requires_grad]
     wanted = [*parameters.values(), *(value for _, value in inside)]
@@ -145,7 +148,7 @@ def _judge(
     reached = {name for name, g in gradients.items() if g is not None}
     if not reached:
         return _probe(
-            f"detached at {_cut(outputs)}: no trainable parameter lies before the CAM",
+            f"detached at {_cut(outputs, capture.records.names())}: no trainable parameter lies before the CAM",
             False,
             loss,
             gradients,
@@ -201,9 +204,16 @@ def _groups(names: List[str], depth: int) -> Dict[str, List[str]]:
     return groups
 
 
-def _cut(outputs: List[Tuple[str, Tensor]]) -> str:
-    """Where the graph ends: after the last module whose output still has one."""
-    alive = [name for name, value in outputs if value.requires_grad and name != "the model's output"]
+def _cut(outputs: List[Tuple[str, Tensor]], watched: Sequence[str]) -> str:
+    """Where the graph ends: after the last module on the way to the CAM whose output still has one.
+
+    The way ends at the first watched module without a graph, or else at the last watched one; what runs later is another
+    branch of the host. Without watched modules (the CAM is the model's output) it is the whole forward pass.
+    """
+    dead = [i for i, (name, value) in enumerate(outputs) if name in watched and not value.requires_grad]
+    last = [i for i, (name, _) in enumerate(outputs) if name in watched]
+    end = dead[0] if dead else last[-1] + 1 if last else len(outputs)
+    alive = [name for name, value in outputs[:end] if value.requires_grad and name != "the model's output"]
     if not alive:
         return "its first module: no module's output carries a graph (all parameters frozen, or the forward runs under no_grad)"
     return f"module {alive[-1]!r}: the last one whose output carries a graph; what follows it on the way to the CAM is detached"

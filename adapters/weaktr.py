@@ -14,6 +14,7 @@ from typing import Any, Dict
 import torch
 from torch import Tensor, nn
 
+from ..clip_encoder import full_precision
 from ._attachment import CamSource, Records
 from .mctformer import attention_of, spread
 
@@ -44,6 +45,10 @@ class WeakTr(CamSource):
         return {"head": found["head"], WEIGHTS: found[WEIGHTS], **blocks}
 
     def cam(self, img: Tensor, output: Any, records: Records) -> Tensor:
+        with full_precision(records["head"].device):  # the host may run under autocast
+            return self._cam(records)
+
+    def _cam(self, records: Records) -> Tensor:
         maps = records["head"].float().relu()  # (B, C, h, w)
         if self.kind == "patch":
             return maps

@@ -17,10 +17,10 @@ from typing import Any, Callable, List
 
 import torch
 import torch.nn.functional as F
-from semples_plugin.adapters import _compat
 from torch import Tensor, nn
 
 from semples_plugin import PromptRefiner, adapters
+from semples_plugin.adapters import _compat
 from semples_plugin.class_names import VOC_CLASSES
 from semples_plugin.clip_encoder import openai_clip_module
 

@@ -11,8 +11,9 @@ from typing import Any, Iterator
 
 import pytest
 import torch
-from semples_plugin.adapters import _compat
 from torch import nn
+
+from semples_plugin.adapters import _compat
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Pillow 10:DeprecationWarning")
 

@@ -23,12 +23,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from semples_plugin.adapters import AdapterError, _runner, source
-from semples_plugin.adapters import __main__ as command
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from semples_plugin import PromptRefiner, __version__
+from semples_plugin.adapters import AdapterError, _runner, source
+from semples_plugin.adapters import __main__ as command
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Pillow 10:DeprecationWarning")
 
