@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..refiner import PromptRefiner
-from ._attachment import AdapterError, Attachment, CamSource, Capture, LogStep, Recorder, Records, unwrap
+from ._attachment import AdapterError, Attachment, CamSource, Capture, LogStep, Recorder, Records, check_model
 from .generic import Generic
 from .mctformer import MCTformer
 from .probe import Probe, Reach, probe_host
@@ -71,7 +71,7 @@ def attach(
         model: the object that the loop calls: the network, or its DataParallel / DistributedDataParallel wrapper.
         refiner: a `PromptRefiner` for the host's classes, in the order of its label columns.
         mode: `"add"` to the host's label loss, or `"replace"` its label losses, as the reference does (their gradient becomes
-            zero; other terms of the host stay).
+            zero; other terms of the host stay). What the host multiplies its label loss with holds for both.
         weight: factor on the refiner's loss.
         label_loss: how the host computes its label loss: an nn.Module `criterion(logits, labels)`, or a function of
             torch.nn.functional. By default multilabel_soft_margin_loss and the binary cross-entropies, also inside torch's own
@@ -117,6 +117,7 @@ def probe(
     """
     if not bool((labels != 0).any()):
         raise ValueError("`labels` must hold at least one positive label, or there is no loss to follow; got none.")
+    check_model(source(host, **options), model)
     return probe_host(source(host, **options), model, refiner, img, labels, depth=depth)
 
 
@@ -126,7 +127,7 @@ def cam_of(host: Union[str, CamSource], model: nn.Module, **options: Any) -> Cal
     For `refiner.fit_prompts(loader, cam_of("weaktr", model.eval()))` and `refiner.refine(img, cam, labels)`.
     """
     parts = source(host, **options)
-    parts.modules(unwrap(model))
+    check_model(parts, model)
 
     @torch.no_grad()
     def function(img: Tensor) -> Tensor:

@@ -266,7 +266,7 @@ class Attachment:
         self._clear()
         self._model: Optional[nn.Module] = None
         if model is not None:
-            self._check_model(model)
+            check_model(source, model)
             self._model = model
 
     def _clear(self) -> None:
@@ -313,11 +313,6 @@ class Attachment:
         if self._recorder is not None:
             self._recorder.__exit__()
             self._recorder = None
-
-    def _check_model(self, model: Any) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"`model` must be the host's torch.nn.Module; got {type(model).__name__}.")
-        self.source.modules(unwrap(model))
 
     def bind(self, model: nn.Module, under_way: bool = False) -> None:
         """Put the hooks on a model; a `with` does it on entry, the runner when the host's model turns up.
@@ -484,6 +479,14 @@ class _Tap(TorchFunctionMode):
         if ("_loss" in name or "cross_entropy" in name) and torch.is_grad_enabled():  # for the message of `_never_tapped`
             self.attachment._seen[f"{name} with targets {_describe(_target(args, kwargs))}"] += 1
         return result
+
+
+def check_model(source: CamSource, model: Any) -> None:
+    """Raise if `model` is no network, or not of the kind that `source` is for."""
+    if not isinstance(model, nn.Module):
+        hint = " Some hosts' model.eval() and model.train() return None; call them before." if model is None else ""
+        raise TypeError(f"`model` must be the host's torch.nn.Module; got {type(model).__name__}.{hint}")
+    source.modules(unwrap(model))
 
 
 def _target(args: Tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

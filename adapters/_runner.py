@@ -321,7 +321,7 @@ def run_stage(job: Job, stage: str) -> None:
         return
     record = Record(job.out)
     record.open(job)
-    record.stage(stage, state="running", started=_now())
+    record.stage(stage, state="running", started=_now(), host_commit=_commit(job.repo))
     try:
         values = _prompt(job) if stage == "prompt" else _train(job, stage)
     except BaseException as error:
@@ -329,7 +329,7 @@ def run_stage(job: Job, stage: str) -> None:
         record.stage(stage, state=how, finished=_now())
         raise
     record.content["versions"] = _versions()
-    record.stage(stage, state="done", finished=_now(), **values)
+    record.stage(stage, state="done", finished=_now(), versions=_versions(), **values)
 
 
 @contextlib.contextmanager

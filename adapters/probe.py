@@ -87,6 +87,7 @@ def probe_host(
     inner = unwrap(model)
     captures: List[Capture] = []
     modes = {module: module.training for module in model.modules()}
+    frozen = {p: p.requires_grad for p in model.parameters()}  # some hosts change it in train()
     buffers = {name: value.clone() for name, value in inner.named_buffers()}
     device = next((p.device for p in inner.parameters()), img.device)
     recorder = Recorder(model, source, lambda *parts: captures.append(Capture(*parts)), torch.is_grad_enabled)
@@ -106,6 +107,8 @@ def probe_host(
         trace.remove()
         for module, training in modes.items():
             module.training = training
+        for parameter, before in frozen.items():
+            parameter.requires_grad_(before)
         with torch.no_grad():
             for name, value in inner.named_buffers():
                 value.copy_(buffers[name])

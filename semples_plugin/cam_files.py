@@ -8,11 +8,11 @@ admits arrays, tensors and plain scalars, and refuses everything else by name, s
 from __future__ import annotations
 
 import ast
-import collections
 import io
 import math
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -49,27 +49,70 @@ class CamFile(NamedTuple):
 # ---------------------------------------------------------------------------------------------------- pickles without code
 
 
-def _tensor_from_bytes(data: bytes) -> Any:
+def _storage(data: Any) -> Any:
     import torch
 
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's own text advises to read it all the same
+        found = re.search(r"GLOBAL `?([\w.]+)", str(error))
+        raise CamFileError(f"a tensor in it holds {found.group(1) if found else 'something'} that is no number") from None
 
 
-def _allowed() -> Dict[Tuple[str, str], Callable[..., Any]]:
-    """What a pickle may name: the makers of arrays, scalars, dtypes, ordered dicts, and tensors by torch's own safe reader."""
-    core: Any = getattr(np, "_core", None) or np.core
-    table: Dict[Tuple[str, str], Callable[..., Any]] = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): _latin1,
-        ("collections", "OrderedDict"): collections.OrderedDict,
-        ("torch.storage", "_load_from_bytes"): _tensor_from_bytes,
-    }
-    for package in ("numpy.core", "numpy._core"):
-        table[f"{package}.multiarray", "_reconstruct"] = core.multiarray._reconstruct
-        table[f"{package}.multiarray", "scalar"] = core.multiarray.scalar
-        table[f"{package}.numeric", "_frombuffer"] = core.numeric._frombuffer
-    return table
+def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Any:
+    """The array of a tensor; bfloat16, which NumPy lacks, becomes float32."""
+    import torch
+
+    untyped = storage.untyped() if hasattr(storage, "untyped") else storage._untyped()
+    if math.prod(size) * torch.empty(0, dtype=storage.dtype).element_size() > untyped.nbytes():
+        raise CamFileError("a tensor in it is larger than its storage")
+    tensor = torch.empty(0, dtype=storage.dtype).set_(storage, offset, tuple(size), tuple(stride))
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy().copy()
+
+
+class _Dtype:
+    """A dtype of numbers, texts or objects by its name; of the state only the byte order counts."""
+
+    def __init__(self, name: Any, *_: Any):
+        self.made = np.dtype(name) if isinstance(name, str) else np.dtype("V")
+        if self.made.kind not in "biufcSUOMm" or self.made.names is not None or self.made.subdtype is not None:
+            raise CamFileError(f"it holds an array of {name!r}, and only arrays of numbers are read")
+
+    def __setstate__(self, state: Any) -> None:
+        if state[1] in ("<", ">"):
+            self.made = self.made.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    """An array whose pickled state must fit its shape; raw bytes never become objects."""
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, raw = state
+        count = math.prod(shape)
+        if dtype.made.hasobject:
+            fits = type(raw) is list and len(raw) == count
+        else:
+            fits = isinstance(raw, (bytes, str)) and len(raw) == count * dtype.made.itemsize
+        if not fits or min(shape, default=0) < 0:
+            raise CamFileError("an array in it has another size than its shape says")
+        super().__setstate__((1, tuple(shape), dtype.made, bool(fortran), raw))  # type: ignore[arg-type]
+
+
+def _empty(*_: Any) -> np.ndarray:
+    return np.ndarray.__new__(_Array, (0,), "u1")
+
+
+def _scalar(dtype: _Dtype, raw: Any) -> Any:
+    raw = raw.encode("latin1") if isinstance(raw, str) else raw
+    if dtype.made.hasobject:
+        raise CamFileError("it holds a scalar object")
+    return np.frombuffer(raw, dtype.made, 1)[0]
+
+
+def _frombuffer(buffer: Any, dtype: _Dtype, shape: Any, order: str, *_: Any) -> np.ndarray:
+    if dtype.made.hasobject:
+        raise CamFileError("it holds objects as bytes")
+    return np.frombuffer(buffer, dtype.made).reshape(shape, order="F" if order == "F" else "C")
 
 
 def _latin1(text: str, encoding: str = "latin1") -> bytes:
@@ -78,16 +121,69 @@ def _latin1(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-class _Reader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        found = _allowed().get((module, name))
-        if found is None and (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            import torch._utils
+_ALLOWED: Dict[Tuple[str, str], Callable[..., Any]] = {
+    ("numpy", "ndarray"): _empty,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _latin1,
+    ("collections", "OrderedDict"): dict,
+    ("torch.storage", "_load_from_bytes"): _storage,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+}
+for _package in ("numpy.core", "numpy._core"):
+    _ALLOWED[f"{_package}.multiarray", "_reconstruct"] = _empty
+    _ALLOWED[f"{_package}.multiarray", "scalar"] = _scalar
+    _ALLOWED[f"{_package}.numeric", "_frombuffer"] = _frombuffer
 
-            found = torch._utils._rebuild_tensor_v2
+
+_PythonUnpickler: Any = getattr(pickle, "_Unpickler")  # noqa: B009  # in every CPython, not in the type stubs
+
+
+class _Reader(_PythonUnpickler):
+    """A pickle reader that makes arrays, tensors and plain containers only.
+
+    It is Python's own reader written in Python: the one in C lets a file of 100 bytes ask for gigabytes of memo, set the state
+    of anything it may name, and hash keys nested half a million deep.
+    """
+
+    dispatch: Dict[int, Any] = dict(_PythonUnpickler.dispatch)
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = _ALLOWED.get((module, name))
         if found is None:
             raise CamFileError(f"it names {module}.{name}, and only numpy arrays, tensors and plain numbers are read")
         return found
+
+    def load_build(self) -> None:
+        if not isinstance(self.stack[-2], (_Array, _Dtype)):
+            raise CamFileError(f"it sets a state of {type(self.stack[-2]).__name__}")
+        super().load_build()
+
+    def load_setitem(self) -> None:
+        self._check(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        self._check(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        self._check(self.stack[::2])
+        super().load_dict()
+
+    def _check(self, keys: Any) -> None:
+        for key in keys:
+            if isinstance(key, tuple) or not isinstance(key, (int, float, str, bytes, np.generic, type(None))):
+                raise CamFileError(f"it has a {type(key).__name__} as a key")
+
+    def refuse(self) -> None:
+        raise CamFileError("it holds more than arrays and numbers")
+
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
+    for _op in (pickle.ADDITEMS, pickle.FROZENSET, pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX):
+        dispatch[_op[0]] = refuse
 
 
 def read_npy(path: PathLike) -> Any:
@@ -106,8 +202,9 @@ def read_npy(path: PathLike) -> Any:
         except CamFileError as error:
             raise CamFileError(f"{os.fspath(path)} is refused: {error}.") from error
         except Exception as error:  # a damaged pickle can raise nearly anything
+            why = " ".join(str(error).split())[:200]
             raise CamFileError(
-                f"{os.fspath(path)} is no readable .npy file ({type(error).__name__}: {error}); is it complete?"
+                f"{os.fspath(path)} is no readable .npy file ({type(error).__name__}: {why}); is it complete?"
             ) from error
 
 
@@ -146,6 +243,16 @@ def read_cam_file(path: PathLike, num_classes: int) -> CamFile:
         CamFileError: if it is damaged, names a class that does not exist, or holds maps that are not finite or differ in shape.
     """
     path = Path(path)
+    try:
+        return _read_cams(path, num_classes)
+    except (CamFileError, FileNotFoundError):
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        raise CamFileError(f"{path} must hold a dict of CAMs or an array (C, H, W) ({type(error).__name__}: {why}).") from error
+
+
+def _read_cams(path: Path, num_classes: int) -> CamFile:
     if path.suffix == ".npz":
         content: Any = _read_npz(path)
         layout = "npz"
@@ -159,6 +266,8 @@ def read_cam_file(path: PathLike, num_classes: int) -> CamFile:
     if "keys" in content and ("high_res" in content or "cam" in content):
         return _from_keys(path, content, num_classes, "irn" if layout == "dict" else "npz")
     cams = {_class_index(path, key, num_classes): _map(path, key, value) for key, value in content.items()}
+    if len(cams) < len(content):
+        raise CamFileError(f"{path} names a class twice.")
     return CamFile(_same_shape(path, cams), layout)
 
 
@@ -189,6 +298,8 @@ def _from_keys(path: Path, content: Dict[str, Any], num_classes: int, layout: st
     if maps.ndim != 3 or len(maps) != len(keys):
         raise CamFileError(f"{path} must hold one map (H, W) per key; it has {len(keys)} keys and maps {maps.shape}.")
     low = tuple(np.asarray(content["cam"]).shape[1:]) if "cam" in content and "high_res" in content else None
+    if low is not None and (len(low) != 2 or 0 in low):
+        raise CamFileError(f"{path} must hold low maps (K, h, w); got {np.asarray(content['cam']).shape}.")
     cams = {_class_index(path, key, num_classes): _map(path, key, value) for key, value in zip(keys.tolist(), maps)}
     if len(cams) < len(keys):
         raise CamFileError(f"{path} names a class twice: {keys.tolist()}.")
@@ -197,7 +308,7 @@ def _from_keys(path: Path, content: Dict[str, Any], num_classes: int, layout: st
 
 def _class_index(path: Path, key: Any, num_classes: int) -> int:
     number = key
-    if isinstance(key, str) and key.lstrip("-").isdigit():
+    if isinstance(key, str) and re.fullmatch("-?[0-9]+", key):
         number = int(key)
     if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)):
         raise CamFileError(f"{path} must have class indices as keys; got {key!r}.")
@@ -210,7 +321,8 @@ def _map(path: Path, key: Any, value: Any) -> np.ndarray:
     value = np.asarray(value)
     if value.dtype.kind not in "fiu" or value.ndim != 2 or value.size == 0:
         raise CamFileError(f"{path} must hold (H, W) maps of numbers; class {key} has {value.dtype} {value.shape}.")
-    value = value.astype(np.float32)
+    with np.errstate(over="ignore"):  # inf, refused below
+        value = np.array(value, np.float32)
     if not np.isfinite(value).all():
         raise CamFileError(f"{path} must hold finite maps; class {key} has NaN or inf.")
     return value

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
+from ._checks import check_classes
 from .errors import SemplesError
 
 __all__ = ["assignments", "class_list", "main"]
@@ -28,6 +29,12 @@ Classes = Union[List[str], Dict[str, str]]
 
 def class_list(text: str) -> Classes:
     """Class names from `voc`, `coco`, or a file: one name per line, a JSON list, or a JSON mapping name -> name for CLIP."""
+    found = _class_list(text)
+    check_classes(found)
+    return found
+
+
+def _class_list(text: str) -> Classes:
     from .class_names import COCO_CLASSES, VOC_CLASSES
 
     if text in ("voc", "coco"):
@@ -41,7 +48,7 @@ def class_list(text: str) -> Classes:
         return [line.strip() for line in content.splitlines() if line.strip()]
     try:
         found = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON: {error}.") from error
     if not isinstance(found, (list, dict)):
         raise ValueError(f"{path} must hold a list of names or a mapping name -> name for CLIP; got {type(found).__name__}.")
@@ -99,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--json", action="store_true", help="print everything as JSON")
 
     part = commands.add_parser("report", help="one HTML page of what a refinement changed")
-    part.add_argument("--images", type=Path, required=True, metavar="DIR")
+    part.add_argument("--images", type=Path, required=True, metavar="DIR", help="images")
     part.add_argument("--before", type=Path, required=True, metavar="DIR", help="CAM files of the host")
     part.add_argument("--after", type=Path, required=True, metavar="DIR", help="refined CAM files")
     part.add_argument("--gt", type=Path, required=True, metavar="DIR", help="ground-truth PNGs")
@@ -109,13 +116,13 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--classes", default="voc", metavar="voc|coco|FILE", help="class names (voc)")
     part.add_argument("--prompts", type=Path, metavar="FILE", help="learned prompts to show with their nearest words")
     part.add_argument("--clip", metavar="NAME", help="the CLIP of the prompts")
-    part.add_argument("--title", default="What the refinement changed")
+    part.add_argument("--title", default="What the refinement changed", help="of the page")
     part.add_argument("--rows", type=int, default=8, help="images of each kind: improved, worse, random (8)")
 
     part = commands.add_parser("prompts", help="learned prompts")
     actions = part.add_subparsers(dest="action", metavar="ACTION", required=True)
     show = actions.add_parser("show", help="what a prompt file holds; with its CLIP at hand, the nearest words")
-    show.add_argument("file", type=Path, metavar="FILE")
+    show.add_argument("file", type=Path, metavar="FILE", help="prompt file")
     show.add_argument("--clip", metavar="NAME", help="CLIP model or weights file, for the nearest words")
     show.add_argument("--vocabulary", type=Path, metavar="FILE", help="words to choose from, one per line")
     show.add_argument("--top", type=int, default=5, metavar="N", help="words per class (5)")
@@ -151,6 +158,8 @@ def _refine(options: argparse.Namespace) -> int:
     settings = assignments("--set", options.set)
     if options.optimise < 0 or options.batch_size < 1 or options.max_pixels < 1:
         raise ValueError("--optimise must be at least 0, --batch-size and --max-pixels at least 1.")
+    if not 0 <= options.threshold <= 1:
+        raise ValueError(f"--threshold must be from 0 to 1; got {options.threshold}.")
     ask_clip = options.suppress or options.optimise > 0
     if not ask_clip and (options.prompts or options.clip or settings):
         raise ValueError(
@@ -204,7 +213,11 @@ def _refiner(options: argparse.Namespace, classes: Classes, settings: Mapping[st
                 f"{options.prompts} was learned for {len(refiner.classes)} classes ({', '.join(refiner.classes[:3])}, ...) and "
                 f"--classes names {len(classes)} ({', '.join(list(classes)[:3])}, ...). They must be the same, in this order."
             )
-    return refiner.to(options.device)
+    try:
+        return refiner.to(options.device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"--device {options.device!r} cannot be used: {why}") from error
 
 
 def assignments(option: str, items: Sequence[str]) -> Dict[str, Any]:

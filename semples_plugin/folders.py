@@ -23,7 +23,7 @@ from .cam_files import CamFile, CamFileError, read_cam_file, write_atomically, w
 from .prompts import progress_bar
 from .refiner import MASK_EPS, PromptRefiner
 
-__all__ = ["Options", "Summary", "cam_paths", "find_image", "read_image", "refine_folder"]
+__all__ = ["Options", "Summary", "cam_paths", "check_id", "find_image", "read_image", "refine_folder"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
@@ -75,14 +75,19 @@ def cam_paths(folder: Path) -> Dict[str, Path]:
     return {p.stem: p for p in found}
 
 
+def check_id(name: str) -> None:
+    """An id from a list or a label file must not lead out of the folder it is looked up in."""
+    if re.search(r"[/\\\0]", name) or name in ("", ".", ".."):
+        raise CamFileError(f"{name!r} is no image id: ids are file names without folders")
+
+
 def find_image(folder: Path, name: str) -> Path:
     """The image file of an id.
 
     Raises:
         CamFileError: if there is none, or the id is no plain file name.
     """
-    if re.search(r"[/\\\0]", name) or name in ("", ".", ".."):
-        raise CamFileError(f"{name!r} is no image id: ids are file names without folders")
+    check_id(name)
     for suffix in SUFFIXES:
         path = folder / f"{name}{suffix}"
         if path.is_file():
@@ -134,8 +139,8 @@ def refine_folder(
     if (options.suppress or options.optimise) and refiner is None:
         raise ValueError("`suppress` and `optimise` need a refiner: they ask CLIP. Got none.")
     start = time.monotonic()
-    _remember(out, {**options._asdict(), **(settings or {})})
     items, failed = _plan(cams, images)
+    _remember(out, {**options._asdict(), **(settings or {})})
     mine = [chunk for i, chunk in enumerate(_chunks(items, options)) if i % shard[1] == shard[0]]
     failed = {name: why for i, (name, why) in enumerate(sorted(failed.items())) if i % shard[1] == shard[0]}
     refined = kept = 0
@@ -247,8 +252,10 @@ def _load(
             if picture.shape[:2] != item.size:
                 raise CamFileError(f"{item.image} changed while it was read")
             loaded.append(_Loaded(item, _shrink(picture, options.max_pixels), content, row))
-        except (CamFileError, OSError, MemoryError) as error:
-            failed[item.name] = str(error) or type(error).__name__
+        except CamFileError as error:
+            failed[item.name] = str(error)
+        except Exception as error:  # OpenCV has its own; one image must not end the run
+            failed[item.name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return loaded, failed
 
 
@@ -303,8 +310,8 @@ def _refine_chunk(
             try:
                 _write(out, one, result[i : i + 1], options)
                 count += 1
-            except OSError as error:
-                failed[one.item.name] = f"could not be written: {error}"
+            except Exception as error:
+                failed[one.item.name] = f"could not be written: {' '.join(str(error).split())}"
     return count
 
 
@@ -333,12 +340,13 @@ def _cam_tensor(content: CamFile, size: Sequence[int], num_classes: int) -> Tens
 def _write(out: Path, one: _Loaded, result: Tensor, options: Options) -> None:
     """All files of one image, the CAM last, so that its presence means that the others are there."""
     keep = one.labels.nonzero()[0].tolist()
-    full = F.interpolate(result, size=one.item.size, mode="bilinear", align_corners=False) if keep else None  # (1, C, H, W)
+    full = F.interpolate(result[:, keep], size=one.item.size, mode="bilinear", align_corners=False) if keep else None
     if full is None:
         label_map, cams = np.zeros(one.item.size, np.uint8), {}
     else:
-        label_map = masks.pseudo_labels(full, options.threshold)[0].cpu().numpy().astype(np.uint8)
-        cams = {k: full[0, k].cpu().numpy() for k in keep}
+        index = masks.pseudo_labels(full, options.threshold)[0].cpu().numpy()
+        label_map = np.array([0, *(k + 1 for k in keep)], np.uint8)[index]
+        cams = {k: full[0, i].cpu().numpy() for i, k in enumerate(keep)}
     files = _targets(out, one.item.name, options)
     for path in files.values():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -38,6 +38,16 @@ def read_labels(path: PathLike, classes: Sequence[str]) -> Labels:
         CamFileError: if the file is damaged, or its classes are others.
     """
     path, classes = Path(path), list(classes)
+    try:
+        return _read(path, classes)
+    except (CamFileError, FileNotFoundError):
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        raise CamFileError(f"{path} is not readable as labels ({type(error).__name__}: {why}).") from error
+
+
+def _read(path: Path, classes: List[str]) -> Labels:
     if path.is_dir():
         return _voc_folder(path, classes)
     if not path.exists():
@@ -94,7 +104,7 @@ def _npz(path: Path, classes: Sequence[str]) -> Labels:
 def _json(path: Path, classes: Sequence[str]) -> Labels:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CamFileError(f"{path} is not readable JSON: {error}.") from error
     if not isinstance(content, dict):
         raise CamFileError(f"{path} must hold an object image id -> labels; it holds a {type(content).__name__}.")
@@ -144,8 +154,9 @@ def _coco(path: Path, content: Mapping[str, Any], classes: Sequence[str]) -> Lab
 
 def _csv(path: Path, classes: Sequence[str]) -> Labels:
     with path.open(newline="", encoding="utf-8") as file:
-        rows: List[Dict[str, str]] = list(csv.DictReader(file))
-    columns = set(rows[0]) if rows else set()
+        reader = csv.DictReader(file)
+        rows: List[Dict[str, str]] = list(reader)
+        columns = set(reader.fieldnames or ())
     if {"image", "labels"} <= columns:
         split = {row["image"]: [name.strip() for name in (row["labels"] or "").split(";") if name.strip()] for row in rows}
         return {image_id(key): _named(path, key, value, classes) for key, value in split.items()}
@@ -172,11 +183,13 @@ def _voc_folder(path: Path, classes: Sequence[str]) -> Labels:
     labels = {}
     for file in files:
         text = file.read_bytes()
+        if b"\0" in text:
+            raise CamFileError(f"{file} is not readable XML in UTF-8.")
         if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
             raise CamFileError(f"{file} declares entities, which no VOC annotation does; it is not read.")
         try:
             names = [node.text for node in ElementTree.fromstring(text).findall("object/name")]
-        except ElementTree.ParseError as error:
+        except (ElementTree.ParseError, LookupError, ValueError) as error:
             raise CamFileError(f"{file} is not readable XML: {error}.") from error
         labels[file.stem] = _named(file, file.stem, [name for name in names if name in classes], classes)
     return labels

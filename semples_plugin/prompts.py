@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import losses
+from .cam_files import write_atomically
 from .clip_encoder import ClipEncoder
 from .errors import PromptFileError
 
@@ -194,18 +195,18 @@ def read_vocabulary(path: Union[str, "os.PathLike[str]"]) -> List[str]:
 
 
 def write_file(path: Union[str, "os.PathLike[str]"], context: Tensor, facts: Dict[str, Any]) -> None:
-    """Write context vectors and what belongs to them as safetensors; the file appears complete or not at all."""
-    from safetensors.torch import save_file
+    """Write context vectors and what belongs to them as safetensors; the file appears complete or not at all.
 
-    target = Path(path)
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    The same prompts give the same bytes: safetensors writes its metadata in any order, here they are sorted.
+    """
+    from safetensors.torch import save
+
     metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "facts": json.dumps(facts, ensure_ascii=False)}
-    try:
-        part.touch()  # safetensors keeps the mode of a file that exists, and makes new ones unreadable for others
-        save_file({"context": context.detach().cpu().contiguous()}, str(part), metadata=metadata)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    data = save({"context": context.detach().cpu().contiguous()}, metadata=metadata)
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the tensors stay aligned
+    write_atomically(Path(path), lambda file: file.write(len(header).to_bytes(8, "little") + header + data[8 + length :]))
 
 
 def read_file(path: Union[str, "os.PathLike[str]"]) -> Tuple[Tensor, Dict[str, Any]]:

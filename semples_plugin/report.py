@@ -104,7 +104,7 @@ def write_report(
         for name in chosen:
             try:
                 cards.append(_card(name, images, before, after, gt, classes, first, second))
-            except (CamFileError, OSError) as error:
+            except (CamFileError, OSError, ValueError) as error:
                 failed[name] = str(error)
         if cards:
             parts.append(f'<section><h2>{heading}</h2><div class="rows">{"".join(cards)}</div></section>')
@@ -206,6 +206,8 @@ def _card(
 ) -> str:
     picture = read_image(find_image(images, name))
     target = read_label_png(gt / f"{name}.png")
+    if picture.shape[:2] != target.shape:
+        raise CamFileError(f"its image has size {picture.shape[:2]}, its ground truth {target.shape}")
     shown = []
     contents = [read_cam_file(cam_paths_of(folder, name), len(classes)) for folder in (before, after)]
     for content, result in zip(contents, (first, second)):

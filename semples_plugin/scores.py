@@ -9,7 +9,7 @@ import numpy as np
 
 from .cam_files import CamFileError, read_cam_file
 from .evaluation import ClassScore, Curve, class_scores, confusion_matrix, mean_iou
-from .folders import cam_paths
+from .folders import cam_paths, check_id
 
 __all__ = ["Result", "evaluate_cams", "evaluate_labels", "read_label_png"]
 
@@ -114,6 +114,7 @@ def evaluate_labels(pred: Path, gt: Path, names: Sequence[str], ids: Optional[Se
     wanted = sorted(p.stem for p in pred.glob("*.png")) if ids is None else list(ids)
     for name in _some(wanted, pred):
         try:
+            check_id(name)
             one = confusion_matrix(read_label_png(pred / f"{name}.png"), read_label_png(gt / f"{name}.png"), len(names))
         except ValueError as error:  # a CamFileError is one
             failed[name] = str(error)
