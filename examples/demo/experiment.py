@@ -33,7 +33,9 @@ HOST_ALIGNED = "host alone, aligned to edges"
 MATCH_ALIGNED = "+ match, aligned to edges"
 ALIGNED = "+ match + refine, learned, aligned to edges"
 SUPPRESSED = "+ match + refine, learned, suppressed, aligned"
-ROWS = (HOST, MATCH, HAND, LEARNED, HOST_ALIGNED, MATCH_ALIGNED, ALIGNED, SUPPRESSED)
+HOST_SUPPRESSED = "host alone, suppressed, aligned (no training)"
+HOST_OPTIMISED = "host alone, optimised, aligned (no training)"
+ROWS = (HOST, MATCH, HAND, LEARNED, HOST_ALIGNED, MATCH_ALIGNED, ALIGNED, SUPPRESSED, HOST_SUPPRESSED, HOST_OPTIMISED)
 
 
 class Settings(NamedTuple):
@@ -60,6 +62,7 @@ class Settings(NamedTuple):
     prompt_length: int = 8
     prompt_epochs: int = 60
     prompt_rate: float = 2.5e-2
+    optimise_steps: int = 10
 
 
 class Row(NamedTuple):
@@ -181,11 +184,19 @@ def run(settings: Settings, seed: int) -> Result:
         (MATCH_ALIGNED, MATCH, "pamr", False),
         (ALIGNED, LEARNED, "pamr", False),
         (SUPPRESSED, LEARNED, "pamr", True),
+        (HOST_SUPPRESSED, HOST, "pamr", True),  # what `semples refine --suppress --prompts FILE` does with the host's CAM files
     ):
         val_masks, masks[name] = (
             refiner.refine(s.images, cam, s.labels, align=align, suppress=suppress).masks for s, cam in cams[source]
         )
         table[name] = best_row(val_masks, val, masks[name], test)
+    optimised = []
+    for s, cam in cams[HOST]:  # what `semples refine --optimise N --prompts FILE` does
+        parts = zip(s.images.split(50), cam.split(50), s.labels.split(50))
+        better = torch.cat([refiner.optimise_cam(*part, steps=settings.optimise_steps) for part in parts])
+        optimised.append(refiner.refine(s.images, better, s.labels, align="pamr").masks)
+    masks[HOST_OPTIMISED] = optimised[1]
+    table[HOST_OPTIMISED] = best_row(optimised[0], val, optimised[1], test)
     return Result(table, masks, test, histories, fit, refiner.read_prompts(world_vocabulary(), top=3))
 
 

@@ -20,7 +20,18 @@ import numpy as np
 import semples_plugin
 
 from . import experiment
-from .experiment import ALIGNED, HAND, HOST, HOST_ALIGNED, LEARNED, MATCH, MATCH_ALIGNED, SUPPRESSED
+from .experiment import (
+    ALIGNED,
+    HAND,
+    HOST,
+    HOST_ALIGNED,
+    HOST_OPTIMISED,
+    HOST_SUPPRESSED,
+    LEARNED,
+    MATCH,
+    MATCH_ALIGNED,
+    SUPPRESSED,
+)
 from .world import THINGS
 
 
@@ -65,6 +76,7 @@ def summary(records: List[Dict[str, Any]]) -> str:
     lines.append("")
     compared = ((LEARNED, HOST), (LEARNED, MATCH), (LEARNED, HAND))
     compared += ((ALIGNED, HOST_ALIGNED), (ALIGNED, MATCH_ALIGNED), (SUPPRESSED, ALIGNED))
+    compared += ((HOST_SUPPRESSED, HOST_ALIGNED), (HOST_OPTIMISED, HOST_ALIGNED), (ALIGNED, HOST_OPTIMISED))
     for better, worse in compared:
         for title, values in (("mIoU", miou), ("share", share)):
             difference = values[better] - values[worse]
