@@ -1,5 +1,5 @@
 # `make demo` and `make test` set themselves up in .venv on a fresh machine; nothing outside this folder is touched.
-#   make demo TORCH="torch==2.0.1 numpy<2"   another torch, from 1.13 on (before 2.3 with numpy<2)
+#   make demo TORCH="torch==2.0.1 numpy==1.26.4"   another torch, from 1.13 on (before 2.3 with numpy 1)
 #   make test PYTHON=python3.10          another Python; one that has torch already lends it to .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -41,7 +41,7 @@ lint: $(VENV)/ready
 $(VENV)/ready: setup.cfg
 	$(PYTHON) -m venv $$($(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages) $(VENV)
 	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install --quiet $(TORCH)
-	$(RUN) -m pip install --quiet --editable ".[demo,test]"
+	$(RUN) -m pip install --quiet --editable ".[demo,test]" $(filter numpy%,$(TORCH))
 	touch $@
 
 clean:

@@ -55,7 +55,7 @@ def _storage(data: Any) -> Any:
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text advises to read it all the same
-        found = re.search(r"GLOBAL `?([\w.]+)", str(error))
+        found = re.search(r"(?:GLOBAL|class) `?(\w+\.[\w.]*\w)", str(error))  # torch's words before and after 2.0
         raise CamFileError(f"a tensor in it holds {found.group(1) if found else 'something'} that is no number") from None
 
 
