@@ -98,6 +98,7 @@ def irn(refiner: PromptRefiner) -> Dict[str, Any]:
     network = importlib.import_module("net.resnet50_cam")
     seed()
     model = network.Net()
+    model.train()  # freezes conv1 and bn1
     options = {"features": "stage4", "classifier": "classifier", "image_stats": "imagenet"}
     img, labels = photos(96, 128, 2)
     probe = adapters.probe("generic", model, refiner, img, labels, **options)
