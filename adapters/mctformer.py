@@ -7,7 +7,7 @@ class map. It returns that CAM detached, so it is rebuilt here from the live ten
 
 from __future__ import annotations
 
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -44,14 +44,7 @@ class MCTformer(CamSource):
 
     def modules(self, model: nn.Module) -> Dict[str, nn.Module]:
         found = self.find(model, {"head": nn.Conv2d, "blocks": nn.ModuleList, "patch_embed": nn.Module}, self.name)
-        if self.kind == "patch":
-            return {"head": found["head"]}
-        return {"head": found["head"], **{f"blocks.{i}": block for i, block in found["blocks"].named_children()}}
-
-    def attention(self, records: Records) -> List[Tensor]:
-        """Attention (B, heads, N, N) of every block, first to last."""
-        names = [name for name in records.names() if name.startswith("blocks.")]
-        return [attention_of(records[name], self.name, name) for name in names]
+        return {"head": found["head"]} if self.kind == "patch" else {"head": found["head"], **blocks_of(found)}
 
     def cam(self, img: Tensor, output: Any, records: Records) -> Tensor:
         with full_precision(records["head"].device):  # the host may run under autocast
@@ -62,7 +55,7 @@ class MCTformer(CamSource):
         if self.kind == "patch":
             return maps
         batch, classes, height, width = maps.shape
-        attention = self.attention(records)
+        attention = attention_of(records, self.name)
         rows = [a[:, :, :classes, classes:].float().mean(1) for a in attention[-self.layers :]]
         fused = safe_sqrt(torch.stack(rows).mean(0).reshape(maps.shape) * maps)
         if self.kind == "fused":
@@ -71,13 +64,24 @@ class MCTformer(CamSource):
         return spread(affinity, fused)
 
 
-def attention_of(output: Any, host: str, name: str) -> Tensor:
-    """Attention (B, heads, N, N) out of a block's output `(tokens, attention, ...)`."""
-    if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4:
-        return output[1]
-    raise AdapterError(
-        f"Expected {name} of {host} to return (tokens, attention (B, heads, N, N)); got {type(output).__name__}."
-    )
+def blocks_of(found: Mapping[str, nn.Module]) -> Dict[str, nn.Module]:
+    """The transformer blocks of a host by name, first to last."""
+    return {f"blocks.{i}": block for i, block in found["blocks"].named_children()}
+
+
+def attention_of(records: Records, host: str) -> List[Tensor]:
+    """Attention (B, heads, N, N) of every block, first to last; a block's output is `(tokens, attention, ...)`."""
+    maps = []
+    for name in records.names():
+        if not name.startswith("blocks."):
+            continue
+        output = records[name]
+        if not (isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4):
+            raise AdapterError(
+                f"Expected {name} of {host} to return (tokens, attention (B, heads, N, N)); got {type(output).__name__}."
+            )
+        maps.append(output[1])
+    return maps
 
 
 def spread(affinity: Tensor, cam: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..clip_encoder import full_precision
 from ._attachment import CamSource, Records
-from .mctformer import attention_of, spread
+from .mctformer import attention_of, blocks_of, spread
 
 WEIGHTS = "adaptive_attention_fusion.attn_head_ffn"
 
@@ -41,8 +41,7 @@ class WeakTr(CamSource):
         found = self.find(model, {"head": nn.Conv2d, "blocks": nn.ModuleList, WEIGHTS: nn.Module}, self.name)
         if self.kind == "patch":
             return {"head": found["head"]}
-        blocks = {f"blocks.{i}": block for i, block in found["blocks"].named_children()}
-        return {"head": found["head"], WEIGHTS: found[WEIGHTS], **blocks}
+        return {"head": found["head"], WEIGHTS: found[WEIGHTS], **blocks_of(found)}
 
     def cam(self, img: Tensor, output: Any, records: Records) -> Tensor:
         with full_precision(records["head"].device):  # the host may run under autocast
@@ -53,8 +52,7 @@ class WeakTr(CamSource):
         if self.kind == "patch":
             return maps
         batch, classes, height, width = maps.shape
-        names = [name for name in records.names() if name.startswith("blocks.")]
-        attention = [attention_of(records[name], self.name, name) for name in names]
+        attention = attention_of(records, self.name)
         heads, blocks = attention[0].shape[1], len(attention)
         weights = records[WEIGHTS].float().view(batch, heads, blocks) / (heads * blocks)
 

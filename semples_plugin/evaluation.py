@@ -6,11 +6,11 @@ pixels labelled `ignore_index` (255 in VOC) are left out.
 
 from __future__ import annotations
 
-from typing import List, Mapping, NamedTuple, Optional, Sequence
+from typing import List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-__all__ = ["ClassScore", "Curve", "class_scores", "confusion_matrix", "iou_per_class", "mean_iou"]
+__all__ = ["ClassScore", "Curve", "best_class", "class_scores", "confusion_matrix", "iou_per_class", "mean_iou"]
 
 
 def confusion_matrix(
@@ -55,6 +55,22 @@ def mean_iou(confusion: np.ndarray) -> float:
 # ---------------------------------------------------------------------------------------------------- folders
 
 
+def best_class(cams: Mapping[int, np.ndarray], shape: Tuple[int, ...]) -> Tuple[np.ndarray, np.ndarray]:
+    """(H, W) highest CAM, at least 0, and its label, 1 + class index, the lower one of equals; label 0 where no CAM is above 0.
+
+    Args:
+        cams: class index (from 0) -> (H, W).
+        shape: (H, W), for an image without CAMs.
+    """
+    best, label = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
+    for k, cam in sorted(cams.items()):
+        if cam.shape != shape:
+            raise ValueError(f"The CAM must have the shape of the ground truth, {shape}; got {cam.shape}.")
+        higher = cam > best
+        best[higher], label[higher] = cam[higher], k + 1
+    return best, label
+
+
 class Curve:
     """Confusion matrices of soft CAMs at many background thresholds, from one pass over the images.
 
@@ -77,12 +93,7 @@ class Curve:
 
     def add(self, cams: Mapping[int, np.ndarray], target: np.ndarray) -> None:
         """Count one image: class index (from 0) -> (H, W) CAM, and the target label map (H, W)."""
-        best, label = np.zeros(target.shape, np.float32), np.zeros(target.shape, np.int64)
-        for k, cam in sorted(cams.items()):
-            if cam.shape != target.shape:
-                raise ValueError(f"The CAM must have the shape of the ground truth, {target.shape}; got {cam.shape}.")
-            higher = cam > best
-            best[higher], label[higher] = cam[higher], k + 1
+        best, label = best_class(cams, target.shape)
         passed = np.searchsorted(np.asarray(self.thresholds, np.float32), best, side="left")  # thresholds below the CAM
         counted = np.ones(target.shape, bool) if self.ignore_index is None else target != self.ignore_index
         rows, columns, depth = target[counted].astype(np.int64), label[counted], passed[counted]

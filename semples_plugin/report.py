@@ -11,6 +11,7 @@ from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 
 from .cam_files import CamFileError, read_cam_file, voc_palette, write_atomically
+from .evaluation import best_class
 from .folders import cam_paths, find_image, read_image
 from .prompts import PromptReading
 from .scores import Result, evaluate_cams, read_label_png
@@ -84,7 +85,8 @@ def write_report(
         Id -> reason for images that could not be counted.
     """
     names = ["background", *classes]
-    ids = list(cam_paths(before)) if ids is None else list(ids)
+    paths = (cam_paths(before), cam_paths(after))
+    ids = list(paths[0]) if ids is None else list(ids)
     first = evaluate_cams(before, gt, names, ids, THRESHOLDS, chosen=True)._replace(split=split)
     second = evaluate_cams(after, gt, names, ids, THRESHOLDS, chosen=True)._replace(split=split)
     both = sorted(set(first.per_image) & set(second.per_image))
@@ -103,7 +105,7 @@ def write_report(
         cards = []
         for name in chosen:
             try:
-                cards.append(_card(name, images, before, after, gt, classes, first, second))
+                cards.append(_card(name, images, *paths, gt, classes, first, second))
             except (CamFileError, OSError, ValueError) as error:
                 failed[name] = str(error)
         if cards:
@@ -202,16 +204,24 @@ def _prompts(readings: Sequence[PromptReading]) -> str:
 
 
 def _card(
-    name: str, images: Path, before: Path, after: Path, gt: Path, classes: Sequence[str], first: Result, second: Result
+    name: str,
+    images: Path,
+    before: Mapping[str, Path],
+    after: Mapping[str, Path],
+    gt: Path,
+    classes: Sequence[str],
+    first: Result,
+    second: Result,
 ) -> str:
     picture = read_image(find_image(images, name))
     target = read_label_png(gt / f"{name}.png")
     if picture.shape[:2] != target.shape:
         raise CamFileError(f"its image has size {picture.shape[:2]}, its ground truth {target.shape}")
     shown = []
-    contents = [read_cam_file(cam_paths_of(folder, name), len(classes)) for folder in (before, after)]
+    contents = [read_cam_file(paths[name], len(classes)) for paths in (before, after)]
     for content, result in zip(contents, (first, second)):
-        shown.append((content.cams, _label_map(content.cams, target.shape, result.threshold or 0.0)))
+        best, label_map = best_class(content.cams, target.shape)
+        shown.append((content.cams, np.where(best > np.float32(result.threshold or 0.0), label_map, 0)))
     present = sorted({*contents[0].cams, *contents[1].cams})
     key = max(present, key=lambda k: float((target == k + 1).sum()), default=None)
     label = "none" if key is None else classes[key]
@@ -232,23 +242,6 @@ def _card(
     note = f"IoU of this image ({b - a:+.1f}); {html.escape(labels)}"
     header = f"<header><code>{html.escape(name)}</code><b>{a:.1f} → {b:.1f}</b><span>{note}</span></header>"
     return f'<article class="row">{header}<div class="pictures">{figures}</div></article>'
-
-
-def cam_paths_of(folder: Path, name: str) -> Path:
-    """The CAM file of one image."""
-    for suffix in (".npy", ".npz"):
-        path = folder / f"{name}{suffix}"
-        if path.exists():
-            return path
-    raise CamFileError(f"there is no CAM file for {name} in {folder}")
-
-
-def _label_map(cams: Mapping[int, np.ndarray], shape: Tuple[int, ...], threshold: float) -> np.ndarray:
-    best, label = np.full(shape, np.float32(threshold)), np.zeros(shape, np.uint8)
-    for k, cam in sorted(cams.items()):
-        higher = cam > best
-        best[higher], label[higher] = cam[higher], k + 1
-    return label
 
 
 def _heat(picture: np.ndarray, cam: Optional[np.ndarray]) -> np.ndarray:
