@@ -2,9 +2,9 @@
 
     python -m semples_plugin.adapters mctformer --repo MCTformer -- main.py --data-path VOCdevkit/VOC2012 ...
 
-Stages: match (train with L_match), prompt (learn the background prompts with the trained host), refine (train on with
-L_match + lambda L_refine, from the weights of the match stage); `all` runs the three, each in a process of its own, and goes
-on where it was interrupted. `plain` runs the script with nothing attached, for baselines and for the host's CAM files.
+Stages: match (train with L_match), prompt (learn the background prompts with the host so trained), refine (train again from
+the start with L_match + lambda L_refine); `all` runs the three, each in a process of its own, and goes on where it was
+interrupted. `plain` runs the script with nothing attached, for baselines and for the host's CAM files.
 """
 
 from __future__ import annotations
@@ -43,8 +43,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--classes", default="voc", metavar="voc|coco|FILE", help="names in label order; FILE: "
                         "one per line, or JSON list, or JSON mapping name -> name for CLIP (voc)")  # fmt: skip
     parser.add_argument("--clip", default="ViT-B/32", metavar="NAME", help="CLIP model or weights file (ViT-B/32)")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="learned prompts: skips the prompt stage")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="trained host weights: skips the match stage")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="learned prompts: only the refine stage is run")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="the host's own checkpoint, from which match and refine start (what the script starts from)",
+    )
     parser.add_argument(
         "--mode", choices=["add", "replace"], default="add", help="add to the host's label loss, or replace it (add)"
     )
@@ -87,8 +92,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         parser.error(str(error))
     if options.stage == "all" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         parser.error("--stage all starts processes of its own; under torchrun run --stage match, prompt and refine in turn.")
-    given = {"prompt": options.prompts, "match": options.checkpoint}  # what the user brings needs no stage
-    stages = [stage for stage in STAGES if given.get(stage) is None]
+    stages = ["refine"] if options.prompts else list(STAGES)  # match only serves to learn prompts
     if options.restart and int(os.environ.get("RANK", "0")) == 0:
         forget(job.out, stages if options.stage == "all" else [options.stage], options.stage == "all")
     if options.cpu:
@@ -133,6 +137,11 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
     clip = str(Path(options.clip).resolve()) if Path(options.clip).is_file() else options.clip
     refiner_options = {"recipe": "coco" if options.classes == "coco" else "voc", "seed": options.seed, **settings}
     out = (options.out or Path("runs") / options.host).resolve()
+    if options.checkpoint and options.prompts is None and options.stage in ("all", "match"):
+        if options.checkpoint.resolve() == out / "match.pt":
+            parser.error(
+                f"--checkpoint {options.checkpoint} is what the match stage writes; give a copy of it, or another --out."
+            )
     facts = {
         "host": options.host,
         "script": script,

@@ -45,7 +45,7 @@ class Job(NamedTuple):
         refiner: makes the `PromptRefiner`.
         facts: what identifies the run, for its record.
         prompts: prompt file, read by the refine stage and written by the prompt stage.
-        checkpoint: host weights for the prompt and refine stages; by default those of the match stage.
+        checkpoint: the host's own checkpoint, from which match and refine start; by default what the script starts from.
         prompt_epochs: epochs of the prompt stage, or None for the recipe's.
         mode, weight, passes: as for `attach`.
         seed: of Python, NumPy and torch before the script starts.
@@ -355,16 +355,21 @@ def _refiner(job: Job) -> PromptRefiner:
 
 
 def _start(job: Job, stage: str) -> Optional[Path]:
-    """The host weights that a stage starts from, or None for the script's own."""
-    if stage == "match":
-        return None
-    path = job.checkpoint or job.out / "match.pt"
-    if not path.exists():
+    """The host weights that a stage starts from, or None for what the script itself starts from.
+
+    Match and refine both start from the host's own checkpoint; the prompts are learned with the host that match has trained.
+    """
+    matched = job.out / "match.pt"
+    if stage != "prompt":
+        return job.checkpoint
+    if matched.exists():
+        return matched
+    if job.checkpoint is None:
         raise AdapterError(
-            f"The {stage} stage starts from trained host weights, but there is no {path}. Run --stage match, or give them: "
+            f"The prompt stage needs trained host weights, but there is no {matched}. Run --stage match, or give them: "
             "--checkpoint FILE."
         )
-    return path
+    return job.checkpoint
 
 
 def _attached(job: Job, attachment: Attachment, start: Optional[Path]) -> _Finder:

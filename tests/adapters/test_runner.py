@@ -475,6 +475,9 @@ def test_restart_keeps_what_the_user_brings(copied: Run, start: Any, monkeypatch
     brought = [copied.out / "prompts.safetensors", copied.out / "match.pt"]
     assert start(copied.arguments("--restart", "--prompts", str(brought[0]), "--checkpoint", str(brought[1]))) == 0
     assert all(path.exists() for path in brought)
+    with pytest.raises(SystemExit) as stopped:  # the match stage would write over what it starts from
+        start(copied.arguments("--restart", "--checkpoint", str(brought[1])))
+    assert stopped.value.code == 2 and all(path.exists() for path in brought)
 
 
 def test_restart_under_torchrun_is_rank_0s(copied: Run, start: Any, monkeypatch: Any) -> None:
@@ -515,7 +518,7 @@ def test_match_weights_are_those_of_the_script(run: Run, start: Any) -> None:
     assert same(weights(run.out / "match.pt"), weights(run.repo / "ckpt" / "toy.pt"))
 
 
-def test_refine_starts_from_the_weights_of_match(copied: Run, run: Run, start: Any) -> None:
+def test_refine_starts_from_the_checkpoint(copied: Run, run: Run, start: Any) -> None:
     ours = ["--stage", "refine", "--checkpoint", str(copied.out / "match.pt")]
     ours += ["--prompts", str(copied.out / "prompts.safetensors")]
     assert start(run.arguments(*ours, script=["train.py", "--lr", "0"])) == 0
@@ -656,7 +659,7 @@ def test_plain_runs_the_script_with_nothing_attached(complete: Complete, run: Ru
 
 @pytest.mark.parametrize(
     "given, stages",
-    [([], ["match", "prompt", "refine"]), (["prompts"], ["match", "refine"]), (["prompts", "checkpoint"], ["refine"])],
+    [([], ["match", "prompt", "refine"]), (["checkpoint"], ["match", "prompt", "refine"]), (["prompts"], ["refine"])],
 )
 def test_stages_that_are_not_needed(
     given: List[str], stages: List[str], run: Run, complete: Complete, monkeypatch: Any
@@ -673,21 +676,36 @@ def test_stages_that_are_not_needed(
     assert started[: at - 2] == [sys.executable, "-m", "semples_plugin.adapters", *arguments[:marks]]
 
 
-def test_run_with_weights_of_the_scripts_own(run: Run, start: Any, complete: Complete) -> None:
-    """`--checkpoint` with names as DataParallel makes them skips the match stage; the other two start from it."""
+def moved(before: Path, after: Path) -> List[str]:
+    first, second = weights(before), weights(after)
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def test_match_and_refine_start_from_the_hosts_own_checkpoint(run: Run, start: Any, complete: Complete) -> None:
+    """Its names may be as DataParallel makes them; the prompts are learned with the host that match has trained."""
     own = run.repo.parent / "own.pt"
     torch.save({f"module.{name}": value for name, value in weights(complete.run.out / "match.pt").items()}, own)
-    assert start(run.arguments("--checkpoint", str(own))) == 0
-    assert sorted(os.listdir(run.out)) == [name for name in FILES if not name.startswith("match")]
-    assert prompts(run.out / "prompts.safetensors") == prompts(complete.run.out / "prompts.safetensors")
-    assert same(weights(run.out / "refine.pt"), weights(complete.run.out / "refine.pt"))
+    arguments = run.arguments("--checkpoint", str(own), script=["train.py", "--lr", "0"])
+    assert start(arguments) == 0 and sorted(os.listdir(run.out)) == FILES
+    for stage in ("match", "refine"):
+        names = moved(complete.run.out / "match.pt", run.out / f"{stage}.pt")
+        assert names and all("running_" in name or "num_batches" in name for name in names)  # batch statistics go on
+
+
+def test_refine_starts_again_and_not_where_match_ended(complete: Complete, copied: Run, start: Any, run: Run) -> None:
+    still = run._replace(out=run.out / "still")
+    ours = ["--prompts", str(copied.out / "prompts.safetensors")]
+    assert start(still.arguments(*ours, script=["train.py", "--lr", "0"])) == 0
+    untrained = weights(still.out / "refine.pt")  # what the script itself starts from
+    trained = weights(copied.out / "match.pt")
+    assert any(not torch.equal(untrained[name], trained[name]) for name in trained if "running_" not in name)
 
 
 def test_run_with_prompts(run: Run, start: Any, complete: Complete) -> None:
     given = complete.run.out / "prompts.safetensors"
     before = digest(given)
     assert start(run.arguments("--prompts", str(given))) == 0
-    assert sorted(os.listdir(run.out)) == [name for name in FILES if name != "prompts.safetensors"]
+    assert sorted(os.listdir(run.out)) == ["record.json", "refine.jsonl", "refine.pt"]
     assert same(weights(run.out / "refine.pt"), weights(complete.run.out / "refine.pt")) and digest(given) == before
 
 
@@ -717,9 +735,8 @@ def test_checkpoints_that_are_none(write: Any, message: str, run: Run, start: An
     assert read_record(run.out)["stages"]["prompt"]["state"].startswith("failed: AdapterError")
 
 
-@pytest.mark.parametrize("stage", ["prompt", "refine"])
-def test_stage_without_trained_weights(stage: str, run: Run, start: Any, capsys: Any) -> None:
-    assert start(run.arguments("--stage", stage)) == 1
+def test_prompt_stage_without_trained_weights(run: Run, start: Any, capsys: Any) -> None:
+    assert start(run.arguments("--stage", "prompt")) == 1
     message = capsys.readouterr().err
     assert "match.pt" in message and "--stage match" in message and "--checkpoint" in message and "Traceback" not in message
 
