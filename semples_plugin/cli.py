@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
+from . import __version__
 from ._checks import check_classes
 from .errors import SemplesError
 
@@ -57,6 +58,7 @@ def _class_list(text: str) -> Classes:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="semples", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     raw = argparse.RawDescriptionHelpFormatter
 
@@ -92,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate",
         help="compare pseudo labels or CAM files with ground truth",
         formatter_class=raw,
-        description="The VOC metric: one confusion matrix over the set, label 255 ignored. For CAM files every background\n"
+        description="The VOC metric: one confusion matrix over the set, label 255 ignored. FP and FN are shares of the\n"
+        "union, so that IoU + FP + FN = 100. For CAM files every background\n"
         "threshold is tried and the best one reported, with a note that it was chosen on ground truth; --threshold fixes it.",
     )
     part.add_argument("--pred", type=Path, required=True, metavar="DIR", help="label PNGs, or CAM files")
@@ -101,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--split", default="", help="name of the split, for the record (name of --list, else of --gt)")
     part.add_argument("--classes", default="voc", metavar="voc|coco|FILE", help="class names (voc)")
     part.add_argument("--threshold", type=float, help="background threshold for CAM files, chosen elsewhere")
-    part.add_argument("--thresholds", default="0:60", metavar="FROM:TO", help="hundredths to try, TO excluded (0:60)")
+    part.add_argument("--thresholds", default="0:100", metavar="FROM:TO", help="hundredths to try, TO excluded (0:100)")
     part.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
     part.add_argument("--json", action="store_true", help="print everything as JSON")
 
@@ -136,6 +139,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     commands = {"refine": _refine, "evaluate": _evaluate, "report": _report, "prompts": _prompts}
     try:
         return commands[options.command](options)
+    except KeyboardInterrupt:
+        print("interrupted; `semples refine` goes on from here with the same command.", file=sys.stderr)
+        return 130
     except (SemplesError, OSError, ValueError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -161,9 +167,13 @@ def _refine(options: argparse.Namespace) -> int:
     if not 0 <= options.threshold <= 1:
         raise ValueError(f"--threshold must be from 0 to 1; got {options.threshold}.")
     ask_clip = options.suppress or options.optimise > 0
-    if not ask_clip and (options.prompts or options.clip or settings):
+    for name in ("images", "cams"):
+        inner, outer = options.out.resolve(), getattr(options, name).resolve()
+        if inner == outer or outer in inner.parents:
+            raise ValueError(f"--out {options.out} is inside --{name} {outer}; choose a folder of its own.")
+    if not ask_clip and (options.prompts or options.clip or settings or options.device != "cpu"):
         raise ValueError(
-            "--prompts, --clip and --set matter only with --suppress or --optimise N; without them CLIP is not used."
+            "--prompts, --clip, --set and --device matter only with --suppress or --optimise N; without them CLIP is not used."
         )
     labels = None if options.labels is None else read_labels(options.labels, list(classes))
     refiner = _refiner(options, classes, settings) if ask_clip else None
@@ -195,8 +205,10 @@ def _refine(options: argparse.Namespace) -> int:
     else:
         rate = f", {summary.refined / summary.seconds:.1f} images/s" if summary.refined else ""
         print(f"{summary.refined} refined, {summary.kept} done before, {len(summary.failed)} failed{rate}: {options.out}")
-    for name, why in sorted(summary.failed.items()):
-        print(f"failed: {name}: {why}", file=sys.stderr)
+        print(f"labels: background threshold {how.threshold:g}")
+        if summary.empty:
+            print(f"{summary.empty} images have no positive label; their pseudo labels are all background")
+    _tell(summary.failed, options.out / "summary.json" if world == 1 else None)
     return 1 if summary.failed else 0
 
 
@@ -242,6 +254,14 @@ def _digest(path: Optional[Path]) -> Optional[str]:
     return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _tell(failed: Mapping[str, str], where: Optional[Path], most: int = 20) -> None:
+    """The failed images, the first of them if they are many."""
+    for name, why in sorted(failed.items())[:most]:
+        print(f"failed: {name}: {why}", file=sys.stderr)
+    if len(failed) > most:
+        print(f"failed: and {len(failed) - most} more{f', all in {where}' if where else ''}", file=sys.stderr)
+
+
 # ---------------------------------------------------------------------------------------------------- evaluate
 
 
@@ -258,6 +278,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     names = ["background", *class_list(options.classes)]
     ids, split = _ids(options.list), options.split or (options.list.stem if options.list else options.gt.name)
+    if options.threshold is not None and not 0 <= options.threshold <= 1:
+        raise ValueError(f"--threshold must be from 0 to 1; got {options.threshold:g}.")
     if not options.pred.is_dir() or not options.gt.is_dir():
         raise ValueError(f"--pred and --gt must be folders; got {options.pred} and {options.gt}.")
     if any(options.pred.glob("*.np[yz]")):
@@ -275,9 +297,13 @@ def _evaluate(options: argparse.Namespace) -> int:
         writer.writerow(["class", "iou", "precision", "recall", "false_positive", "false_negative"])
         writer.writerows([["" if value is None else value for value in score] for score in result.classes])
         options.csv.write_text(text.getvalue(), encoding="utf-8")
+    if not result.images:
+        raise ValueError(
+            f"None of the {len(result.failed)} images could be counted: {next(iter(result.failed.values()))}. "
+            "Are --pred and --gt swapped, or of different images?"
+        )
     print(json.dumps(result.as_json(), ensure_ascii=False) if options.json else str(result))
-    for name, why in sorted(result.failed.items()):
-        print(f"failed: {name}: {why}", file=sys.stderr)
+    _tell(result.failed, None)
     return 1 if result.failed else 0
 
 
@@ -295,8 +321,7 @@ def _report(options: argparse.Namespace) -> int:
         rows=options.rows, readings=readings,
     )  # fmt: skip
     print(options.out)
-    for name, why in sorted(failed.items()):
-        print(f"failed: {name}: {why}", file=sys.stderr)
+    _tell(failed, None)
     return 1 if failed else 0
 
 

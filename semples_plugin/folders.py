@@ -51,10 +51,12 @@ class Options(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What became of the images: number refined now, number found done, and image id -> reason for the failed ones."""
+    """What became of the images: number refined now, found done, refined without any positive label, and id -> reason for the
+    failed ones."""
 
     refined: int
     kept: int
+    empty: int
     failed: Dict[str, str]
     seconds: float
 
@@ -143,7 +145,7 @@ def refine_folder(
     _remember(out, {**options._asdict(), **(settings or {})})
     mine = [chunk for i, chunk in enumerate(_chunks(items, options)) if i % shard[1] == shard[0]]
     failed = {name: why for i, (name, why) in enumerate(sorted(failed.items())) if i % shard[1] == shard[0]}
-    refined = kept = 0
+    refined = kept = empty = 0
 
     def each() -> Iterator[int]:
         for chunk in mine:
@@ -157,11 +159,12 @@ def refine_folder(
             loaded, broken = _load(chunk, labels, num_classes, options)
             failed.update(broken)
             if loaded:
+                empty += sum(not one.labels.any() for one in loaded if one.item in todo)
                 refined += _refine_chunk(loaded, {item.name for item in todo}, out, num_classes, options, refiner, failed)
         for _ in chunk:
             next(bar, None)
     next(bar, None)
-    return Summary(refined, kept, failed, time.monotonic() - start)
+    return Summary(refined, kept, empty, failed, time.monotonic() - start)
 
 
 # ---------------------------------------------------------------------------------------------------- plan
@@ -175,12 +178,22 @@ def _remember(out: Path, settings: Dict[str, Any]) -> None:
         before = path.read_text(encoding="utf-8")
         if before.strip() != text:
             raise CamFileError(
-                f"{out} holds results of other settings (see {path}). Choose another folder, or delete this one."
+                f"{out} holds results of other settings ({_differences(before, settings)}). Choose another folder."
             )
         return
     if any((out / part).exists() for part in ("cams", "labels", "masks")):
         raise CamFileError(f"{out} holds results without a settings.json. Choose another folder.")
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _differences(before: str, settings: Dict[str, Any]) -> str:
+    try:
+        old = dict(json.loads(before))
+    except (ValueError, TypeError):
+        return "its settings.json is damaged"
+    new = json.loads(json.dumps(settings))
+    keys = [key for key in sorted({**old, **new}) if old.get(key) != new.get(key)]
+    return "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys)
 
 
 def _plan(cams: Path, images: Path) -> Tuple[List[_Item], Dict[str, str]]:
@@ -202,6 +215,8 @@ def _plan(cams: Path, images: Path) -> Tuple[List[_Item], Dict[str, str]]:
             failed[name] = str(error)
         except Exception as error:
             failed[name] = f"{images / name}: no readable image ({type(error).__name__})"
+    if not items:
+        raise CamFileError(f"None of the {len(paths)} CAM files has an image: {next(iter(failed.values()))}.")
     return items, failed
 
 

@@ -19,7 +19,7 @@ from semples_plugin import cli
 from semples_plugin.class_names import COCO_CLASSES, VOC_CLASSES
 from semples_plugin.evaluation import Curve, class_scores, confusion_matrix, mean_iou
 
-THRESHOLDS = [i / 100 for i in range(60)]
+THRESHOLDS = [i / 100 for i in range(100)]
 Cams = Dict[int, np.ndarray]
 
 
@@ -333,7 +333,8 @@ def test_nothing_can_be_counted(data: Data, capsys: pytest.CaptureFixture[str]) 
     for path in data.gt.iterdir():
         path.unlink()
     status, out, err = run(capsys, *data.arguments())
-    assert status == 1 and "0 images" in out and len(err.splitlines()) == 4
+    assert (status, out) == (2, "") and err.startswith("error: None of the 4 images could be counted: there is no ")
+    assert err.endswith("Are --pred and --gt swapped, or of different images?\n") and err.count("\n") == 1
     (data.root / "empty.txt").write_text("\n")
     (data.root / "none").mkdir()
     for arguments in (data.arguments("--list", data.root / "empty.txt"), data.arguments(pred=data.root / "none")):
@@ -365,7 +366,7 @@ def commands() -> Dict[str, argparse.ArgumentParser]:
         ("", ["refine", "evaluate", "report", "prompts", "Exit status", "semples refine --images", "pseudo labels"]),
         ("refine", ["--images", "--cams", "--out", "--labels", "cls_labels.npy", "COCO", "VOC XML", "--classes", "--suppress",
                     "--optimise", "MCTformer", "IRN", "1 + class index", "torchrun", "interrupted", "0.4"]),
-        ("evaluate", ["--pred", "--gt", "--list", "255", "--threshold", "chosen on ground truth", "--csv", "--json", "0:60"]),
+        ("evaluate", ["--pred", "--gt", "--list", "255", "--threshold", "chosen on ground truth", "--csv", "--json", "0:100"]),
         ("report", ["--before", "--after", "--gt", "--out", "--prompts", "--rows", "--images", "ground-truth"]),
         ("prompts", ["show"]),
         ("prompts show", ["FILE", "--clip", "--vocabulary", "--top", "--json", "nearest words"]),
