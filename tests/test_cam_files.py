@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from semples_plugin.cam_files import CamFile, CamFileError, read_cam_file, read_npy, write_atomically, write_cam_file
 from semples_plugin.label_files import read_labels
 
-CORE: Any = getattr(np, "_core", None) or np.core
+CORE: Any = np._core if int(np.__version__.split(".")[0]) >= 2 else np.core  # type: ignore[attr-defined]
 CLASSES = 6
 
 
