@@ -135,7 +135,7 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
     settings = assignments("--set", options.set)
     adapter_options = assignments("--host-option", options.host_option)
     clip = str(Path(options.clip).resolve()) if Path(options.clip).is_file() else options.clip
-    refiner_options = {"recipe": "coco" if options.classes == "coco" else "voc", "seed": options.seed, **settings}
+    refiner_options = {"recipe": "coco" if options.classes.lower() == "coco" else "voc", "seed": options.seed, **settings}
     out = (options.out or Path("runs") / options.host).resolve()
     if options.checkpoint and options.prompts is None and options.stage in ("all", "match"):
         if options.checkpoint.resolve() == out / "match.pt":

@@ -38,8 +38,8 @@ def class_list(text: str) -> Classes:
 def _class_list(text: str) -> Classes:
     from .class_names import COCO_CLASSES, VOC_CLASSES
 
-    if text in ("voc", "coco"):
-        return dict(VOC_CLASSES if text == "voc" else COCO_CLASSES)
+    if text.lower() in ("voc", "coco"):
+        return dict(VOC_CLASSES if text.lower() == "voc" else COCO_CLASSES)
     path = Path(text)
     try:
         content = path.read_text(encoding="utf-8")
@@ -315,6 +315,8 @@ def _report(options: argparse.Namespace) -> int:
 
     classes = class_list(options.classes)
     readings = _readings(options.prompts, options.clip, None, 5) if options.prompts else None
+    if readings is not None and [reading.name for reading in readings] != list(classes):
+        raise ValueError(f"{options.prompts} was learned for other classes than --classes names ({len(classes)}).")
     failed = write_report(
         options.out, options.images, options.before, options.after, options.gt, list(classes), ids=_ids(options.list),
         split=options.split or (options.list.stem if options.list else options.gt.name), title=options.title,

@@ -540,3 +540,7 @@ def test_prompts_show_with_another_clip(prompt_file: Path, tiny_clip: nn.Module,
     torch.save(tiny_clip.state_dict(), tmp_path / "other.pt")
     status, out, err = run(capsys, "prompts", "show", prompt_file, "--clip", tmp_path / "other.pt")
     assert (status, out) == (2, "") and "were learned with other CLIP weights" in err and err.count("\n") == 1
+
+
+def test_class_lists_in_capitals() -> None:
+    assert list(cli.class_list("VOC")) == list(cli.class_list("voc")) and len(cli.class_list("COCO")) == 80
