@@ -117,8 +117,9 @@ def probe(
     """
     if not bool((labels != 0).any()):
         raise ValueError("`labels` must hold at least one positive label, or there is no loss to follow; got none.")
-    check_model(source(host, **options), model)
-    return probe_host(source(host, **options), model, refiner, img, labels, depth=depth)
+    parts = source(host, **options)
+    check_model(parts, model)
+    return probe_host(parts, model, refiner, img, labels, depth=depth)
 
 
 def cam_of(host: Union[str, CamSource], model: nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:

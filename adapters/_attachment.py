@@ -395,18 +395,9 @@ class Attachment:
 
     # ------------------------------------------------------------------------------------------------ what is done
 
-    def _cam(self, capture: Capture) -> Tuple[Tensor, Tensor]:
-        """img and foreground CAM of a forward pass, on one device."""
-        cam = self.source.cam(capture.img, capture.output, capture.records)
-        if not isinstance(cam, Tensor):
-            raise AdapterError(f"The CAM of {self.source.name} must be a tensor (B, C, h, w); got {_describe(cam)}.")
-        if self.source.background_channel and not self.refiner.background_channel:
-            cam = cam[:, 1:]
-        return capture.img.detach().to(cam.device), cam
-
     def _step(self, capture: Capture, labels: Tensor) -> Optional[Tensor]:
         """The refiner's loss of one step, weighted."""
-        img, cam = self._cam(capture)
+        img, cam = img_and_cam(self.source, self.refiner, capture)
         if not cam.requires_grad:
             raise DetachedCamError(
                 f"The CAM of {self.source.name} is cut off from the host's graph, so the loss cannot train the host. "
@@ -479,6 +470,16 @@ class _Tap(TorchFunctionMode):
         if ("_loss" in name or "cross_entropy" in name) and torch.is_grad_enabled():  # for the message of `_never_tapped`
             self.attachment._seen[f"{name} with targets {_describe(_target(args, kwargs))}"] += 1
         return result
+
+
+def img_and_cam(source: CamSource, refiner: PromptRefiner, capture: Capture) -> Tuple[Tensor, Tensor]:
+    """img and CAM of a forward pass as the refiner takes them: on one device, a background channel only if it expects one."""
+    cam = source.cam(*capture)
+    if not isinstance(cam, Tensor):
+        raise AdapterError(f"The CAM of {source.name} must be a tensor (B, C, h, w); got {_describe(cam)}.")
+    if source.background_channel and not refiner.background_channel:
+        cam = cam[:, 1:]
+    return capture.img.detach().to(cam.device), cam
 
 
 def check_model(source: CamSource, model: Any) -> None:

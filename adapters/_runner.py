@@ -27,7 +27,7 @@ from .. import __version__
 from ..cam_files import write_atomically
 from ..refiner import PromptRefiner
 from . import _compat
-from ._attachment import AdapterError, Attachment, CamSource, Capture, unwrap
+from ._attachment import AdapterError, Attachment, CamSource, Capture, img_and_cam, unwrap
 
 STAGES = ("match", "prompt", "refine")
 
@@ -265,7 +265,7 @@ class _Collector(Attachment):
                 module.training = False
 
     def _step(self, capture: Capture, labels: Tensor) -> None:
-        img, cam = self._cam(capture)
+        img, cam = img_and_cam(self.source, self.refiner, capture)
         features, pairs = self.refiner.encode_backgrounds(img, cam.detach(), labels.to(cam.device))
         self.features.append(features)
         self.pairs.append(pairs + torch.tensor([self.images, 0]))
@@ -321,7 +321,7 @@ def run_stage(job: Job, stage: str) -> None:
         return
     record = Record(job.out)
     record.open(job)
-    record.stage(stage, state="running", started=_now(), host_commit=_commit(job.repo))
+    record.stage(stage, state="running", started=_now(), host_commit=record.content["host_commit"])
     try:
         values = _prompt(job) if stage == "prompt" else _train(job, stage)
     except BaseException as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..refiner import PromptRefiner
-from ._attachment import AdapterError, CamSource, Capture, Recorder, _check_source, probed, unwrap
+from ._attachment import AdapterError, CamSource, Capture, Recorder, _check_source, img_and_cam, probed, unwrap
 
 __all__ = ["Probe", "Reach", "probe_host"]
 
@@ -124,9 +124,7 @@ def _judge(
     depth: int,
 ) -> Probe:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    cam = source.cam(*capture)
-    if source.background_channel and not refiner.background_channel:
-        cam = cam[:, 1:]
+    img, cam = img_and_cam(source, refiner, capture)
     nothing: Dict[str, Optional[Tensor]] = dict.fromkeys(parameters)
     bad = next((name for name, value in outputs if not bool(torch.isfinite(value).all())), None)
     if bad is not None or not bool(torch.isfinite(cam).all()):
@@ -134,7 +132,7 @@ def _judge(
         return _probe(f"NaN at {where}", False, math.nan, nothing, parameters, depth)
     if not cam.requires_grad:
         return _probe(f"detached at {_cut(outputs, capture.records.names())}", False, math.nan, nothing, parameters, depth)
-    out = refiner.compute(capture.img.detach().to(cam.device), cam, labels.to(cam.device))
+    out = refiner.compute(img, cam, labels.to(cam.device))
     inside = [(name, value) for name, value in outputs if value.requires_grad]
     wanted = [*parameters.values(), *(value for _, value in inside)]
     found = torch.autograd.grad(out.loss, wanted, allow_unused=True) if wanted else ()

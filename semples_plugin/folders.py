@@ -11,7 +11,7 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -146,12 +146,7 @@ def refine_folder(
     mine = [chunk for i, chunk in enumerate(_chunks(items, options)) if i % shard[1] == shard[0]]
     failed = {name: why for i, (name, why) in enumerate(sorted(failed.items())) if i % shard[1] == shard[0]}
     refined = kept = empty = 0
-
-    def each() -> Iterator[int]:
-        for chunk in mine:
-            yield from range(len(chunk))
-
-    bar = iter(progress_bar(list(each()), "refining", progress))
+    bar = iter(progress_bar(range(sum(map(len, mine))), "refining", progress))
     for chunk in mine:
         todo = [item for item in chunk if not _done(out, item.name, options)]
         kept += len(chunk) - len(todo)
