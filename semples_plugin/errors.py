@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ClipError", "DetachedCamError", "PromptFileError", "SemplesError"]
+__all__ = ["ClipError", "ClusterError", "DetachedCamError", "LanguageModelError", "PromptFileError", "SemplesError"]
 
 
 class SemplesError(Exception):
@@ -13,8 +13,16 @@ class ClipError(SemplesError, RuntimeError):
     """A CLIP model is missing, is not readable, or is not of a kind that can be used."""
 
 
+class ClusterError(SemplesError, ValueError):
+    """Category clusters are no partition of the classes, or their file cannot be read."""
+
+
 class DetachedCamError(SemplesError, ValueError):
     """The CAM is cut off from the host's graph, so a loss on it would train nothing."""
+
+
+class LanguageModelError(SemplesError, RuntimeError):
+    """A language model could not be reached, refused, or gave no usable clusters."""
 
 
 class PromptFileError(SemplesError, ValueError):

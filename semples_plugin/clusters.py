@@ -1,0 +1,383 @@
+"""Category clusters: which classes share features (PCC, arXiv 2412.13823; CPC, arXiv 2508.17009).
+
+`CategoryClusters` is a frozen mapping cluster name -> classes, every class in exactly one cluster, with a record of where it
+came from: a language model (`cluster_llm`), a JSON or YAML file, CLIP's own text features, or a file of this package (VOC:
+our own; COCO: its 12 super-categories). Flow: **clusters** -> `cluster_tokens` (tokens of a vision transformer, patch contrast)
+and `refiner` (background prompts are repelled from a whole cluster). No reference code of the papers exists: this is
+re-implemented from their description.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._checks import check_classes
+from .cam_files import write_atomically
+from .errors import ClusterError
+
+if TYPE_CHECKING:
+    from .cluster_llm import Listener
+
+__all__ = ["CategoryClusters", "find_faults"]
+
+FORMAT = "semples-plugin clusters"
+FORMAT_VERSION = 1
+PathLike = Union[str, "os.PathLike[str]"]
+
+
+class CategoryClusters(Mapping[str, Tuple[str, ...]]):
+    """A frozen mapping cluster name -> classes; every class is in exactly one cluster.
+
+    Args:
+        clusters: cluster name -> its classes.
+        classes: C class names in the order of the label columns.
+        provenance: where the clusters came from; any JSON values.
+
+    Attributes:
+        classes: the C class names.
+        names: the K cluster names, in the order given.
+        index: (C,) cluster number of every class.
+        provenance: a copy of what was given.
+
+    Raises:
+        ClusterError: if a class is unknown, missing or in two clusters, or a cluster is empty; all faults are listed.
+
+    Example:
+        >>> clusters = CategoryClusters({"animals": ["cat", "dog"], "vehicles": ["car"]}, classes=["car", "cat", "dog"])
+        >>> clusters["animals"], clusters.index
+        (('cat', 'dog'), (1, 0, 0))
+        >>> clusters.labels(torch.tensor([[0, 1, 1], [1, 0, 0]]))
+        tensor([[1, 0],
+                [0, 1]])
+    """
+
+    classes: Tuple[str, ...]
+    names: Tuple[str, ...]
+    index: Tuple[int, ...]
+    _clusters: Dict[str, Tuple[str, ...]]
+    _record: str  # JSON
+
+    def __init__(
+        self,
+        clusters: Mapping[str, Sequence[str]],
+        classes: Sequence[str],
+        provenance: Optional[Mapping[str, Any]] = None,
+    ):
+        order = tuple(check_classes(classes)[0])
+        faults = find_faults(clusters, order)
+        if faults:
+            raise ClusterError(
+                f"`clusters` must put each of the {len(order)} classes into exactly one cluster; " + " ".join(faults)
+            )
+        found = {name: tuple(members) for name, members in clusters.items()}
+        number = {member: k for k, members in enumerate(found.values()) for member in members}
+        record = json.dumps(dict(provenance or {}), ensure_ascii=False)
+        self.__dict__.update(
+            _clusters=found, classes=order, names=tuple(found), index=tuple(number[name] for name in order), _record=record
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError("CategoryClusters cannot be changed; make new ones.")
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return CategoryClusters, (dict(self), self.classes, self.provenance)
+
+    # ------------------------------------------------------------------------------------------------ a mapping
+
+    def __getitem__(self, name: str) -> Tuple[str, ...]:
+        return self._clusters[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._clusters)
+
+    def __len__(self) -> int:
+        return len(self._clusters)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the same classes, in the same order, are grouped in the same way under the same names."""
+        if not isinstance(other, CategoryClusters):
+            return NotImplemented
+        return self.classes == other.classes and self.groups() == other.groups() and set(self.names) == set(other.names)
+
+    def __hash__(self) -> int:
+        return hash((self.classes, self.groups()))
+
+    def __repr__(self) -> str:
+        return f"CategoryClusters({ {name: list(members) for name, members in self.items()} })"
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.names)
+        return "\n".join(f"{name:<{width}}  {', '.join(members)}" for name, members in self.items())
+
+    @property
+    def provenance(self) -> Dict[str, Any]:
+        return json.loads(self._record)
+
+    # ------------------------------------------------------------------------------------------------ what they are for
+
+    def groups(self) -> frozenset:
+        """The partition alone, without names and order: a set of sets of classes."""
+        return frozenset(frozenset(members) for members in self.values())
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """Cluster-level image labels: a cluster is present if one of its classes is.
+
+        Args:
+            labels: (B, C) multi-hot, in the order of `classes`.
+
+        Returns:
+            (B, K) multi-hot, of the same dtype and device.
+        """
+        if labels.ndim != 2 or labels.shape[1] != len(self.classes):
+            raise ValueError(f"`labels` must have shape (B, {len(self.classes)}), one column per class; got {tuple(labels.shape)}.")
+        member = self.members(labels.device)  # (K, C)
+        return ((labels != 0)[:, None] & member).any(2).to(labels.dtype)
+
+    def members(self, device: Union[None, str, torch.device] = None) -> Tensor:
+        """(K, C) bool: whether class c is in cluster k."""
+        index = torch.tensor(self.index, device=device)
+        return index == torch.arange(len(self), device=device)[:, None]
+
+    def related(self, device: Union[None, str, torch.device] = None) -> Tensor:
+        """(C, C) bool: whether two classes are in one cluster; true on the diagonal."""
+        index = torch.tensor(self.index, device=device)
+        return index[:, None] == index
+
+    def ordered(self, classes: Sequence[str]) -> "CategoryClusters":
+        """The same clusters for these classes in this order.
+
+        Raises:
+            ClusterError: if `classes` are not exactly the clustered ones.
+        """
+        return self if tuple(classes) == self.classes else CategoryClusters(self, classes, self.provenance)
+
+    # ------------------------------------------------------------------------------------------------ files
+
+    def save(self, path: PathLike) -> None:
+        """Write classes, clusters and provenance as JSON; the file appears complete or not at all."""
+        content = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "classes": list(self.classes),
+            "clusters": {name: list(members) for name, members in self.items()},
+            "provenance": self.provenance,
+        }
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(Path(path), lambda file: file.write(text.encode("utf-8")))
+
+    @classmethod
+    def from_file(cls, path: PathLike, classes: Optional[Sequence[str]] = None) -> "CategoryClusters":
+        """Clusters from a file of `save`, or a JSON or YAML mapping cluster name -> list of classes written by hand.
+
+        Args:
+            path: `.json`, or `.yaml` / `.yml` (needs PyYAML).
+            classes: the class names in the order of your label columns. A file of `save` holds them; with both they must be
+                the same names, and this order counts.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ClusterError: if the file cannot be read, a key is there twice, or the clusters do not fit the classes.
+        """
+        path = Path(path)
+        content = _read(path)
+        provenance: Dict[str, Any] = {"source": "file", "file": path.name}
+        if isinstance(content, dict) and content.get("format") == FORMAT:
+            if content.get("version") != FORMAT_VERSION:
+                raise ClusterError(f"{path} has cluster format {content.get('version')!r}; this version reads {FORMAT_VERSION}.")
+            classes = content.get("classes") if classes is None else classes
+            provenance, content = content.get("provenance") or provenance, content.get("clusters")
+        if classes is None:
+            raise ClusterError(
+                f"{path} holds clusters but not the order of the classes. Pass it: CategoryClusters.from_file(path, classes)."
+            )
+        try:
+            return cls(content, classes, provenance)
+        except ClusterError as error:
+            raise ClusterError(f"{path}: {error}") from error
+
+    @classmethod
+    def bundled(cls, name: str) -> "CategoryClusters":
+        """Clusters that come with the package: `"voc"` (five of our own) or `"coco"` (its 12 super-categories)."""
+        from .class_names import COCO_CLASSES, VOC_CLASSES
+
+        if name.lower() not in ("voc", "coco"):
+            raise ValueError(f"Clusters come with the package for 'voc' and 'coco'; got {name!r}. Use from_file(...).")
+        clusters = _read(Path(__file__).with_name(f"clusters_{name.lower()}.json"))
+        return cls(clusters, list(VOC_CLASSES if name.lower() == "voc" else COCO_CLASSES), {"source": f"bundled: {name.lower()}"})
+
+    # ------------------------------------------------------------------------------------------------ made
+
+    @classmethod
+    def from_text_features(
+        cls,
+        classes: Sequence[str],
+        features: Tensor,
+        num_clusters: Optional[int] = None,
+        clip: Optional[str] = None,
+    ) -> "CategoryClusters":
+        """Clusters of CLIP's text features: agglomerative, average linkage of cosine distances. Needs scikit-learn.
+
+        A cluster is named after its most central class.
+
+        Args:
+            classes: C names.
+            features: (C, D) one text feature per class, such as `refiner.text_features`.
+            num_clusters: K; by default the one with the best silhouette among 2 to C - 1 (smallest on a tie).
+            clip: the CLIP's id, for the record.
+
+        Returns:
+            The clusters; their provenance holds the silhouette of every K that was tried. One cluster for C < 3.
+        """
+        names = check_classes(classes)[0]
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(names):
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"`features` must have shape (C, D) with C = {len(names)} classes; got {got}.")
+        if not bool(torch.isfinite(features).all()) or bool((features == 0).all(1).any()):
+            raise ValueError("`features` must be finite and not zero; a text feature is NaN, inf or all zeros.")
+        if num_clusters is not None and not 1 <= num_clusters <= len(names):
+            raise ValueError(f"`num_clusters` must be from 1 to the number of classes, {len(names)}; got {num_clusters}.")
+        unit = F.normalize(features.detach().double().cpu(), dim=1)
+        distance = (1 - unit @ unit.T).clamp(min=0).fill_diagonal_(0).numpy()
+        distance = (distance + distance.T) / 2
+        index, scores = _agglomerate(distance, num_clusters)
+        clusters: Dict[str, List[str]] = {}
+        for k in range(max(index) + 1):
+            members = [i for i, own in enumerate(index) if own == k]
+            centre = min(members, key=lambda i: (distance[i, members].sum(), i))
+            clusters[f"{names[centre]} group" if len(members) > 1 else names[centre]] = [names[i] for i in members]
+        chosen = "given" if num_clusters is not None else "best silhouette" if scores else "one: fewer than three classes"
+        record = {"source": "text features", "clip": clip, "linkage": "average, cosine", "num_clusters": chosen}
+        return cls(clusters, names, {**record, "silhouettes": {str(k): round(s, 6) for k, s in scores.items()}})
+
+    @classmethod
+    def from_language_model(
+        cls,
+        classes: Sequence[str],
+        model: str,
+        *,
+        base_url: Optional[str] = None,
+        listener: Optional["Listener"] = None,
+        **options: Any,
+    ) -> "CategoryClusters":
+        """Clusters named by a language model, refined until they no longer change; see `cluster_llm.ask`."""
+        from .cluster_llm import ask
+
+        return ask(classes, model, base_url=base_url, listener=listener, **options)
+
+
+def find_faults(clusters: Any, classes: Sequence[str], max_clusters: Optional[int] = None) -> List[str]:
+    """What keeps `clusters` from being a partition of `classes`, one sentence each; none if all is well.
+
+    Args:
+        clusters: anything; expected is a mapping cluster name -> list of class names.
+        classes: the class names.
+        max_clusters: the most clusters allowed.
+    """
+    if not isinstance(clusters, Mapping):
+        return [f"Expected a mapping cluster name -> list of classes; got {type(clusters).__name__}."]
+    faults, where = [], {}  # type: List[str], Dict[str, List[str]]
+    for name, members in clusters.items():
+        if not isinstance(name, str) or not name.strip():
+            faults.append(f"Every cluster needs a name; got {name!r}.")
+        if isinstance(members, str) or not isinstance(members, Sequence):
+            faults.append(f"Cluster {name!r} must be a list of class names; got {members!r:.80}.")
+            continue
+        if not members:
+            faults.append(f"Cluster {name!r} is empty.")
+        for member in members:
+            if not isinstance(member, str):
+                faults.append(f"Cluster {name!r} must hold class names; got {member!r:.80} of type {type(member).__name__}.")
+            else:
+                where.setdefault(member, []).append(str(name))
+    known = set(classes)
+    for member, owners in where.items():
+        if member not in known:
+            faults.append(f"{member!r:.80} in cluster {owners[0]!r} is not one of the classes.")
+        elif len(owners) > 1:
+            faults.append(f"{member!r} is there {len(owners)} times, in {', '.join(map(repr, dict.fromkeys(owners)))}.")
+    missing = [name for name in classes if name not in where]
+    if missing:
+        faults.append(f"In no cluster: {', '.join(map(repr, missing))}.")
+    if max_clusters is not None and len(clusters) > max_clusters:
+        faults.append(f"{len(clusters)} clusters are too many; at most {max_clusters} are allowed.")
+    return faults
+
+
+def _agglomerate(distance: Any, num_clusters: Optional[int]) -> Tuple[List[int], Dict[int, float]]:
+    """Cluster number of every class, numbered by first appearance, and the silhouette of every number tried."""
+    count = len(distance)
+    if count < 3 and num_clusters is None:
+        return [0] * count, {}
+    if count == 1:
+        return [0], {}
+    try:
+        from scipy.cluster.hierarchy import cut_tree, linkage
+        from scipy.spatial.distance import squareform
+        from sklearn.metrics import silhouette_score
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Clusters of text features need scikit-learn: pip install 'semples-plugin[clusters]'.", name=error.name
+        ) from error
+    tree = linkage(squareform(distance, checks=False), method="average")
+
+    def cut(k: int) -> List[int]:
+        order: Dict[int, int] = {}
+        return [order.setdefault(int(c), len(order)) for c in cut_tree(tree, n_clusters=k)[:, 0]]
+
+    scores = {}
+    for k in range(2, count):
+        scores[k] = float(silhouette_score(distance, cut(k), metric="precomputed"))
+    best = num_clusters if num_clusters is not None else max(scores, key=lambda k: (round(scores[k], 9), -k))
+    return cut(best), scores
+
+
+def _read(path: Path) -> Any:
+    """The content of a JSON or YAML file; a key that is there twice is an error, not a silent loss."""
+    if not path.is_file():
+        raise FileNotFoundError(f"No cluster file at {path}.")
+    if path.suffix.lower() not in (".json", ".yaml", ".yml"):
+        raise ClusterError(f"A cluster file must end in .json, .yaml or .yml; got {path.name!r}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=_unique) if path.suffix.lower() == ".json" else _yaml(text)
+    except ClusterError as error:
+        raise ClusterError(f"{path}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ClusterError(f"{path} is not readable: {error}.") from error
+
+
+def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = sorted({repr(key) for key in keys if keys.count(key) > 1})
+        raise ClusterError(f"{', '.join(twice)} is there twice; one of them would be lost. Join them.")
+    return found
+
+
+def _yaml(text: str) -> Any:
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "YAML files need PyYAML: pip install 'semples-plugin[clusters]', or write JSON.", name="yaml"
+        ) from error
+
+    class Loader(yaml.SafeLoader):
+        """Plain values only, and no key twice."""
+
+    def mapping(loader: Any, node: Any) -> Dict[Any, Any]:
+        return _unique([(loader.construct_object(k, deep=True), loader.construct_object(v, deep=True)) for k, v in node.value])
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    try:
+        return yaml.load(text, Loader=Loader)
+    except yaml.YAMLError as error:
+        raise ClusterError(f"no readable YAML: {error}") from error
