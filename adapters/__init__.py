@@ -18,6 +18,7 @@ from typing import Any, Callable, Dict, List, Optional, Type, Union
 import torch
 from torch import Tensor, nn
 
+from ..cluster_branch import ClusterBranch
 from ..refiner import PromptRefiner
 from ._attachment import AdapterError, Attachment, CamSource, Capture, LogStep, Recorder, Records, check_model
 from .generic import Generic
@@ -52,13 +53,15 @@ def source(host: Union[str, CamSource], **options: Any) -> CamSource:
 def attach(
     host: Union[str, CamSource],
     model: nn.Module,
-    refiner: PromptRefiner,
+    refiner: Optional[PromptRefiner],
     *,
     mode: str = "add",
     weight: float = 1.0,
     label_loss: Union[None, nn.Module, Callable[..., Tensor]] = None,
     on_step: Optional[LogStep] = None,
     passes: int = 1,
+    clusters: Optional[ClusterBranch] = None,
+    cluster_optimizer: Optional[torch.optim.Optimizer] = None,
     **options: Any,
 ) -> Attachment:
     """Train a host with the refiner's loss, through the host's own loop: `with attach("mctformer", model, refiner): ...`.
@@ -69,7 +72,7 @@ def attach(
     Args:
         host: a name of `names()`, or a `CamSource`.
         model: the object that the loop calls: the network, or its DataParallel / DistributedDataParallel wrapper.
-        refiner: a `PromptRefiner` for the host's classes, in the order of its label columns.
+        refiner: a `PromptRefiner` for the host's classes, in the order of its label columns; None for `clusters` alone.
         mode: `"add"` to the host's label loss, or `"replace"` its label losses, as the reference does (their gradient becomes
             zero; other terms of the host stay). What the host multiplies its label loss with holds for both.
         weight: factor on the refiner's loss.
@@ -79,6 +82,10 @@ def attach(
         on_step: called after each step with its number and the terms as floats (`loss` among them), for a log; it costs one
             transfer from the device per term.
         passes: forward passes per label loss, for hosts that look at an image several times; the CAM of the first counts.
+        clusters: a `ClusterBranch` for the host (PCC, CPC): its tokens are put into the host and its loss is added as well.
+            Insert it for inference too, with `branch.insert(model)`.
+        cluster_optimizer: of the branch's parameters; it is stepped after every backward pass. None if they are in the host's
+            optimiser; an error tells if they were never trained.
         **options: of the host by that name, such as `cam="patch"`; see the modules of this package.
 
     Returns:
@@ -89,7 +96,10 @@ def attach(
         DetachedCamError: if the CAM is cut off from the host's graph.
     """
     parts = source(host, **options)
-    return Attachment(parts, model, refiner, mode=mode, weight=weight, label_loss=label_loss, on_step=on_step, passes=passes)
+    return Attachment(
+        parts, model, refiner, mode=mode, weight=weight, label_loss=label_loss, on_step=on_step, passes=passes,
+        clusters=clusters, cluster_optimizer=cluster_optimizer,
+    )  # fmt: skip
 
 
 def probe(
@@ -136,7 +146,7 @@ def cam_of(host: Union[str, CamSource], model: nn.Module, **options: Any) -> Cal
         device = next((p.device for p in model.parameters()), img.device)
         with Recorder(model, parts, lambda *seen: captures.append(Capture(*seen)), lambda: True):
             parts.run(model, img.to(device))
-        cam = parts.cam(*captures[0])
+        cam = parts.cam(captures[0].img, captures[0].output, captures[0].records)
         return cam[:, 1:] if parts.background_channel else cam
 
     return function

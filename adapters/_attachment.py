@@ -21,11 +21,12 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tup
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from .._checks import check_number, check_stats
-from ..errors import DetachedCamError, SemplesError
+from ..cluster_branch import BranchOutput, ClusterBranch, Seen
+from ..cluster_tokens import unwrap
+from ..errors import DetachedCamError, HostError
 from ..refiner import PromptRefiner
 
 __all__ = ["AdapterError", "Attachment", "CamSource", "Records", "unwrap"]
@@ -40,15 +41,8 @@ LogStep = Callable[[int, Dict[str, float]], None]
 probed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models that `probe` runs right now: no training step
 
 
-class AdapterError(SemplesError, RuntimeError):
+class AdapterError(HostError):
     """A host and the refiner do not meet: another model than expected, no CAM, no label loss, no gradient."""
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside DataParallel / DistributedDataParallel."""
-    while isinstance(model, (DataParallel, DistributedDataParallel)):
-        model = model.module
-    return model
 
 
 class Records:
@@ -213,11 +207,12 @@ class Recorder:
 
 
 class Capture(NamedTuple):
-    """One forward pass of the host."""
+    """One forward pass of the host, and what it left for a cluster branch."""
 
     img: Tensor
     output: Any
     records: Records
+    seen: Optional[Seen] = None
 
 
 class Attachment:
@@ -238,24 +233,33 @@ class Attachment:
         self,
         source: CamSource,
         model: Optional[nn.Module],
-        refiner: PromptRefiner,
+        refiner: Optional[PromptRefiner],
         *,
         mode: str = "add",
         weight: float = 1.0,
         label_loss: Union[None, nn.Module, Callable[..., Tensor]] = None,
         on_step: Optional[LogStep] = None,
         passes: int = 1,
+        clusters: Optional[ClusterBranch] = None,
+        cluster_optimizer: Optional[torch.optim.Optimizer] = None,
     ):
-        if not isinstance(refiner, PromptRefiner):
-            raise TypeError(f"`refiner` must be a PromptRefiner; got {type(refiner).__name__}.")
+        if not isinstance(refiner, PromptRefiner) and (refiner is not None or clusters is None):
+            raise TypeError(
+                f"`refiner` must be a PromptRefiner, or None together with `clusters`; got {type(refiner).__name__}."
+            )
         if mode not in ("add", "replace"):
             raise ValueError(f"`mode` must be 'add' (to the host's label loss) or 'replace' (it); got {mode!r}.")
         check_number("weight", weight, 0)
         check_number("passes", passes, 1, whole=True)
         if on_step is not None and not callable(on_step):
             raise TypeError(f"`on_step` must be a callable (step, terms); got {type(on_step).__name__}.")
-        _check_source(source, refiner)
+        if refiner is not None:
+            _check_source(source, refiner)
+        self.clusters = None if clusters is None else ClusterTraining(clusters, cluster_optimizer, refiner)
+        if clusters is None and cluster_optimizer is not None:
+            raise ValueError("`cluster_optimizer` is for the parameters of `clusters`; got no `clusters`.")
         self.source, self.refiner, self.mode, self.weight, self.on_step = source, refiner, mode, weight, on_step
+        self.classes = list(refiner.classes if refiner is not None else clusters.clusters.classes)  # type: ignore[union-attr]
         self.steps, self.passes = 0, passes
         self._tensors: Dict[str, Tensor] = {}
         self._criterion = label_loss if isinstance(label_loss, nn.Module) else None
@@ -283,6 +287,8 @@ class Attachment:
             raise AdapterError("This attachment is entered already; use one `with` at a time.")
         self._clear()
         try:
+            if self.clusters is not None:
+                self.clusters.begin()
             if self._criterion is not None:
                 self._handles.append(self._criterion.register_forward_hook(self._on_criterion))
             if self._model is not None:
@@ -304,6 +310,8 @@ class Attachment:
             self._remove()
         if kind is None:
             self._check_end()
+            if self.clusters is not None:
+                self.clusters.end()
         self._captures = []
 
     def _remove(self) -> None:
@@ -313,6 +321,8 @@ class Attachment:
         if self._recorder is not None:
             self._recorder.__exit__()
             self._recorder = None
+        if self.clusters is not None:
+            self.clusters.leave()
 
     def bind(self, model: nn.Module, under_way: bool = False) -> None:
         """Put the hooks on a model; a `with` does it on entry, the runner when the host's model turns up.
@@ -322,6 +332,8 @@ class Attachment:
             under_way: whether its forward pass has begun, so that it counts as well.
         """
         self._model = model
+        if self.clusters is not None:  # before the recorder, which is to see the host's own tokens
+            self.clusters.enter(model)
         self._recorder = Recorder(model, self.source, self._on_forward, self._training)
         self._recorder.__enter__()
         if under_way:
@@ -339,7 +351,8 @@ class Attachment:
         self._forwards += 1
         if self._added:
             self._captures = []
-        self._captures = [*self._captures, Capture(img, output, records)][-self.passes :]
+        seen = None if self.clusters is None else self.clusters.branch.take()
+        self._captures = [*self._captures, Capture(img, output, records, seen)][-self.passes :]
         self._added = self._backward_since = False
 
     def _on_backward(self) -> None:
@@ -374,7 +387,7 @@ class Attachment:
             first = self._captures[0]
             extra = self._step(first, labels)
             self._added = True
-            self._captures = [first._replace(output=None, records=Records({}))]  # the graph is the host's again
+            self._captures = [first._replace(output=None, records=Records({}), seen=None)]  # the graph is the host's again
             if extra is not None:
                 extra = extra.to(result.device)
                 return extra + (result if self.mode == "add" else 0.0 * result)
@@ -383,7 +396,7 @@ class Attachment:
 
     def _labels(self, target: Any) -> Optional[Tensor]:
         """Labels (B, C), or None if this is no label loss over the refiner's classes."""
-        num_classes = len(self.refiner.classes)
+        num_classes = len(self.classes)
         if not isinstance(target, Tensor) or target.ndim < 2 or len(target) == 0:
             return None
         if self._captures and len(target) != len(self._captures[0].img):
@@ -396,19 +409,32 @@ class Attachment:
     # ------------------------------------------------------------------------------------------------ what is done
 
     def _step(self, capture: Capture, labels: Tensor) -> Optional[Tensor]:
-        """The refiner's loss of one step, weighted."""
-        img, cam = img_and_cam(self.source, self.refiner, capture)
-        if not cam.requires_grad:
-            raise DetachedCamError(
-                f"The CAM of {self.source.name} is cut off from the host's graph, so the loss cannot train the host. "
-                "semples_plugin.adapters.probe(...) says at which module."
-            )
-        out = self.refiner.compute(img, cam, labels.to(cam.device))
+        """The refiner's loss of one step, weighted, and that of the cluster branch."""
+        losses: List[Tensor] = []
+        terms: Dict[str, Tensor] = {}
+        if self.refiner is not None:
+            img, cam = img_and_cam(self.source, self.refiner, capture)
+            if not cam.requires_grad:
+                raise DetachedCamError(
+                    f"The CAM of {self.source.name} is cut off from the host's graph, so the loss cannot train the host. "
+                    "semples_plugin.adapters.probe(...) says at which module."
+                )
+            out = self.refiner.compute(img, cam, labels.to(cam.device))
+            losses.append(self.weight * out.loss)
+            terms.update(out.terms, loss=out.loss)
+        if self.clusters is not None and capture.seen is not None:
+            branch = self.clusters.compute(capture.seen, labels)
+            losses.append(branch.loss)
+            terms.update(branch.terms)
+            terms["loss"] = branch.loss if "loss" not in terms else terms["loss"] + branch.loss.to(terms["loss"].device)
         self.steps += 1
-        self._tensors = {"loss": out.loss.detach(), **{name: term.detach() for name, term in out.terms.items()}}
+        self._tensors = {name: term.detach() for name, term in terms.items()}
         if self.on_step is not None:
             self.on_step(self.steps, {**self.terms, "loss": float(self._tensors["loss"])})
-        return self.weight * out.loss
+        extra = losses[0] if len(losses) == 1 else losses[0] + losses[1].to(losses[0].device)
+        if self.clusters is not None:
+            self.clusters.watch(extra)
+        return extra
 
     @property
     def terms(self) -> Dict[str, float]:
@@ -424,7 +450,7 @@ class Attachment:
         seen = [f"{name} ({count}x)" for name, count in self._seen.most_common(10)]
         return AdapterError(
             f"{self.source.name} trained without the refiner's loss: its CAM was captured {self._forwards} times, backward() "
-            f"ran {self._backwards} times, but no label loss over {len(self.refiner.classes)} classes was seen. Looked for "
+            f"ran {self._backwards} times, but no label loss over {len(self.classes)} classes was seen. Looked for "
             f"{_listing([self._name_of(f) for f in self._watched_losses()], quote=False)}; "
             f"losses seen: {_listing(seen, quote=False)}. If your host computes its label loss in another way, pass that "
             "module: attach(..., label_loss=criterion). If the number of classes differs, build the refiner with the host's."
@@ -451,6 +477,111 @@ class Attachment:
         return getattr(loss, "__name__", type(loss).__name__)
 
 
+class ClusterTraining:
+    """A cluster branch inside a host's training loop: its place in the host, and the steps of its own parameters.
+
+    The host's optimiser does not know the branch's parameters. With an optimiser of their own they are stepped after every
+    backward pass: when the host's next forward pass begins, and at the end. The factor that the host puts on its loss (a
+    gradient scaler's, one over the accumulated batches) is measured at the added loss and divided out again; a step whose
+    gradient is not finite is left out, as a gradient scaler does. Under `torch.distributed` gradients are averaged.
+    """
+
+    def __init__(self, branch: ClusterBranch, optimizer: Optional[torch.optim.Optimizer], refiner: Optional[PromptRefiner]):
+        if not isinstance(branch, ClusterBranch):
+            raise TypeError(
+                f"`clusters` must be a ClusterBranch; got {type(branch).__name__}. Make one: ClusterBranch(clusters, model)."
+            )
+        if refiner is not None and tuple(refiner.classes) != branch.clusters.classes:
+            raise ValueError(
+                "The refiner and the cluster branch must have the same classes in the same order; got "
+                f"{_listing(refiner.classes)} and {_listing(branch.clusters.classes)}. Use clusters.ordered(refiner.classes)."
+            )
+        self.branch, self.optimizer = branch, optimizer
+        if optimizer is not None:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            lacking = [name for name, p in branch.named_parameters() if id(p) not in held]
+            if lacking:
+                raise ValueError(
+                    f"`cluster_optimizer` must hold the parameters of `clusters`; it lacks {_listing(lacking)}. Make it with "
+                    "torch.optim.AdamW(branch.parameters(), lr=...)."
+                )
+        self._place: Any = None
+        self._before: List[Tensor] = []
+        self._factors: List[Tensor] = []
+        self._handle: Any = None
+
+    # ------------------------------------------------------------------------------------------------ life
+
+    def begin(self) -> None:
+        self._factors = []
+        if self.optimizer is None:
+            self._before = [p.detach().clone() for p in self.branch.parameters()]
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def enter(self, model: nn.Module) -> None:
+        self._place = self.branch.insert(model)
+        self._place.__enter__()
+        self._handle = model.register_forward_pre_hook(lambda module, inputs: self.update())
+
+    def leave(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        place, self._place, self._handle = self._place, None, None
+        if place is not None:
+            place.__exit__(None, None, None)
+
+    def end(self) -> None:
+        """The loop is over without an error: the last step, or a check that somebody else's optimiser moved the parameters."""
+        self.update()
+        before, self._before = self._before, []
+        reached = any(p.grad is not None for p in self.branch.parameters())
+        if (
+            self.optimizer is None
+            and reached
+            and all(torch.equal(a.to(b.device), b) for a, b in zip(before, self.branch.parameters()))
+        ):
+            raise AdapterError(
+                "The cluster branch was not trained: backward() ran, but none of its parameters changed. Give `attach` an "
+                "optimiser for them, attach(..., cluster_optimizer=torch.optim.AdamW(branch.parameters(), lr=1e-3)), or add "
+                'them to the host\'s: optimizer.add_param_group({"params": branch.parameters()}).'
+            )
+
+    # ------------------------------------------------------------------------------------------------ steps
+
+    def compute(self, seen: Seen, labels: Tensor) -> BranchOutput:
+        return self.branch.compute(labels, seen)
+
+    def watch(self, loss: Tensor) -> None:
+        """Note the factor that the host's backward pass puts on the added loss."""
+        if self.optimizer is not None:
+            loss.register_hook(lambda gradient: self._factors.append(gradient.detach().clone()))
+
+    def update(self) -> None:
+        """One step of the branch's own optimiser, if a backward pass ran since the last one."""
+        factors, self._factors = self._factors, []
+        if self.optimizer is None or not factors:
+            return
+        gradients = [p.grad for p in self.branch.parameters() if p.grad is not None]
+        factor = torch.stack([f.float().to(factors[0].device) for f in factors]).mean()
+        with torch.no_grad():
+            for gradient in gradients:
+                gradient /= factor.to(gradient.device)
+            _average(gradients)
+            if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+                self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def _average(gradients: List[Tensor]) -> None:
+    """Mean over all processes, in place."""
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
+
+
 class _Tap(TorchFunctionMode):
     """Sees every torch function that the host calls; touches the label losses only."""
 
@@ -474,7 +605,7 @@ class _Tap(TorchFunctionMode):
 
 def img_and_cam(source: CamSource, refiner: PromptRefiner, capture: Capture) -> Tuple[Tensor, Tensor]:
     """img and CAM of a forward pass as the refiner takes them: on one device, a background channel only if it expects one."""
-    cam = source.cam(*capture)
+    cam = source.cam(capture.img, capture.output, capture.records)
     if not isinstance(cam, Tensor):
         raise AdapterError(f"The CAM of {source.name} must be a tensor (B, C, h, w); got {_describe(cam)}.")
     if source.background_channel and not refiner.background_channel:

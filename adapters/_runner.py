@@ -265,6 +265,7 @@ class _Collector(Attachment):
                 module.training = False
 
     def _step(self, capture: Capture, labels: Tensor) -> None:
+        assert self.refiner is not None  # a collector is never made without
         img, cam = img_and_cam(self.source, self.refiner, capture)
         features, pairs = self.refiner.encode_backgrounds(img, cam.detach(), labels.to(cam.device))
         self.features.append(features)

@@ -136,7 +136,9 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
             (B, K) multi-hot, of the same dtype and device.
         """
         if labels.ndim != 2 or labels.shape[1] != len(self.classes):
-            raise ValueError(f"`labels` must have shape (B, {len(self.classes)}), one column per class; got {tuple(labels.shape)}.")
+            raise ValueError(
+                f"`labels` must have shape (B, {len(self.classes)}), one column per class; got {tuple(labels.shape)}."
+            )
         member = self.members(labels.device)  # (K, C)
         return ((labels != 0)[:, None] & member).any(2).to(labels.dtype)
 
@@ -190,7 +192,9 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
         provenance: Dict[str, Any] = {"source": "file", "file": path.name}
         if isinstance(content, dict) and content.get("format") == FORMAT:
             if content.get("version") != FORMAT_VERSION:
-                raise ClusterError(f"{path} has cluster format {content.get('version')!r}; this version reads {FORMAT_VERSION}.")
+                raise ClusterError(
+                    f"{path} has cluster format {content.get('version')!r}; this version reads {FORMAT_VERSION}."
+                )
             classes = content.get("classes") if classes is None else classes
             provenance, content = content.get("provenance") or provenance, content.get("clusters")
         if classes is None:
@@ -210,7 +214,8 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
         if name.lower() not in ("voc", "coco"):
             raise ValueError(f"Clusters come with the package for 'voc' and 'coco'; got {name!r}. Use from_file(...).")
         clusters = _read(Path(__file__).with_name(f"clusters_{name.lower()}.json"))
-        return cls(clusters, list(VOC_CLASSES if name.lower() == "voc" else COCO_CLASSES), {"source": f"bundled: {name.lower()}"})
+        classes = list(VOC_CLASSES if name.lower() == "voc" else COCO_CLASSES)
+        return cls(clusters, classes, {"source": f"bundled: {name.lower()}"})
 
     # ------------------------------------------------------------------------------------------------ made
 

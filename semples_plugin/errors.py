@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["ClipError", "ClusterError", "DetachedCamError", "LanguageModelError", "PromptFileError", "SemplesError"]
+__all__ = [
+    "ClipError",
+    "ClusterError",
+    "DetachedCamError",
+    "HostError",
+    "LanguageModelError",
+    "PromptFileError",
+    "SemplesError",
+]
 
 
 class SemplesError(Exception):
@@ -19,6 +27,10 @@ class ClusterError(SemplesError, ValueError):
 
 class DetachedCamError(SemplesError, ValueError):
     """The CAM is cut off from the host's graph, so a loss on it would train nothing."""
+
+
+class HostError(SemplesError, RuntimeError):
+    """A host network is not of the kind that was expected, or did not run as it should have."""
 
 
 class LanguageModelError(SemplesError, RuntimeError):

@@ -103,6 +103,7 @@ def learn(
     batch_size: int,
     rate: float,
     weight_decay: float,
+    related: Optional[Tensor],
     seed: int,
     progress: bool,
 ) -> PromptFit:
@@ -121,6 +122,7 @@ def learn(
         lambda_t: weight of T.
         form: of T, "log" or "log1m".
         epochs, batch_size, rate, weight_decay: of the optimisation; `batch_size` counts images.
+        related: (C, C) bool, whether two classes are in one cluster: T then holds every class of the cluster; or None.
         seed: of the order of the images.
         progress: show a progress bar.
 
@@ -150,7 +152,11 @@ def learn(
                     seen, index = torch.unique(classes[chosen], return_inverse=True)
                     u_b = encoder.encode_prompt(context[seen], template)[index]  # (P', D)
                     loss = losses.prompt_background(features[chosen], u_b)
-                    loss = loss + lambda_t * losses.prompt_repel(text_features[classes[chosen]], u_b, form)
+                    if related is None:
+                        repel = losses.prompt_repel(text_features[classes[chosen]], u_b, form)
+                    else:
+                        repel = losses.prompt_repel_cluster(text_features, u_b, related[classes[chosen]], form)
+                    loss = loss + lambda_t * repel
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     optimizer.step()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import losses, masks, prompts, regions
 from ._checks import check_batch, check_classes, check_number, check_stats
 from .clip_encoder import ClipEncoder, full_precision, load_clip
+from .clusters import CategoryClusters
 from .errors import ClipError, DetachedCamError, PromptFileError
 from .prompts import BackgroundPrompts, PromptFit, PromptReading
 
@@ -119,6 +120,8 @@ class PromptRefiner(nn.Module):
         lambda_background_texts: weight of their term (CLIMS, CVPR 2022).
         background_threshold: cosine above which a hand-written prompt counts.
         lambda_area: weight of the area term (CLIMS).
+        clusters: category clusters (PCC), or a mapping cluster name -> classes: in stage (b) a background prompt is pushed away
+            from every class of its class's cluster, not from its class alone; see `losses.prompt_repel_cluster`.
         max_views: views that CLIP encodes at once (2 per positive pair); more are encoded in checkpointed chunks, which
             bounds memory and costs a second forward pass through CLIP. ViT-B/32 in float32 takes about 40 MiB per view.
             None: no limit.
@@ -166,6 +169,7 @@ class PromptRefiner(nn.Module):
         lambda_background_texts: float = 0.0,
         background_threshold: float = 0.0,
         lambda_area: float = 0.0,
+        clusters: Union[None, CategoryClusters, Mapping[str, Sequence[str]]] = None,
         max_views: Optional[int] = 256,
         clip_dtype: torch.dtype = torch.float32,
         seed: int = 0,
@@ -174,6 +178,7 @@ class PromptRefiner(nn.Module):
         self.classes, self.prompt_names = check_classes(classes)
         self.recipe = _recipe(recipe)
         self.image_stats = check_stats(image_stats)
+        self.clusters = _clusters(clusters, self.classes)
         if background_texts and not lambda_background_texts:
             raise ValueError("`background_texts` needs `lambda_background_texts` > 0, or they would do nothing; got 0.")
         if lambda_background_texts and not background_texts:
@@ -385,6 +390,7 @@ class PromptRefiner(nn.Module):
                 batch_size=batch_size,
                 rate=rate,
                 weight_decay=self.recipe.weight_decay,
+                related=None if self.clusters is None else self.clusters.related(self.device),
                 seed=self.seed,
                 progress=progress,
             )
@@ -587,6 +593,8 @@ class PromptRefiner(nn.Module):
             "clip_stats": self.clip_stats,
             "prompt_length": self.prompts.context.shape[1],
         }
+        if self.clusters is not None:
+            facts["clusters"] = {name: list(members) for name, members in self.clusters.items()}
         prompts.write_file(path, self.prompts.context, facts)
 
     def load_prompts(self, path: Union[str, "os.PathLike[str]"]) -> "PromptRefiner":
@@ -701,6 +709,19 @@ def _recipe(recipe: Union[str, Recipe]) -> Recipe:
     if recipe not in _RECIPES:
         raise ValueError(f"`recipe` must be {', '.join(map(repr, _RECIPES))} or a Recipe; got {recipe!r}.")
     return _RECIPES[recipe]
+
+
+def _clusters(clusters: Any, classes: Sequence[str]) -> Optional[CategoryClusters]:
+    if clusters is None:
+        return None
+    if isinstance(clusters, CategoryClusters):
+        return clusters.ordered(classes)
+    if not isinstance(clusters, Mapping):
+        raise TypeError(
+            "`clusters` must be CategoryClusters or a mapping cluster name -> classes; got "
+            f"{type(clusters).__name__}. From a file: CategoryClusters.from_file(path, classes)."
+        )
+    return CategoryClusters(clusters, classes, {"source": "mapping"})
 
 
 def _hand_written(

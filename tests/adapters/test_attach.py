@@ -837,7 +837,7 @@ def test_unknown_hosts_and_options(refiner: PromptRefiner, cnn: ToyCNN) -> None:
             adapters.attach("generic", cnn, refiner, label_loss=label_loss, **CNN)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`on_step` must be a callable .* got list"):
         adapters.attach("generic", cnn, refiner, on_step=[], **CNN)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="`refiner` must be a PromptRefiner; got ToyCNN"):
+    with pytest.raises(TypeError, match="`refiner` must be a PromptRefiner, or None together with `clusters`; got ToyCNN"):
         adapters.attach("generic", cnn, cnn, **CNN)  # type: ignore[arg-type]
     assert_nothing_left(cnn)
 

@@ -1,0 +1,297 @@
+"""PCC and CPC on top of a vision transformer, composed: cluster tokens, HV-BiLSTM, patch classifier, patch contrast.
+
+`ClusterBranch` is the one module that people build for this part, as `PromptRefiner` is for the prompts. It inserts what it
+needs into a host by hooks and gives one loss with named terms. Flow: host's patch tokens -> (`HVBiLSTM`) ->
+`PatchClassifier` -> top-k pooling -> L_MCE and patch contrast; `ClusterTokens` -> cluster labels. No reference code of PCC
+(arXiv 2412.13823) or CPC (arXiv 2508.17009) exists: re-implemented from the description, and no published figure is claimed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from . import losses
+from ._checks import check_number
+from .cluster_tokens import ClusterTokens, find_blocks, token_size, unwrap
+from .clusters import CategoryClusters
+from .errors import HostError
+from .patch_heads import HVBiLSTM, PatchClassifier, confident_patches, top_k_pool
+
+__all__ = ["BranchOutput", "ClusterBranch", "Seen"]
+
+
+class Seen(NamedTuple):
+    """What one forward pass of the host left for the branch.
+
+    Attributes:
+        tokens: (B, K, D) cluster tokens after the last block, or None without them.
+        patches: (B, h w, D) patch tokens after the last block.
+        grid: (h, w).
+    """
+
+    tokens: Optional[Tensor]
+    patches: Tensor
+    grid: Tuple[int, int]
+
+
+class BranchOutput(NamedTuple):
+    """What `ClusterBranch.compute` returns.
+
+    Attributes:
+        loss: scalar, float32, attached to the branch and the host.
+        terms: the unweighted terms by name: cluster_tokens, mce, patch_contrast, where they apply.
+    """
+
+    loss: Tensor
+    terms: Dict[str, Tensor]
+
+
+class ClusterBranch(nn.Module):
+    """Losses of PCC and CPC on a vision transformer, for its own training loop.
+
+        L = lambda_tokens L_tokens + lambda_mce L_MCE + lambda_contrast L_contrast
+
+    with L_tokens of `ClusterTokens`, L_MCE of the top-k pooled patch scores, and the patch contrast of CPC. A weight of 0
+    leaves a part out, and what only it needs is not built. The branch has parameters of its own: give them to your optimiser,
+    or `adapters.attach(..., clusters=branch, cluster_optimizer=...)` steps one for them.
+
+    Args:
+        clusters: the category clusters, classes in the order of the label columns.
+        dim: D, size of a token, or the host, to read it from.
+        lambda_tokens: weight of the cluster tokens' loss; 0 for no tokens.
+        lambda_mce: weight of L_MCE; 0 for no patch classifier (then `lambda_contrast` must be 0, it needs the patch scores).
+        lambda_contrast: weight of the patch contrast.
+        bilstm: refine the patch tokens by HV-BiLSTM before they are classified.
+        attention_bias: of `ClusterTokens`.
+        top_k: patches per class of the pooling.
+        dropout: of HV-BiLSTM.
+        temperature, related_weight: of `losses.patch_contrast`.
+        threshold, per_class: of `patch_heads.confident_patches`.
+        blocks: name of the host's list of transformer blocks.
+        patch_embed: name of the host's module that makes the patch tokens; its output says how large the grid is.
+        seed: of the initial values.
+
+    Example:
+        >>> branch = ClusterBranch(clusters, model)  # model: a ViT with `blocks` and `patch_embed`
+        >>> with branch.insert(model):
+        ...     logits = model(img)
+        ...     loss = host_loss(logits, labels) + branch(labels)
+    """
+
+    def __init__(
+        self,
+        clusters: CategoryClusters,
+        dim: Union[int, nn.Module],
+        *,
+        lambda_tokens: float = 1.0,
+        lambda_mce: float = 1.0,
+        lambda_contrast: float = 0.1,
+        bilstm: bool = True,
+        attention_bias: float = 0.0,
+        top_k: int = 6,
+        dropout: float = 0.2,
+        temperature: float = 0.1,
+        related_weight: float = 0.5,
+        threshold: float = 0.5,
+        per_class: int = 8,
+        blocks: str = "blocks",
+        patch_embed: str = "patch_embed",
+        seed: int = 0,
+    ):
+        super().__init__()
+        if not isinstance(clusters, CategoryClusters):
+            raise TypeError(f"`clusters` must be CategoryClusters; got {type(clusters).__name__}.")
+        for name, value in (
+            ("lambda_tokens", lambda_tokens), ("lambda_mce", lambda_mce), ("lambda_contrast", lambda_contrast),
+            ("temperature", temperature), ("related_weight", related_weight), ("threshold", threshold), ("dropout", dropout),
+        ):  # fmt: skip
+            check_number(name, value, 0)
+        for name, value in (("top_k", top_k), ("per_class", per_class)):
+            check_number(name, value, 1, whole=True)
+        if lambda_contrast and not lambda_mce:
+            raise ValueError(
+                "`lambda_contrast` needs `lambda_mce` > 0: the contrast picks its patches by the patch classifier."
+            )
+        if not (lambda_tokens or lambda_mce):
+            raise ValueError("A branch needs `lambda_tokens` or `lambda_mce`; both are 0, so it would do nothing.")
+        size = token_size(dim) if isinstance(dim, nn.Module) else dim
+        check_number("dim", size, 1, whole=True)
+        self.clusters, self.size, self.blocks, self.patch_embed = clusters, int(size), blocks, patch_embed
+        self.weights = {"cluster_tokens": lambda_tokens, "mce": lambda_mce, "patch_contrast": lambda_contrast}
+        self.top_k, self.temperature, self.related_weight = top_k, temperature, related_weight
+        self.threshold, self.per_class = threshold, per_class
+        self.tokens: Optional[ClusterTokens] = None
+        self.norm: Optional[nn.LayerNorm] = None
+        self.bilstm: Optional[HVBiLSTM] = None
+        self.classifier: Optional[PatchClassifier] = None
+        with torch.random.fork_rng(devices=[]):  # the host's random numbers stay what they are without the branch
+            torch.manual_seed(seed)
+            if lambda_tokens:
+                self.tokens = ClusterTokens(clusters, size, attention_bias=attention_bias, blocks=blocks, seed=seed)
+            if lambda_mce:
+                self.norm = nn.LayerNorm(size)
+                self.bilstm = HVBiLSTM(size, dropout=dropout) if bilstm else None
+                self.classifier = PatchClassifier(size if self.bilstm is None else self.bilstm.out_dim, len(clusters.classes))
+        self._seen: Optional[Seen] = None
+
+    # ------------------------------------------------------------------------------------------------ in the host
+
+    @contextlib.contextmanager
+    def insert(self, model: nn.Module) -> Iterator["ClusterBranch"]:
+        """The branch in the forward passes of `model` for the time of a `with`; the host's code and weights stay as they are.
+
+        Raises:
+            HostError: if the model is no vision transformer of the expected kind.
+        """
+        blocks = find_blocks(model, self.blocks)
+        inner = unwrap(model)
+        try:
+            embed: Optional[nn.Module] = inner.get_submodule(self.patch_embed)
+        except AttributeError:
+            embed = None
+        if embed is None:
+            names = ", ".join(repr(name) for name, _ in inner.named_children())
+            raise HostError(
+                f"{type(inner).__name__} has no module {self.patch_embed!r}, which the size of the patch grid is read from. "
+                f"Its modules are {names}. Name it: patch_embed='...'."
+            )
+        grids: List[Tuple[int, int]] = []
+
+        def embedded(module: nn.Module, inputs: Any, output: Any) -> None:
+            grids[:] = [_grid(inputs[0], output, module, self.size)]
+
+        def finished(module: nn.Module, inputs: Any, output: Any) -> None:
+            x = output[0] if isinstance(output, tuple) else output
+            if not grids:
+                raise HostError(f"The blocks ran, but {self.patch_embed!r} did not run before them in this forward pass.")
+            grid = grids.pop()
+            count = grid[0] * grid[1]
+            if x.shape[1] < count:
+                raise HostError(f"The last block gives {x.shape[1]} tokens, fewer than the {grid[0]} x {grid[1]} patches.")
+            patches = x[:, x.shape[1] - count :]  # class and register tokens come first
+            tokens = None if self.tokens is None else self.tokens.take()
+            self._seen = Seen(tokens, patches, grid)
+
+        with contextlib.ExitStack() as stack:
+            if self.tokens is not None:
+                stack.enter_context(self.tokens.insert(model))
+            # Registered after the tokens' hooks, and so sees the host's own tokens.
+            stack.callback(embed.register_forward_hook(embedded).remove)
+            stack.callback(blocks[-1].register_forward_hook(finished).remove)
+            stack.callback(self._forget)
+            yield self
+
+    def _forget(self) -> None:
+        self._seen = None
+
+    def take(self) -> Seen:
+        """What the last forward pass left, and forget it, so that its graph is the caller's alone.
+
+        Raises:
+            HostError: if no forward pass ran inside the `with` since the last call.
+        """
+        seen, self._seen = self._seen, None
+        if seen is None:
+            raise HostError(
+                "No forward pass of the host ran inside `with branch.insert(model):` since the last loss; call the host first, "
+                "then the branch."
+            )
+        return seen
+
+    # ------------------------------------------------------------------------------------------------ losses
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """The branch's loss for the host's last forward pass, to be added to the host's own.
+
+        Args:
+            labels: (B, C) image-level labels, multi-hot.
+
+        Returns:
+            Scalar, float32.
+        """
+        return self.compute(labels).loss
+
+    def compute(self, labels: Tensor, seen: Optional[Seen] = None) -> BranchOutput:
+        """Loss and named terms; arguments as for `forward`, `seen` if a pass was taken before."""
+        seen = self.take() if seen is None else seen
+        expected = (len(seen.patches), len(self.clusters.classes))
+        if tuple(labels.shape) != expected:
+            raise ValueError(f"`labels` must have shape (B, C) = {expected}; got {tuple(labels.shape)}.")
+        device = seen.patches.device
+        labels = labels.to(device)
+        if next(self.parameters()).device != device:
+            self.to(device)
+        terms: Dict[str, Tensor] = {}
+        if self.tokens is not None:
+            terms["cluster_tokens"] = self.tokens.loss(labels, seen.tokens)
+        if self.classifier is not None:
+            features = self.features(seen)
+            scores = self.classifier(features)  # (B, N, C + 1)
+            terms["mce"] = losses.multi_label_cross_entropy(top_k_pool(scores, self.top_k), labels)
+            if self.weights["patch_contrast"]:
+                image, patch, name = confident_patches(scores.detach(), labels, self.threshold, self.per_class)
+                terms["patch_contrast"] = losses.patch_contrast(
+                    features[image, patch], name, self._related(device), self.temperature, self.related_weight
+                )
+        loss = torch.stack([self.weights[name] * term.float() for name, term in terms.items()]).sum()
+        return BranchOutput(loss, terms)
+
+    def features(self, seen: Seen) -> Tensor:
+        """Patch features (B, N, D') that are classified: LayerNorm, then HV-BiLSTM if there is one."""
+        assert self.norm is not None
+        x = self.norm(seen.patches.float())
+        return x if self.bilstm is None else self.bilstm(x, seen.grid)
+
+    def cam(self, seen: Seen) -> Tensor:
+        """The patch classifier's own class map (B, C, h, w) in [0, 1], Z without its background: PCC makes its masks of it.
+
+        Raises:
+            HostError: if the branch has no patch classifier.
+        """
+        if self.classifier is None:
+            raise HostError("This branch has no patch classifier, and so no class map; build it with lambda_mce > 0.")
+        scores = self.classifier(self.features(seen))[:, :, 1:]  # (B, N, C)
+        return scores.transpose(1, 2).reshape(len(scores), -1, *seen.grid)
+
+    def _related(self, device: torch.device) -> Tensor:
+        """(C + 1, C + 1) bool: background is related to itself alone."""
+        count = len(self.clusters.classes) + 1
+        related = torch.zeros(count, count, dtype=torch.bool, device=device)
+        related[0, 0] = True
+        related[1:, 1:] = self.clusters.related(device)
+        return related
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, "_seen": None}  # a graph can neither be copied nor pickled
+
+    def extra_repr(self) -> str:
+        used = ", ".join(f"{name} {value:g}" for name, value in self.weights.items() if value)
+        return f"{len(self.clusters)} clusters of {len(self.clusters.classes)} classes; {used}"
+
+
+def _grid(img: Any, output: Any, embed: nn.Module, size: int) -> Tuple[int, int]:
+    """(h, w) of the patches of an image (B, 3, H, W), from what the patch embedding returned for it."""
+    output = output[0] if isinstance(output, tuple) else output
+    if not isinstance(output, Tensor) or output.ndim not in (3, 4) or not isinstance(img, Tensor) or img.ndim != 4:
+        got = f"tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise HostError(f"Expected {type(embed).__name__} to turn an image batch into tokens (B, N, D) or a map; got {got}.")
+    if output.ndim == 4:  # (B, D, h, w), or timm's (B, h, w, D)
+        return (output.shape[2], output.shape[3]) if output.shape[1] == size else (output.shape[1], output.shape[2])
+    count, height, width = output.shape[1], img.shape[2], img.shape[3]
+    patch = getattr(embed, "patch_size", None)
+    if patch is not None:
+        tall, wide = (patch, patch) if isinstance(patch, int) else patch
+        rows, columns = height // int(tall), width // int(wide)
+    else:
+        rows = max(1, round((count * height / width) ** 0.5))
+        columns = count // rows
+    if rows * columns != count:
+        raise HostError(
+            f"{type(embed).__name__} gives {count} patches for an image of {height} x {width}, which is no grid of {rows} "
+            "rows. A cluster branch needs the patch tokens alone, row by row."
+        )
+    return rows, columns

@@ -1,0 +1,335 @@
+"""Learnable cluster tokens in the token sequence of any vision transformer, by hooks, the host unedited (PCC).
+
+Before every block the tokens are put behind the host's own, after it they are taken off again, together with their rows and
+columns of the attention that the block returns; the next block gets them back. So the host sees its own number of tokens
+wherever it looks, and its slices and reshapes hold. Cluster-level image labels supervise the tokens after the last block. No
+reference code of PCC (arXiv 2412.13823) exists: re-implemented from the description. Flow: `clusters` -> **cluster_tokens** ->
+`cluster_branch`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+
+from .clusters import CategoryClusters
+from .errors import HostError
+
+__all__ = ["ClusterTokens", "find_blocks", "token_size", "unwrap"]
+
+_WITH_KWARGS = "with_kwargs" in inspect.signature(nn.Module.register_forward_pre_hook).parameters  # torch >= 2.0
+_SOFTMAX = (Tensor.softmax, torch.softmax, F.softmax)
+_FUSED: Any = getattr(F, "scaled_dot_product_attention", None)  # torch >= 2.0
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside DataParallel / DistributedDataParallel."""
+    while isinstance(model, (DataParallel, DistributedDataParallel)):
+        model = model.module
+    return model
+
+
+def find_blocks(model: nn.Module, path: str = "blocks") -> List[nn.Module]:
+    """The transformer blocks of a host, first to last.
+
+    Raises:
+        HostError: if there is no such list of modules.
+    """
+    inner = unwrap(model)
+    try:
+        found: Any = inner.get_submodule(path)
+    except AttributeError:
+        found = None
+    if not isinstance(found, (nn.ModuleList, nn.Sequential)) or len(found) == 0:
+        what = "there is none" if found is None else f"it is a {type(found).__name__}"
+        names = ", ".join(repr(name) for name, _ in inner.named_children())
+        raise HostError(
+            f"Cluster tokens need a list of transformer blocks {path!r} in {type(inner).__name__}, but {what}. Its modules are "
+            f"{names or 'none'}. Name the list: blocks='encoder.layers'."
+        )
+    return list(found)
+
+
+def token_size(model: nn.Module) -> int:
+    """D, the size of a token of a host: its `embed_dim`, or that of its class token or position embedding."""
+    inner = unwrap(model)
+    size = getattr(inner, "embed_dim", None)
+    for name in ("cls_token", "pos_embed"):
+        value = getattr(inner, name, None)
+        if size is None and isinstance(value, Tensor) and value.ndim == 3:
+            size = value.shape[2]
+    if not isinstance(size, int):
+        raise HostError(
+            f"The size of a token of {type(inner).__name__} could not be read from `embed_dim`, `cls_token` or `pos_embed`. "
+            "Give it as a number."
+        )
+    return size
+
+
+class ClusterTokens(nn.Module):
+    """One learnable token per category cluster, concatenated to a vision transformer's tokens (PCC, arXiv 2412.13823).
+
+    Related classes share information through the token of their cluster: it gathers from the patches, and the patches from it.
+    After the last block, logit_k = w_k . LN(t_k) + b_k; the loss is the multi-label soft-margin loss on cluster-level labels (a
+    cluster is present if one of its classes is).
+
+    The host is not changed: its parameters, `state_dict` and checkpoints stay its own, and outside the `with` nothing is left.
+    Save these tokens by their own `state_dict()`, and insert them for inference as well. Attention that a block returns loses
+    the tokens' rows and columns and is not scaled up again. The blocks must return tokens (B, N, D), or a tuple that begins so;
+    with (B, heads, N, N) attention, features (B, N, D) after them. Attention that depends on positions or windows (Swin, BEiT,
+    rotary embeddings) cannot take tokens in this way.
+
+    Args:
+        clusters: K clusters.
+        dim: D, size of a token, or the host, to read it from.
+        attention_bias: added to the attention logits from the host's tokens to the cluster tokens. 0: they are tokens like all
+            others, and nothing in the host's attention is touched; -4: they begin with little weight in a trained host;
+            -inf: they gather, but nothing flows back, and the host's outputs stay as they are. Read when they are inserted.
+        blocks: name of the host's list of blocks.
+        seed: of the initial values (normal, 0.02).
+
+    Attributes:
+        output: (B, K, D) tokens after the last block of the last forward pass, or None.
+
+    Example:
+        >>> tokens = ClusterTokens(clusters, model)  # model: a ViT with `blocks`
+        >>> with tokens.insert(model):
+        ...     logits = model(img)
+        ...     loss = host_loss(logits, labels) + tokens.loss(labels)
+    """
+
+    def __init__(
+        self,
+        clusters: CategoryClusters,
+        dim: Union[int, nn.Module],
+        *,
+        attention_bias: float = 0.0,
+        blocks: str = "blocks",
+        seed: int = 0,
+    ):
+        super().__init__()
+        if not isinstance(clusters, CategoryClusters):
+            raise TypeError(f"`clusters` must be CategoryClusters; got {type(clusters).__name__}.")
+        if isinstance(dim, nn.Module):
+            dim = token_size(dim)
+        if not attention_bias < float("inf"):
+            raise ValueError(f"`attention_bias` must be a number or -inf; got {attention_bias!r}.")
+        self.clusters, self.attention_bias, self.blocks = clusters, float(attention_bias), blocks
+        generator = torch.Generator().manual_seed(seed)
+        self.tokens = nn.Parameter(0.02 * torch.randn(1, len(clusters), dim, generator=generator))  # (1, K, D)
+        self.norm = nn.LayerNorm(dim)
+        self.weight = nn.Parameter(0.02 * torch.randn(len(clusters), dim, generator=generator))  # (K, D)
+        self.bias = nn.Parameter(torch.zeros(len(clusters)))
+        self.output: Optional[Tensor] = None
+
+    def insert(self, model: nn.Module) -> "Insertion":
+        """The tokens in the forward passes of `model`, in training and in inference, for the time of a `with`.
+
+        Raises:
+            HostError: if the model has no list of blocks, or they do not take or give tokens.
+        """
+        return Insertion(self, model)
+
+    def take(self) -> Tensor:
+        """(B, K, D) tokens of the last forward pass, and forget them, so that their graph is the caller's alone.
+
+        Raises:
+            HostError: if no forward pass ran in the `with` since the last call.
+        """
+        output, self.output = self.output, None
+        if output is None:
+            raise HostError(
+                "There are no cluster tokens to read: no forward pass of the host ran to its last block inside "
+                "`with tokens.insert(model):` since they were last taken."
+            )
+        return output
+
+    def logits(self, output: Tensor) -> Tensor:
+        """Cluster logits (B, K) float32 of tokens (B, K, D)."""
+        return (self.norm(output.float()) * self.weight).sum(-1) + self.bias
+
+    def loss(self, labels: Tensor, output: Optional[Tensor] = None) -> Tensor:
+        """Multi-label soft-margin loss of the cluster logits.
+
+        Args:
+            labels: (B, C) multi-hot class labels.
+            output: (B, K, D) tokens; by default those of the last forward pass.
+
+        Returns:
+            Scalar, attached to the tokens and the host.
+        """
+        output = self.take() if output is None else output
+        return F.multilabel_soft_margin_loss(self.logits(output), self.clusters.labels(labels).to(output.device).float())
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, "output": None}  # a graph can neither be copied nor pickled
+
+    def extra_repr(self) -> str:
+        return f"{len(self.clusters)} clusters: {', '.join(self.clusters.names)}"
+
+
+class Insertion:
+    """Hooks that put `ClusterTokens` into a host; what `ClusterTokens.insert` returns. Use it in a `with`."""
+
+    def __init__(self, tokens: ClusterTokens, model: nn.Module):
+        self.tokens, self.name = tokens, type(unwrap(model)).__name__
+        self.modules = find_blocks(model, tokens.blocks)
+        self._carried: List[Optional[Tensor]] = [None] * len(self.modules)  # tokens after each block
+        self._length = [0] * len(self.modules)  # the host's tokens in each block
+        self._tracked = False  # whether the pass began with gradients
+        self._handles: List[Any] = []
+        self._bias: Optional[_AttentionBias] = None
+
+    def __enter__(self) -> "Insertion":
+        if self._handles:
+            raise HostError("These cluster tokens are in the host already; use one `with` at a time.")
+        if any(getattr(module, "_holds_cluster_tokens", False) for module in self.modules):
+            raise HostError(f"{self.name} holds cluster tokens already; leave that `with` first.")
+        options = {"with_kwargs": True} if _WITH_KWARGS else {}
+        try:
+            for i, module in enumerate(self.modules):
+                module._holds_cluster_tokens = True  # type: ignore[assignment]
+                self._handles.append(module.register_forward_pre_hook(functools.partial(self._before, i), **options))
+                self._handles.append(module.register_forward_hook(functools.partial(self._after, i)))
+            if self.tokens.attention_bias:
+                bias = _AttentionBias(self.tokens)
+                bias.__enter__()
+                self._bias = bias
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        bias, self._bias = self._bias, None
+        if bias is not None:
+            bias.__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+        for module in self.modules:
+            module.__dict__.pop("_holds_cluster_tokens", None)
+        self._handles, self.tokens.output = [], None
+        self._carried = [None] * len(self.modules)
+
+    def _before(self, i: int, module: nn.Module, inputs: Tuple[Any, ...], keywords: Optional[Dict[str, Any]] = None) -> Any:
+        if getattr(module, "_is_replica", False):
+            raise HostError(
+                "Cluster tokens cannot be put into replicas of torch.nn.DataParallel. Use DistributedDataParallel (one process "
+                "per GPU) or one GPU."
+            )
+        x = inputs[0] if inputs else None
+        others = [*inputs[1:], *(keywords or {}).values()]
+        size = self.tokens.tokens.shape[2]
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != size or any(isinstance(o, Tensor) for o in others):
+            got = ", ".join(f"tensor {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__ for v in (x, *others))
+            raise HostError(
+                f"Expected block {i} of {self.name} to be called with tokens (B, N, {size}) and no other tensor; got {got}. "
+                "Masks, rotary embeddings and the like know nothing of additional tokens."
+            )
+        if i == 0:
+            self._carried = [None] * len(self.modules)
+            self._tracked = torch.is_grad_enabled()
+            if self.tokens.tokens.device != x.device:
+                self.tokens.to(x.device)
+            before: Optional[Tensor] = self.tokens.tokens.to(x.dtype).expand(len(x), -1, -1)  # (B, K, D)
+        else:
+            before = self._carried[i - 1]
+        if before is None or len(before) != len(x):
+            raise HostError(
+                f"Block {i} of {self.name} ran on {len(x)} images, but block {i - 1} before it did not. Cluster tokens need "
+                "blocks that run one after the other on the whole batch."
+            )
+        if self._tracked and not torch.is_grad_enabled():
+            raise HostError(
+                f"Block {i} of {self.name} runs without gradients inside a pass with gradients, as reentrant checkpointing "
+                "does; the cluster tokens would be cut off. Use checkpoint(..., use_reentrant=False) or none."
+            )
+        self._length[i] = x.shape[1]
+        if self._bias is not None:
+            self._bias.begin(x.shape[1])
+        changed = (torch.cat([x, before.to(x.dtype)], dim=1), *inputs[1:])  # (B, N + K, D)
+        return (changed, keywords) if _WITH_KWARGS else changed
+
+    def _after(self, i: int, module: nn.Module, inputs: Any, output: Any) -> Any:
+        if self._bias is not None and not self._bias.end():
+            raise HostError(
+                f"attention_bias={self.tokens.attention_bias} was asked for, but no softmax or scaled_dot_product_attention "
+                f"over all tokens was seen in block {i} of {self.name}, so it had no effect. Use attention_bias=0."
+            )
+        parts = output if isinstance(output, tuple) else (output,)
+        length, total = self._length[i], self._length[i] + self.tokens.tokens.shape[1]
+        x = parts[0]
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[1] != total:
+            got = f"tensor {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise HostError(
+                f"Expected block {i} of {self.name} to return its {total} tokens (B, N, D), alone or first in a tuple; got "
+                f"{got}."
+            )
+        self._carried[i] = x[:, length:]
+        if i == len(self.modules) - 1:
+            self.tokens.output = self._carried[i]
+        stripped = (x[:, :length], *(self._strip(value, length, total, x.shape[2]) for value in parts[1:]))
+        if not isinstance(output, tuple):
+            return stripped[0]
+        return type(output)(*stripped) if hasattr(output, "_fields") else stripped
+
+    def _strip(self, value: Any, length: int, total: int, size: int) -> Any:
+        """Attention (B, heads, N + K, N + K) or features (B, N + K, D) without what belongs to the cluster tokens."""
+        if not isinstance(value, Tensor) or value.ndim < 2:
+            return value
+        if total == size and value.ndim == 3:
+            raise HostError(
+                f"A block of {self.name} returns a tensor {tuple(value.shape)}, and {total} is both the number of tokens and "
+                "their size: which is which cannot be told. Use another number of clusters."
+            )
+        for axis in range(1, value.ndim):
+            if value.shape[axis] == total:
+                value = value.narrow(axis, 0, length)
+        return value
+
+
+class _AttentionBias(TorchFunctionMode):
+    """Adds `attention_bias` to attention logits from the host's tokens to the cluster tokens, inside the blocks only."""
+
+    def __init__(self, tokens: ClusterTokens):
+        super().__init__()
+        self.tokens, self.length, self.applied = tokens, 0, 0
+
+    def begin(self, length: int) -> None:
+        """A block begins, with so many tokens of the host."""
+        self.length, self.applied = length, 0
+
+    def end(self) -> int:
+        """The block is over; how often the bias was added in it."""
+        self.length = 0
+        return self.applied
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[Any], args: Any = (), kwargs: Optional[Dict[str, Any]] = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        value, total = self.tokens.attention_bias, self.length + self.tokens.tokens.shape[1]
+        if not value or not self.length or not args:
+            return func(*args, **kwargs)
+        if func in _SOFTMAX and args[0].ndim >= 2 and args[0].shape[-2:] == (total, total):
+            self.applied += 1
+            return func(args[0] + self._matrix(total, args[0]), *args[1:], **kwargs)
+        if func is _FUSED and args[0].shape[-2] == total:
+            given = kwargs.pop("attn_mask", None) if len(args) < 4 else args[3]
+            if given is not None or kwargs.get("is_causal") or any(args[5:6]):
+                raise HostError("The host masks its attention; attention_bias cannot be added. Use attention_bias=0.")
+            self.applied += 1
+            return func(*args[:3], self._matrix(total, args[0]), *args[4:], **kwargs)
+        return func(*args, **kwargs)
+
+    def _matrix(self, total: int, like: Tensor) -> Tensor:
+        matrix = torch.zeros(total, total, dtype=like.dtype, device=like.device)
+        matrix[: self.length, self.length :] = self.tokens.attention_bias
+        return matrix
