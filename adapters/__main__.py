@@ -18,6 +18,8 @@ from typing import List, Optional, Sequence, Tuple
 
 from .._checks import check_classes, check_number
 from ..cli import assignments, class_list
+from ..cluster_branch import ClusterBranch
+from ..clusters import CategoryClusters
 from ..errors import SemplesError
 from ..refiner import PromptRefiner
 from . import names, source
@@ -60,6 +62,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--host-option", action="append", default=[], metavar="NAME=VALUE", help="of the adapter, e.g. cam=patch"
+    )
+    parser.add_argument(
+        "--clusters", type=Path, metavar="FILE", help="category clusters: train a cluster branch (PCC, CPC) with the host"
+    )
+    parser.add_argument(
+        "--cluster-option", action="append", default=[], metavar="NAME=VALUE", help="of ClusterBranch, e.g. lambda_contrast=0"
+    )
+    parser.add_argument("--cluster-rate", type=float, default=1e-3, help="learning rate of the branch's own parameters (1e-3)")
+    parser.add_argument("--cluster-prompts", action="store_true", help="push prompts away from all classes of the cluster")
+    parser.add_argument(
+        "--branch", type=Path, metavar="FILE", help="with --stage plain: OUT/refine.clusters.safetensors, to be in the host"
     )
     parser.add_argument("--prompt-epochs", type=int, metavar="N", help="epochs over the cached features (the recipe's)")
     parser.add_argument(
@@ -116,7 +129,7 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
     repo = options.repo.resolve()
     if not (repo / script[0]).is_file():
         parser.error(f"There is no {script[0]} in {repo}.")
-    for name in ("prompts", "checkpoint"):
+    for name in ("prompts", "checkpoint", "clusters", "branch"):
         path = getattr(options, name)
         if path is not None and not path.is_file():
             parser.error(f"--{name}: there is no file {path}.")
@@ -126,7 +139,14 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
         parser.error(f"--log-every must be at least 1; got {options.log_every}.")
     if options.stage == "prompt" and options.prompts is not None:
         parser.error("--stage prompt writes OUT/prompts.safetensors; --prompts is for the refine stage.")
+    if options.branch is not None and options.stage != "plain":
+        parser.error("--branch is for --stage plain; the other stages make and keep their own.")
+    if (options.cluster_option or options.cluster_prompts) and options.clusters is None:
+        parser.error("--cluster-option and --cluster-prompts need --clusters FILE.")
+    check_number("cluster-rate", options.cluster_rate, 0)
     classes = class_list(options.classes)
+    clusters = None if options.clusters is None else CategoryClusters.from_file(options.clusters, list(classes))
+    branch_options = {"seed": options.seed, **assignments("--cluster-option", options.cluster_option)}
     told = list(zip(*check_classes(classes)))
     check_number("weight", options.weight, 0)
     check_number("passes", options.passes, 1, whole=True)
@@ -136,6 +156,8 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
     adapter_options = assignments("--host-option", options.host_option)
     clip = str(Path(options.clip).resolve()) if Path(options.clip).is_file() else options.clip
     refiner_options = {"recipe": "coco" if options.classes.lower() == "coco" else "voc", "seed": options.seed, **settings}
+    if options.cluster_prompts and clusters is not None:
+        refiner_options["clusters"] = {name: list(members) for name, members in clusters.items()}
     out = (options.out or Path("runs") / options.host).resolve()
     if options.checkpoint and options.prompts is None and options.stage in ("all", "match"):
         if options.checkpoint.resolve() == out / "match.pt":
@@ -160,6 +182,9 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
         "seed": options.seed,
         "cpu": options.cpu,
     }
+    if clusters is not None:  # a record of a run without them says nothing of them
+        members = {name: list(members) for name, members in clusters.items()}
+        facts["clusters"] = {"members": members, "options": branch_options, "rate": options.cluster_rate}
     facts = json.loads(json.dumps(facts, allow_nan=False))  # as the record will give them back
     return Job(
         host=options.host,
@@ -179,6 +204,9 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
         seed=options.seed,
         cpu=options.cpu,
         log_every=options.log_every,
+        clusters=None if clusters is None else lambda model: ClusterBranch(clusters, model, **branch_options),
+        cluster_rate=options.cluster_rate,
+        branch=options.branch.resolve() if options.branch else None,
     )
 
 

@@ -25,9 +25,10 @@ from torch.utils.data import DataLoader
 
 from .. import __version__
 from ..cam_files import write_atomically
+from ..cluster_branch import ClusterBranch
 from ..refiner import PromptRefiner
 from . import _compat
-from ._attachment import AdapterError, Attachment, CamSource, Capture, img_and_cam, unwrap
+from ._attachment import AdapterError, Attachment, CamSource, Capture, ClusterTraining, img_and_cam, unwrap
 
 STAGES = ("match", "prompt", "refine")
 
@@ -51,6 +52,9 @@ class Job(NamedTuple):
         seed: of Python, NumPy and torch before the script starts.
         cpu: run a host with hard-coded `.cuda()` on the CPU.
         log_every: steps between two lines of the log of terms.
+        clusters: makes the cluster branch that is trained with a host, or None.
+        cluster_rate: learning rate of its own parameters.
+        branch: file of a trained branch that the plain stage puts into the host, or None.
     """
 
     host: str
@@ -70,6 +74,9 @@ class Job(NamedTuple):
     seed: int
     cpu: bool
     log_every: int
+    clusters: Optional[Callable[[nn.Module], ClusterBranch]] = None
+    cluster_rate: float = 1e-3
+    branch: Optional[Path] = None
 
 
 # ---------------------------------------------------------------------------------------------------- the record of a run
@@ -120,7 +127,12 @@ class Record:
 def forget(out: Path, stages: Sequence[str], whole: bool) -> None:
     """Delete what these stages wrote, by name, and with `whole` the record of the run."""
     for stage in stages:
-        for name in (f"{stage}.pt", f"{stage}.jsonl", *(["prompts.safetensors"] if stage == "prompt" else [])):
+        for name in (
+            f"{stage}.pt",
+            f"{stage}.jsonl",
+            f"{stage}.clusters.safetensors",
+            *(["prompts.safetensors"] if stage == "prompt" else []),
+        ):
             (out / name).unlink(missing_ok=True)
     if whole:
         (out / "record.json").unlink(missing_ok=True)
@@ -195,10 +207,10 @@ def _seed(seed: int) -> None:
 
 
 class _Finder:
-    """Waits for the host's model: the first of the adapter's kind that runs forward in training mode with gradients."""
+    """Waits for the host's model: the first of the adapter's kind that runs forward, by default in training with gradients."""
 
-    def __init__(self, source: CamSource, found: Callable[[nn.Module], None]):
-        self.source, self.found = source, found
+    def __init__(self, source: CamSource, found: Callable[[nn.Module], None], training: bool = True):
+        self.source, self.found, self.training = source, found, training
         self.model: Optional[nn.Module] = None
         self.seen: List[str] = []
 
@@ -211,7 +223,7 @@ class _Finder:
 
     def _hook(self, module: nn.Module, inputs: Any) -> None:
         inner = unwrap(module)
-        if not (torch.is_grad_enabled() and inner.training):
+        if self.training and not (torch.is_grad_enabled() and inner.training):
             return
         try:
             self.source.modules(inner)
@@ -224,9 +236,10 @@ class _Finder:
         self.found(module)
 
     def missing(self, script: str, host: str) -> AdapterError:
+        verb, mode, what = ("training", " in training mode", "the training script") if self.training else ("running", "", "it")
         return AdapterError(
-            f"{script} ended without training a model that the adapter {host!r} knows. Modules that ran in "
-            f"training mode: {', '.join(self.seen[:12]) or 'none'}. Is this the training script, and the right adapter?"
+            f"{script} ended without {verb} a model that the adapter {host!r} knows. Modules that ran{mode}: "
+            f"{', '.join(self.seen[:12]) or 'none'}. Is this {what}, and the right adapter?"
         )
 
 
@@ -317,8 +330,7 @@ def _load_weights(path: Path, model: nn.Module) -> None:
 def run_stage(job: Job, stage: str) -> None:
     """One stage of a run, in this process. `"plain"` runs the script with nothing attached and nothing recorded."""
     if stage == "plain":
-        with _process(job):
-            _run_script(job)
+        _plain(job)
         return
     record = Record(job.out)
     record.open(job)
@@ -331,6 +343,25 @@ def run_stage(job: Job, stage: str) -> None:
         raise
     record.content["versions"] = _versions()
     record.stage(stage, state="done", finished=_now(), versions=_versions(), **values)
+
+
+def _plain(job: Job) -> None:
+    """The script as it is, or with a trained cluster branch in its model."""
+    branch = None if job.branch is None else ClusterBranch.load(job.branch).eval().requires_grad_(False)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_process(job))
+        if branch is None:
+            _run_script(job)
+            return
+
+        def found(model: nn.Module) -> None:
+            stack.enter_context(branch.insert(model))
+            print(f"semples: {job.branch} is in {type(unwrap(model)).__name__}", file=sys.stderr)
+
+        finder = stack.enter_context(_Finder(job.source, found, training=False))
+        _run_script(job)
+        if finder.model is None:
+            raise finder.missing(job.script[0], job.host)
 
 
 @contextlib.contextmanager
@@ -373,11 +404,19 @@ def _start(job: Job, stage: str) -> Optional[Path]:
     return job.checkpoint
 
 
-def _attached(job: Job, attachment: Attachment, start: Optional[Path]) -> _Finder:
+def _attached(
+    job: Job,
+    attachment: Attachment,
+    start: Optional[Path],
+    clusters: Optional[Callable[[nn.Module], ClusterTraining]] = None,
+) -> _Finder:
     def found(model: nn.Module) -> None:
         if start is not None:
             _load_weights(start, unwrap(model))
             print(f"semples: {type(unwrap(model)).__name__} starts from {start}", file=sys.stderr)
+        if clusters is not None:
+            attachment.clusters = clusters(unwrap(model))
+            attachment.clusters.begin()
         attachment.bind(model, under_way=True)
         print(f"semples: attached to {type(unwrap(model)).__name__}", file=sys.stderr)
 
@@ -397,17 +436,30 @@ def _train(job: Job, stage: str) -> Dict[str, Any]:
         refiner.load_prompts(job.prompts)
     log = _log(job.out / f"{stage}.jsonl", job.log_every)
     attachment = Attachment(job.source, None, refiner, mode=job.mode, weight=job.weight, passes=job.passes)
+
+    def clusters(model: nn.Module) -> ClusterTraining:
+        assert job.clusters is not None
+        branch = job.clusters(model).to(next(model.parameters()).device)
+        return ClusterTraining(branch, torch.optim.AdamW(branch.parameters(), lr=job.cluster_rate), refiner)
+
     with log as write:
         attachment.on_step = write if _is_main() else None
-        with _process(job) as shims, attachment, _attached(job, attachment, start) as finder:
+        attached = _attached(job, attachment, start, clusters if job.clusters is not None else None)
+        with _process(job) as shims, attachment, attached as finder:
             _run_script(job)
             if finder.model is None:
                 raise finder.missing(job.script[0], job.host)
     weights = unwrap(finder.model).state_dict()
     if _is_main():
+        if attachment.clusters is not None:  # before the weights: the next stage looks for those
+            attachment.clusters.branch.save(_branch_file(job, stage))
         write_atomically(job.out / f"{stage}.pt", lambda file: torch.save({"model": weights}, file))
     print(f"semples: {stage}: {attachment.steps} steps, weights in {job.out / f'{stage}.pt'}", file=sys.stderr)
     return {"steps": attachment.steps, "weights": f"{stage}.pt", "shims": shims}
+
+
+def _branch_file(job: Job, stage: str) -> Path:
+    return job.out / f"{stage}.clusters.safetensors"
 
 
 @contextlib.contextmanager
@@ -431,8 +483,14 @@ def _prompt(job: Job) -> Dict[str, Any]:
     start = _start(job, "prompt")
     refiner = _refiner(job)
     collector = _Collector(job.source, None, refiner, passes=job.passes)
+
+    def clusters(model: nn.Module) -> ClusterTraining:
+        branch = ClusterBranch.load(_branch_file(job, "match")).eval().requires_grad_(False)
+        return ClusterTraining(branch.to(next(model.parameters()).device), None, refiner)
+
     with _process(job) as shims, contextlib.suppress(_PassOver), collector, _one_pass(collector):
-        with _attached(job, collector, start) as finder:
+        matched = job.clusters is not None and start == job.out / "match.pt"  # a host of its own knows no branch
+        with _attached(job, collector, start, clusters if matched else None) as finder:
             _run_script(job)
             if finder.model is None:
                 raise finder.missing(job.script[0], job.host)

@@ -9,6 +9,8 @@ needs into a host by hooks and gives one loss with named terms. Flow: host's pat
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
@@ -16,12 +18,16 @@ from torch import Tensor, nn
 
 from . import losses
 from ._checks import check_number
+from ._safetensors import read_tensors, write_tensors
 from .cluster_tokens import ClusterTokens, find_blocks, token_size, unwrap
 from .clusters import CategoryClusters
-from .errors import HostError
+from .errors import ClusterError, HostError
 from .patch_heads import HVBiLSTM, PatchClassifier, confident_patches, top_k_pool
 
 __all__ = ["BranchOutput", "ClusterBranch", "Seen"]
+
+FORMAT = "semples-plugin cluster branch"
+FORMAT_VERSION = 1
 
 
 class Seen(NamedTuple):
@@ -118,9 +124,15 @@ class ClusterBranch(nn.Module):
             )
         if not (lambda_tokens or lambda_mce):
             raise ValueError("A branch needs `lambda_tokens` or `lambda_mce`; both are 0, so it would do nothing.")
-        size = token_size(dim) if isinstance(dim, nn.Module) else dim
+        size = token_size(dim, blocks) if isinstance(dim, nn.Module) else dim
         check_number("dim", size, 1, whole=True)
         self.clusters, self.size, self.blocks, self.patch_embed = clusters, int(size), blocks, patch_embed
+        self.options = {
+            "lambda_tokens": lambda_tokens, "lambda_mce": lambda_mce, "lambda_contrast": lambda_contrast, "bilstm": bilstm,
+            "attention_bias": attention_bias, "top_k": top_k, "dropout": dropout, "temperature": temperature,
+            "related_weight": related_weight, "threshold": threshold, "per_class": per_class, "blocks": blocks,
+            "patch_embed": patch_embed, "seed": seed,
+        }  # fmt: skip
         self.weights = {"cluster_tokens": lambda_tokens, "mce": lambda_mce, "patch_contrast": lambda_contrast}
         self.top_k, self.temperature, self.related_weight = top_k, temperature, related_weight
         self.threshold, self.per_class = threshold, per_class
@@ -256,6 +268,46 @@ class ClusterBranch(nn.Module):
             raise HostError("This branch has no patch classifier, and so no class map; build it with lambda_mce > 0.")
         scores = self.classifier(self.features(seen))[:, :, 1:]  # (B, N, C)
         return scores.transpose(1, 2).reshape(len(scores), -1, *seen.grid)
+
+    # ------------------------------------------------------------------------------------------------ files
+
+    def save(self, path: Union[str, "os.PathLike[str]"]) -> None:
+        """Write the branch's weights as safetensors, with its clusters and options; nothing of the host is in it."""
+        facts = {
+            "classes": list(self.clusters.classes),
+            "clusters": {name: list(members) for name, members in self.clusters.items()},
+            "provenance": self.clusters.provenance,
+            "dim": self.size,
+            "options": {**self.options, "attention_bias": str(self.options["attention_bias"])},  # JSON has no infinity
+        }
+        write_tensors(path, self.state_dict(), FORMAT, FORMAT_VERSION, facts)
+
+    @classmethod
+    def load(cls, path: Union[str, "os.PathLike[str]"]) -> "ClusterBranch":
+        """The branch of a file of `save`.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ClusterError: if the file is damaged or no cluster branch.
+        """
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"No cluster branch at {os.fspath(path)}. Write one with branch.save(path).")
+        try:
+            tensors, metadata = read_tensors(path)
+            if metadata.get("format") != FORMAT or metadata.get("version") != str(FORMAT_VERSION):
+                raise ValueError(f"format {metadata.get('format')!r}, version {metadata.get('version')!r}")
+            facts = json.loads(metadata["facts"])
+            options = {**facts["options"], "attention_bias": float(facts["options"]["attention_bias"])}
+            branch = cls(CategoryClusters(facts["clusters"], facts["classes"], facts["provenance"]), facts["dim"], **options)
+            branch.load_state_dict(tensors)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise ClusterError(
+                f"{os.fspath(path)} is damaged or no cluster branch ({error}). Expected a file of branch.save(path), format "
+                f"{FORMAT!r}, version {FORMAT_VERSION}."
+            ) from error
+        return branch
+
+    # ------------------------------------------------------------------------------------------------ inside
 
     def _related(self, device: torch.device) -> Tensor:
         """(C + 1, C + 1) bool: background is related to itself alone."""

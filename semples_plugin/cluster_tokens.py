@@ -57,9 +57,10 @@ def find_blocks(model: nn.Module, path: str = "blocks") -> List[nn.Module]:
     return list(found)
 
 
-def token_size(model: nn.Module) -> int:
-    """D, the size of a token of a host: its `embed_dim`, or that of its class token or position embedding."""
+def token_size(model: nn.Module, blocks: str = "blocks") -> int:
+    """D, the size of a token of a host with such blocks: its `embed_dim`, or that of its class token or position embedding."""
     inner = unwrap(model)
+    find_blocks(inner, blocks)
     size = getattr(inner, "embed_dim", None)
     for name in ("cls_token", "pos_embed"):
         value = getattr(inner, name, None)
@@ -118,7 +119,7 @@ class ClusterTokens(nn.Module):
         if not isinstance(clusters, CategoryClusters):
             raise TypeError(f"`clusters` must be CategoryClusters; got {type(clusters).__name__}.")
         if isinstance(dim, nn.Module):
-            dim = token_size(dim)
+            dim = token_size(dim, blocks)
         if not attention_bias < float("inf"):
             raise ValueError(f"`attention_bias` must be a number or -inf; got {attention_bias!r}.")
         self.clusters, self.attention_bias, self.blocks = clusters, float(attention_bias), blocks

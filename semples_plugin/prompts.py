@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import losses
-from .cam_files import write_atomically
+from ._safetensors import read_tensors, write_tensors
 from .clip_encoder import ClipEncoder
 from .errors import PromptFileError
 
@@ -201,18 +201,8 @@ def read_vocabulary(path: Union[str, "os.PathLike[str]"]) -> List[str]:
 
 
 def write_file(path: Union[str, "os.PathLike[str]"], context: Tensor, facts: Dict[str, Any]) -> None:
-    """Write context vectors and what belongs to them as safetensors; the file appears complete or not at all.
-
-    The same prompts give the same bytes: safetensors writes its metadata in any order, here they are sorted.
-    """
-    from safetensors.torch import save
-
-    metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "facts": json.dumps(facts, ensure_ascii=False)}
-    data = save({"context": context.detach().cpu().contiguous()}, metadata=metadata)
-    length = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the tensors stay aligned
-    write_atomically(Path(path), lambda file: file.write(len(header).to_bytes(8, "little") + header + data[8 + length :]))
+    """Write context vectors and what belongs to them as safetensors; the file appears complete or not at all."""
+    write_tensors(path, {"context": context}, FORMAT, FORMAT_VERSION, facts)
 
 
 def read_file(path: Union[str, "os.PathLike[str]"]) -> Tuple[Tensor, Dict[str, Any]]:
@@ -222,18 +212,15 @@ def read_file(path: Union[str, "os.PathLike[str]"]) -> Tuple[Tensor, Dict[str, A
         FileNotFoundError: if there is no such file.
         PromptFileError: if the file is damaged or is not a prompt file.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not os.path.isfile(path):
         raise FileNotFoundError(f"No prompt file at {os.fspath(path)}. Write one with refiner.save_prompts(path).")
     try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            context: Optional[Tensor] = file.get_tensor("context") if "context" in file.keys() else None
-    except (SafetensorError, OSError, ValueError) as error:
+        tensors, metadata = read_tensors(path)
+    except ValueError as error:
         raise PromptFileError(
             f"{os.fspath(path)} is damaged or no safetensors file ({error}). Expected a file of refiner.save_prompts(path)."
         ) from error
+    context = tensors.get("context")
     if metadata.get("format") != FORMAT or context is None:
         raise PromptFileError(
             f"{os.fspath(path)} is a safetensors file, but not one of prompts: expected format {FORMAT!r} and a tensor "
