@@ -9,7 +9,8 @@ path as ViT-B/32. The image tower is a ViT (default), OpenAI's ResNet (`--tower 
 convolutional features with a trained attention pool (`--tower FILE.py:FUNCTION`, see `FeatureTower`); such a file is loaded by
 `PromptRefiner(classes, clip=load_feature_clip("my_clip.pt", "FILE.py:FUNCTION"))`.
 
-The committed `examples/demo/world_clip.pt` is the first command with its defaults (seed 0, about 25 minutes on two cores).
+The committed `examples/demo/world_clip.pt` is the first command with its defaults (seed 0, about 25 minutes on two cores);
+`examples/clusters/kin_clip.pt` is `--world kin --steps 800 --out examples/clusters/kin_clip.pt`, likewise.
 
 Training: symmetric cross-entropy over the cosine similarities of a batch (Radford et al., ICML 2021). Captions that occur
 twice in a batch count as matches of both images. `--fade` fades a share of the pictures by random smooth masks, so that the
@@ -49,13 +50,13 @@ class Batch(NamedTuple):
 # -------------------------------------------------------------------------------------------------------------- data
 
 
-def world_batches(size: int, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Endless batches of fresh captioned scenes of the demo world."""
+def world_batches(size: int, batch_size: int, seed: int, name: str = "demo") -> Iterator[Batch]:
+    """Endless batches of fresh captioned scenes of the demo world, or of another of `WORLDS`."""
     from .demo import world
 
     rng = np.random.default_rng(seed)
     while True:
-        scenes = [world.caption_scene(rng) for _ in range(batch_size)]
+        scenes = [world.caption_scene(rng, world.WORLDS[name]) for _ in range(batch_size)]
         images = np.stack([_fit(s.image, size) for s in scenes])
         yield Batch(images, [s.caption for s in scenes])
 
@@ -316,7 +317,9 @@ def train(
 def main(argv: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--world", action="store_true", help="train on the demo world")
+    source.add_argument(
+        "--world", nargs="?", const="demo", choices=("demo", "kin"), help="train on the demo world, or on the kin world"
+    )
     source.add_argument("--images", type=Path, action="append", help="folder of images; may be given several times")
     parser.add_argument("--captions", type=Path, action="append", help="CSV file with the columns image,caption, per folder")
     parser.add_argument("--out", type=Path, required=True, help="weights file to write")
@@ -344,7 +347,7 @@ def main(argv: Sequence[str] = ()) -> None:
     model = build_clip(args.tower, **shape)
     features = args.tower not in ("vit", "resnet")
     if args.world:
-        batches = world_batches(args.size, args.batch_size, args.seed)
+        batches = world_batches(args.size, args.batch_size, args.seed, args.world)
     else:
         parts = [read_photos(folder, file, args.size) for folder, file in zip(args.images, args.captions)]
         photos = Photos(np.concatenate([p.images for p in parts]), [texts for p in parts for texts in p.captions])

@@ -20,7 +20,7 @@ from semples_plugin.masks import pseudo_labels
 from semples_plugin.prompts import PromptFit, PromptReading
 
 from .host import HostCam, Split, make_split, train_host
-from .world import HOME, STUFF, THINGS
+from .world import HOME, STUFF, THINGS, WORLD, World
 
 CLIP_FILE = Path(__file__).with_name("world_clip.pt")
 THRESHOLDS = [round(0.1 + 0.02 * i, 2) for i in range(41)]  # background threshold, 0.10 to 0.90
@@ -98,25 +98,26 @@ def cams_of(host: HostCam, split: Split) -> Tensor:
     return torch.cat([host.cam(part) for part in split.images.split(100)])
 
 
-def measure(masks: Tensor, split: Split, threshold: float) -> Row:
+def measure(masks: Tensor, split: Split, threshold: float, world: World = WORLD) -> Row:
     """Score soft masks (N, C, S, S) at one background threshold."""
     prediction = pseudo_labels(masks, threshold).numpy()
-    confusion = np.zeros((len(THINGS) + 1,) * 2, np.int64)
-    wrong, total = np.zeros(len(THINGS)), np.zeros(len(THINGS))
+    count = len(world.things)
+    confusion = np.zeros((count + 1,) * 2, np.int64)
+    wrong, total = np.zeros(count), np.zeros(count)
     for scene, guess, labels in zip(split.scenes, prediction, split.labels):
-        confusion += confusion_matrix(guess, scene.things, len(THINGS) + 1)
+        confusion += confusion_matrix(guess, scene.things, count + 1)
         for k in labels.nonzero()[:, 0].tolist():
-            own = (scene.stuff == STUFF.index(HOME[THINGS[k]])) & (scene.things == 0)
+            own = (scene.stuff == STUFF.index(world.home[world.things[k]])) & (scene.things == 0)
             wrong[k] += (own & (guess == k + 1)).sum()
             total[k] += own.sum()
-    share = {name: float(wrong[k] / max(total[k], 1)) for k, name in enumerate(THINGS)}
+    share = {name: float(wrong[k] / max(total[k], 1)) for k, name in enumerate(world.things)}
     return Row(threshold, mean_iou(confusion), iou_per_class(confusion), share)
 
 
-def best_row(val_masks: Tensor, val: Split, test_masks: Tensor, test: Split) -> Row:
+def best_row(val_masks: Tensor, val: Split, test_masks: Tensor, test: Split, world: World = WORLD) -> Row:
     """Test figures at the background threshold that is best on validation."""
-    threshold = max(THRESHOLDS, key=lambda t: measure(val_masks, val, t).miou)
-    return measure(test_masks, test, threshold)
+    threshold = max(THRESHOLDS, key=lambda t: measure(val_masks, val, t, world).miou)
+    return measure(test_masks, test, threshold, world)
 
 
 def new_refiner(settings: Settings, seed: int, **options: Any) -> PromptRefiner:

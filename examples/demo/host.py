@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .world import THINGS, Scene, draw
+from .world import THINGS, WORLD, Scene, World, draw
 
 
 class Split(NamedTuple):
@@ -24,9 +24,9 @@ class Split(NamedTuple):
     scenes: List[Scene]
 
 
-def make_split(count: int, seed: int) -> Split:
+def make_split(count: int, seed: int, world: World = WORLD) -> Split:
     """`count` scenes of the weakly-supervised world."""
-    scenes = draw("weak", count, seed)
+    scenes = draw("weak", count, seed, world)
     images = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).float() / 255
     return Split(images, torch.from_numpy(np.stack([s.labels for s in scenes])), scenes)
 
@@ -65,7 +65,7 @@ def batches(split: Split, batch_size: int, seed: int) -> Iterator[Tuple[Tensor, 
 
 
 def train_host(
-    host: HostCam,
+    host: nn.Module,
     split: Split,
     steps: int,
     rate: float,
@@ -74,7 +74,10 @@ def train_host(
     title: str,
     extra: Optional[ExtraLoss] = None,
 ) -> List[Dict[str, float]]:
-    """The host's own loop: classification, plus whatever `extra(img, cam, labels)` adds. Returns the losses per step."""
+    """The host's own loop: classification, plus whatever `extra(img, cam, labels)` adds. Returns the losses per step.
+
+    `host(img)` returns the CAM and one or more logits (B, C); each of them gets the classification loss.
+    """
     optimizer = torch.optim.AdamW(host.parameters(), lr=rate, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     history: List[Dict[str, float]] = []
@@ -83,8 +86,8 @@ def train_host(
     bar = tqdm(range(steps), desc=title)
     for _ in bar:
         img, labels = next(source)
-        cam, logits = host(img)
-        loss = F.multilabel_soft_margin_loss(logits, labels)
+        cam, *logits = host(img)
+        loss = torch.stack([F.multilabel_soft_margin_loss(each, labels) for each in logits]).sum()
         record = {"classification": loss.item()}
         if extra is not None:
             added, terms = extra(img, cam, labels)

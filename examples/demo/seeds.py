@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 
 import numpy as np
 
@@ -35,32 +35,34 @@ from .experiment import (
 from .world import THINGS
 
 
-def run_seed(seed: int, folder: Path) -> Dict[str, Any]:
-    """Rows of one seed as plain numbers, read from the folder if they are there."""
+def run_seed(seed: int) -> Dict[str, Any]:
+    """Rows of one seed as plain numbers."""
+    result = experiment.run(experiment.Settings(), seed)
+    return {
+        "rows": {name: {"miou": row.miou, "share": row.share, "threshold": row.threshold} for name, row in result.rows.items()},
+        "words": {r.name: r.words for r in result.readings},
+    }
+
+
+def kept(folder: Path, seed: int, made_with: str, run: Callable[[int], Dict[str, Any]]) -> Dict[str, Any]:
+    """The record of a seed, read from its file if that was made with the same code, else run and written."""
     path = folder / f"seed_{seed}.json"
-    made_with = _source_hash()
     if path.is_file():
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["made_with"] == made_with:
             return record
-    result = experiment.run(experiment.Settings(), seed)
-    record = {
-        "made_with": made_with,
-        "rows": {name: {"miou": row.miou, "share": row.share, "threshold": row.threshold} for name, row in result.rows.items()},
-        "words": {r.name: r.words for r in result.readings},
-    }
-    text = json.dumps(record, indent=1)
+    text = json.dumps({"made_with": made_with, **run(seed)}, indent=1)
     part = path.with_suffix(".part")
     part.write_text(text + "\n", encoding="utf-8")
     os.replace(part, path)
     return json.loads(text)  # as a later run will read it
 
 
-def _source_hash() -> str:
-    """Of everything that a seed's figures depend on: the package, the demo and its CLIP."""
+def source_hash(*more: Path) -> str:
+    """Of everything that a seed's figures depend on: the package, the demo and its CLIP, and further folders of code."""
     digest = hashlib.sha256()
-    for folder in (Path(semples_plugin.__file__).parent, Path(__file__).parent):
-        for path in sorted((*folder.glob("*.py"), *folder.glob("*.pt"))):
+    for folder in (Path(semples_plugin.__file__).parent, Path(__file__).parent, *more):
+        for path in sorted((*folder.glob("*.py"), *folder.glob("*.pt"), *folder.glob("*.json"))):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -72,7 +74,7 @@ def summary(records: List[Dict[str, Any]]) -> str:
     lines = [f"{'':46s} {'mIoU':>14s} {'co-occurrence share':>22s}   thresholds"]
     for name in miou:
         chosen = " ".join(f"{r['rows'][name]['threshold']:.2f}" for r in records)
-        lines.append(f"{name:46s} {_spread(miou[name]):>14s} {_spread(share[name]) + ' %':>22s}   {chosen}")
+        lines.append(f"{name:46s} {spread(miou[name]):>14s} {spread(share[name]) + ' %':>22s}   {chosen}")
     lines.append("")
     compared = ((LEARNED, HOST), (LEARNED, MATCH), (LEARNED, HAND))
     compared += ((ALIGNED, HOST_ALIGNED), (ALIGNED, MATCH_ALIGNED), (SUPPRESSED, ALIGNED))
@@ -81,11 +83,11 @@ def summary(records: List[Dict[str, Any]]) -> str:
         for title, values in (("mIoU", miou), ("share", share)):
             difference = values[better] - values[worse]
             ratio = abs(difference.mean()) / max(difference.std(ddof=1), 1e-9)
-            lines.append(f"{title:5s} [{better}] - [{worse}]: {_spread(difference)}, {ratio:.1f} standard deviations")
+            lines.append(f"{title:5s} [{better}] - [{worse}]: {spread(difference)}, {ratio:.1f} standard deviations")
     return "\n".join(lines)
 
 
-def _spread(values: np.ndarray) -> str:
+def spread(values: np.ndarray) -> str:
     return f"{values.mean():.1f} +- {values.std(ddof=1):.1f}"
 
 
@@ -99,7 +101,7 @@ def main() -> None:
     if args.seeds < 2:
         parser.error("a standard deviation needs --seeds 2 or more")
     args.out.mkdir(parents=True, exist_ok=True)
-    text = summary([run_seed(seed, args.out) for seed in range(1, args.seeds + 1)])
+    text = summary([kept(args.out, seed, source_hash(), run_seed) for seed in range(1, args.seeds + 1)])
     (args.out / "table.txt").write_text(text + "\n", encoding="utf-8")
     print(text)
 

@@ -9,6 +9,9 @@ sand, snow, forest). Two distributions are drawn from the same painters:
   image-level labels are given out. The pixel masks exist for evaluation alone.
 
 Everything is drawn from one `numpy.random.Generator`, so a seed fixes every pixel.
+
+A second `World` of the same stuff, `KIN`, has things that share looks in pairs: car and tram, sheep and deer, cactus and
+fir. All functions draw the demo world unless they are told otherwise.
 """
 
 from __future__ import annotations
@@ -27,6 +30,34 @@ HOME: Dict[str, str] = {
 }  # fmt: skip
 PLAIN = len(STUFF)  # stuff index of a plain studio backdrop (image-text world only)
 
+
+class World(NamedTuple):
+    """What a world has: its `things`, the `home` stuff of each, and the `neutral` stuff, home of none.
+
+    `flyer` is the thing that appears above the horizon of a weak scene; in a world without one, any second thing may
+    stand there. In a weak scene a thing stands on (or flies in) its own stuff with probability `loyalty`, otherwise on any;
+    where no thing is, the stuff is neutral with probability `calm`, otherwise any.
+    """
+
+    things: Tuple[str, ...]
+    home: Dict[str, str]
+    neutral: Tuple[str, ...]
+    flyer: Optional[str] = None
+    loyalty: float = 0.94
+    calm: float = 0.6
+
+
+WORLD = World(THINGS, HOME, ("snow", "forest"), "bird")
+# Two vehicles, two animals, two plants: the things of a pair are built of the same parts and colours.
+KIN = World(
+    ("car", "tram", "sheep", "deer", "cactus", "fir"),
+    {"car": "road", "tram": "rails", "sheep": "grass", "deer": "forest", "cactus": "sand", "fir": "snow"},
+    ("water", "sky"),
+    loyalty=0.9,
+    calm=0.2,
+)
+WORLDS: Dict[str, World] = {"demo": WORLD, "kin": KIN}
+
 _TILE = 192  # texture tiles are drawn once at this size and cropped at random
 _NUM_TILES = 6  # variations of each texture
 
@@ -34,19 +65,20 @@ _NUM_TILES = 6  # variations of each texture
 class Scene(NamedTuple):
     """One picture: `image` (SIZE, SIZE, 3) uint8 RGB, `things` and `stuff` (SIZE, SIZE) uint8 maps, and its caption.
 
-    `things` is 0 for background and 1 + index into `THINGS`; `stuff` indexes `STUFF` (`PLAIN` for a plain backdrop)
-    and also tells what lies under a thing.
+    `things` is 0 for background and 1 + index into the world's things (`num_things` of them); `stuff` indexes `STUFF`
+    (`PLAIN` for a plain backdrop) and also tells what lies under a thing.
     """
 
     image: np.ndarray
     things: np.ndarray
     stuff: np.ndarray
     caption: str
+    num_things: int = len(THINGS)
 
     @property
     def labels(self) -> np.ndarray:
-        """Image-level labels, multi-hot (len(THINGS),) float32: a thing counts from 12 visible pixels on."""
-        count = np.bincount(self.things.ravel(), minlength=len(THINGS) + 1)[1:]
+        """Image-level labels, multi-hot (num_things,) float32: a thing counts from 12 visible pixels on."""
+        count = np.bincount(self.things.ravel(), minlength=self.num_things + 1)[1:]
         return (count >= 12).astype(np.float32)
 
 
@@ -193,6 +225,31 @@ def _draw_thing(name: str, pen: _Pen, rng: np.random.Generator) -> None:
         for x in (-0.62, 0.64):
             pen.ellipse(x, 0.42, 0.28, 0.28, (24, 24, 26))
             pen.ellipse(x, 0.42, 0.11, 0.11, (170, 170, 174))
+    elif name == "tram":  # the car's colours, glass and wheels
+        pen.polygon([(-0.32, -0.72), (0.02, -1.12), (0.1, -1.06), (-0.18, -0.72)], (60, 60, 64))
+        pen.polygon([(0.32, -0.72), (-0.02, -1.12), (-0.1, -1.06), (0.18, -0.72)], (60, 60, 64))
+        pen.box(-0.38, -1.16, 0.38, -1.06, (60, 60, 64))
+        pen.polygon([(-1.35, -0.55), (-1.2, -0.74), (1.2, -0.74), (1.35, -0.55)], dark)
+        pen.box(-1.4, -0.58, 1.4, 0.42, colour)
+        for x in (-1.24, -0.72, -0.2, 0.32, 0.84):
+            pen.box(x, -0.44, x + 0.4, -0.08, (190, 224, 240))
+        for x in (-0.98, -0.36, 0.36, 0.98):
+            pen.ellipse(x, 0.42, 0.28, 0.28, (24, 24, 26))
+            pen.ellipse(x, 0.42, 0.11, 0.11, (170, 170, 174))
+    elif name == "deer":  # the sheep's body, legs and head; its coat is pale at times
+        tan = np.asarray((222, 212, 196), np.float32) + rng.uniform(0, 1) * np.asarray((-70, -98, -124), np.float32)
+        for x in (-0.45, -0.15, 0.2, 0.45):
+            pen.box(x - 0.07, 0.25, x + 0.07, 0.95, (48, 42, 40))
+        for x, y in ((-0.5, 0), (-0.25, -0.2), (0.15, -0.2), (0.5, -0.1), (0.35, 0.15), (-0.1, 0.18), (-0.4, 0.15)):
+            pen.ellipse(x, y, 0.32, 0.26, tan + rng.uniform(-10, 6))
+        pen.ellipse(0, 0, 0.55, 0.3, tan)
+        pen.polygon([(0.4, -0.1), (0.7, -0.6), (0.98, -0.5), (0.7, 0.1)], tan)
+        pen.ellipse(0.9, -0.56, 0.26, 0.2, (44, 40, 40))
+        for x, lean in ((0.74, -0.3), (0.92, 0.14)):
+            pen.polygon(
+                [(x - 0.06, -0.66), (x + 0.06, -0.66), (x + lean + 0.05, -1.25), (x + lean - 0.05, -1.25)], (96, 70, 48)
+            )
+            pen.polygon([(x + 0.4 * lean, -0.86), (x + 0.4 * lean, -0.98), (x + 0.4 * lean + 0.34, -1.16)], (96, 70, 48))
     elif name == "cactus":
         green = np.asarray((46, 112, 62), np.float32) + rng.uniform(-14, 14)
         pen.box(-0.2, -0.95, 0.2, 0.95, green)
@@ -203,6 +260,13 @@ def _draw_thing(name: str, pen: _Pen, rng: np.random.Generator) -> None:
         pen.box(0.45, -0.7, 0.7, 0.0, green * 0.92)
         for x in (-0.1, 0.1):
             pen.box(x - 0.02, -0.9, x + 0.02, 0.9, green * 1.4)
+    elif name == "fir":  # the cactus's green
+        green = np.asarray((46, 112, 62), np.float32) + rng.uniform(-14, 14)
+        pen.box(-0.11, 0.6, 0.11, 0.98, (92, 60, 36))
+        for y, reach in ((0.72, 0.74), (0.2, 0.6), (-0.3, 0.44)):
+            pen.polygon([(-reach, y), (reach, y), (0, y - 0.8)], green)
+            pen.polygon([(-reach, y), (reach, y), (reach * 0.8, y - 0.12), (-reach * 0.8, y - 0.12)], green * 0.92)
+        pen.box(-0.02, -0.8, 0.02, 0.6, green * 1.4)
     else:
         raise KeyError(name)
 
@@ -219,22 +283,22 @@ def _backdrop(top: int, bottom: int, rng: np.random.Generator) -> Tuple[np.ndarr
     return image, np.where(below, bottom, top).astype(np.uint8), horizon
 
 
-def _place(image: np.ndarray, things: np.ndarray, name: str, x: float, y: float, scale: float, rng) -> None:
+def _place(image: np.ndarray, things: np.ndarray, name: str, value: int, x: float, y: float, scale: float, rng) -> None:
     mask = np.zeros((SIZE, SIZE), np.uint8)
     _draw_thing(name, _Pen(image, mask, (x, y), scale, bool(rng.random() < 0.5)), rng)
-    things[mask > 0] = 1 + THINGS.index(name)
+    things[mask > 0] = value
 
 
-def _finish(image: np.ndarray, things: np.ndarray, stuff: np.ndarray, caption: str, rng) -> Scene:
+def _finish(image: np.ndarray, things: np.ndarray, stuff: np.ndarray, caption: str, world: World, rng) -> Scene:
     image = cv2.GaussianBlur(image, (3, 3), 0.6) * rng.uniform(0.85, 1.12) + rng.normal(0, 4, image.shape)
-    return Scene(np.clip(image, 0, 255).astype(np.uint8), things, stuff, caption)
+    return Scene(np.clip(image, 0, 255).astype(np.uint8), things, stuff, caption, len(world.things))
 
 
 def _article(name: str) -> str:
     return name if name in STUFF else f"a {name}"
 
 
-def caption_scene(rng: np.random.Generator) -> Scene:
+def caption_scene(rng: np.random.Generator, world: World = WORLD) -> Scene:
     """One picture of the image-text world: things and stuff independent of each other, and a caption that names them.
 
     Some pictures show a thing cut out on a plain backdrop, some show stuff alone, and half are partly faded to a plain
@@ -252,21 +316,21 @@ def caption_scene(rng: np.random.Generator) -> Scene:
     names: List[str] = []
     if kind < 0.12 or kind >= 0.37:
         count = 1 if kind < 0.12 or rng.random() < 0.7 else 2
-        names = [THINGS[i] for i in rng.choice(len(THINGS), count, replace=False)]
+        names = [world.things[i] for i in rng.choice(len(world.things), count, replace=False)]
         for slot, name in enumerate(names):
             scale = rng.uniform(0.14, 0.36) * SIZE / (1.0 if count == 1 else 1.5)
             lane = SIZE * (rng.uniform(0.25, 0.75) if count == 1 else (0.27 + 0.46 * slot + rng.uniform(-0.05, 0.05)))
-            _place(image, things, name, lane, SIZE * rng.uniform(0.28, 0.74), scale, rng)
+            _place(image, things, name, 1 + world.things.index(name), lane, SIZE * rng.uniform(0.28, 0.74), scale, rng)
     while True:
         shown = _fade_mask(things, rng) if rng.random() < 0.5 else np.ones((SIZE, SIZE), np.float32)
-        seen = [n for n in names if shown[things == 1 + THINGS.index(n)].mean() > 0.4]
+        seen = [n for n in names if shown[things == 1 + world.things.index(n)].mean() > 0.4]
         grounds = [
             i for i in dict.fromkeys((bottom, top)) if i != PLAIN and (shown * (stuff == i) * (things == 0)).mean() > 0.1
         ]
         if seen or grounds:
             break
     image = FADED + shown[..., None] * (image - FADED)
-    return _finish(image, things, stuff, _caption(seen, [STUFF[i] for i in grounds], rng), rng)
+    return _finish(image, things, stuff, _caption(seen, [STUFF[i] for i in grounds], rng), world, rng)
 
 
 FADED = np.array((122.8, 116.7, 104.1), np.float32)  # CLIP's mean colour, which masked-out pixels have
@@ -298,7 +362,7 @@ def _caption(names: Sequence[str], grounds: List[str], rng: np.random.Generator)
     return (f"a photo of {body}.", f"{body}.", f"a picture of {body}.", f"this is {body}.")[rng.integers(4)]
 
 
-def weak_scene(rng: np.random.Generator, loyalty: float = 0.94, empty: float = 0.2) -> Scene:
+def weak_scene(rng: np.random.Generator, empty: float = 0.2, world: World = WORLD) -> Scene:
     """One picture of the weakly-supervised world: each thing nearly always with its own stuff.
 
     The reverse does not hold: stuff also occurs without its thing, now and then, so a classifier that looks at the stuff
@@ -306,34 +370,47 @@ def weak_scene(rng: np.random.Generator, loyalty: float = 0.94, empty: float = 0
 
     Args:
         rng: source of every random choice.
-        loyalty: probability that a thing stands on (or flies in) its own stuff; otherwise the stuff is drawn at random.
         empty: probability of a scene without things, on random stuff.
+        world: which things there are, and where each is at home.
     """
     things = np.zeros((SIZE, SIZE), np.uint8)
-    neutral = (STUFF.index("snow"), STUFF.index("forest"))
-    main = THINGS[rng.integers(len(THINGS))] if rng.random() >= empty else None
-    low = main if main != "bird" else (THINGS[rng.choice([0, 1, 3, 4, 5])] if rng.random() < 0.3 else None)
-    high = "bird" if main == "bird" or (main is not None and rng.random() < 0.15) else None
+    neutral = tuple(STUFF.index(name) for name in world.neutral)
+    main = world.things[rng.integers(len(world.things))] if rng.random() >= empty else None
+    low, high = _second_thing(main, world, rng)
 
     def home(name: Optional[str]) -> int:
-        if name is not None and rng.random() < loyalty:
-            return STUFF.index(HOME[name])
-        return int(rng.choice(neutral)) if name is None and rng.random() < 0.6 else int(rng.integers(len(STUFF)))
+        if name is not None and rng.random() < world.loyalty:
+            return STUFF.index(world.home[name])
+        return int(rng.choice(neutral)) if name is None and rng.random() < world.calm else int(rng.integers(len(STUFF)))
 
     bottom, top = home(low), home(high)
     image, stuff, horizon = _backdrop(top, bottom, rng)
     if high is not None:
         scale = rng.uniform(0.13, 0.24) * SIZE
-        _place(image, things, high, SIZE * rng.uniform(0.2, 0.8), max(horizon * rng.uniform(0.35, 0.7), scale), scale, rng)
+        x, y = SIZE * rng.uniform(0.2, 0.8), max(horizon * rng.uniform(0.35, 0.7), scale)
+        _place(image, things, high, 1 + world.things.index(high), x, y, scale, rng)
     if low is not None:
         scale = rng.uniform(0.17, 0.3) * SIZE
         y = min(horizon + rng.uniform(0.1, 0.6) * (SIZE - horizon), SIZE - 0.8 * scale)
-        _place(image, things, low, SIZE * rng.uniform(0.25, 0.75), y, scale, rng)
-    return _finish(image, things, stuff, "", rng)
+        _place(image, things, low, 1 + world.things.index(low), SIZE * rng.uniform(0.25, 0.75), y, scale, rng)
+    return _finish(image, things, stuff, "", world, rng)
 
 
-def draw(kind: str, count: int, seed: int) -> List[Scene]:
+def _second_thing(main: Optional[str], world: World, rng: np.random.Generator) -> Tuple[Optional[str], Optional[str]]:
+    """The things below and above the horizon of a weak scene, of which `main` is one."""
+    if world.flyer is None:
+        others = [name for name in world.things if name != main]
+        return main, others[rng.integers(len(others))] if main is not None and rng.random() < 0.3 else None
+    low = main
+    if main == world.flyer:
+        grounded = [i for i, name in enumerate(world.things) if name != world.flyer]
+        low = world.things[rng.choice(grounded)] if rng.random() < 0.3 else None
+    high = world.flyer if main == world.flyer or (main is not None and rng.random() < 0.15) else None
+    return low, high
+
+
+def draw(kind: str, count: int, seed: int, world: World = WORLD) -> List[Scene]:
     """`count` scenes of a kind ("caption" or "weak"), fixed by `seed`."""
     rng = np.random.default_rng(seed)
     painter = {"caption": caption_scene, "weak": weak_scene}[kind]
-    return [painter(rng) for _ in range(count)]
+    return [painter(rng, world=world) for _ in range(count)]
