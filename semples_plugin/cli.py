@@ -4,6 +4,7 @@
     semples evaluate --pred refined/labels --gt SegmentationClass        # how good are they?
     semples report --images JPEGImages --before cam-npy --after refined/cams --gt SegmentationClass --out report.html
     semples prompts show voc_prompts.safetensors                         # what do the learned prompts say?
+    semples clusters --classes voc --model llama3.1 --base-url http://localhost:11434/v1 --out clusters.json
 
 Exit status: 0 all done, 1 something failed (the summary says what), 2 wrong arguments.
 """
@@ -130,27 +131,67 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--vocabulary", type=Path, metavar="FILE", help="words to choose from, one per line")
     show.add_argument("--top", type=int, default=5, metavar="N", help="words per class (5)")
     show.add_argument("--json", action="store_true", help="print JSON")
+
+    part = commands.add_parser(
+        "clusters",
+        help="sort the classes into clusters that share features",
+        formatter_class=raw,
+        description="Asks a language model and refines its clusters until they no longer change (--model), groups CLIP's text\n"
+        "features (--clip), or checks a file written by hand (--file). The API key is read from a variable of the\n"
+        "environment. OUT is replaced only by complete clusters; if a language model fails, what was said until then is in\n"
+        "OUT with the ending .partial.json.",
+    )
+    part.add_argument("--classes", default="voc", metavar="voc|coco|FILE", help="class names, one per line or JSON (voc)")
+    part.add_argument("--out", type=Path, required=True, metavar="FILE", help="the clusters, .json")
+    source = part.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="NAME", help="ask this language model")
+    source.add_argument("--clip", metavar="NAME|FILE", help="group the text features of this CLIP")
+    source.add_argument("--file", type=Path, metavar="FILE", help="JSON or YAML: cluster name -> list of classes")
+    part.add_argument("--num-clusters", type=int, metavar="K", help="with --clip: how many (that of the best silhouette)")
+    asked = part.add_argument_group("with --model")
+    asked.add_argument("--base-url", metavar="URL", help="address of the server, such as http://localhost:11434/v1 (OpenAI's)")
+    asked.add_argument("--api-key-env", metavar="NAME", help="variable that holds the API key (OPENAI_API_KEY)")
+    asked.add_argument("--max-rounds", type=int, metavar="N", help="the most rounds (8)")
+    asked.add_argument("--max-clusters", type=int, metavar="K", help="the most clusters (any number)")
+    asked.add_argument("--initial-prompt", type=Path, metavar="FILE", help="text of the first question, with {classes}")
+    asked.add_argument("--refine-prompt", type=Path, metavar="FILE", help="of the later ones: {classes} {clusters} {findings}")
+    asked.add_argument("--timeout", type=float, metavar="S", help="seconds to wait for an answer (60)")
+    asked.add_argument("--retries", type=int, metavar="N", help="how often a question is asked again (3)")
+    asked.add_argument("--accept-unconverged", action="store_true", default=None, help="take clusters that still change")
+    part.add_argument("--json", action="store_true", help="print the content of OUT as JSON, and nothing else")
     return parser
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """The command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    commands = {"refine": _refine, "evaluate": _evaluate, "report": _report, "prompts": _prompts}
+    commands = {"refine": _refine, "evaluate": _evaluate, "report": _report, "prompts": _prompts, "clusters": _clusters}
     try:
         return commands[options.command](options)
     except KeyboardInterrupt:
-        print("interrupted; `semples refine` goes on from here with the same command.", file=sys.stderr)
+        print(_interrupted(options), file=sys.stderr)
         return 130
     except (SemplesError, OSError, ValueError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if error.name not in ("cv2", "PIL"):
+        name = (error.name or "").partition(".")[0]
+        if name not in ("cv2", "PIL", "openai", "scipy", "sklearn", "yaml"):
             raise
-        print(f"error: {error.name} is missing. Install what the command line needs: pip install 'semples-plugin[cli]'.",
+        extra = "cli" if name in ("cv2", "PIL") else "clusters"
+        print(f"error: {name} is missing. Install what the command line needs: pip install 'semples-plugin[{extra}]'.",
               file=sys.stderr)  # fmt: skip
         return 2
+
+
+def _interrupted(options: argparse.Namespace) -> str:
+    if options.command == "refine":
+        return "interrupted; `semples refine` goes on from here with the same command."
+    if options.command == "clusters" and options.model is not None:
+        partial = _partial(options.out)
+        kept = f" What was said so far is in {partial}." if partial.is_file() else ""
+        return f"interrupted; {options.out} is as it was.{kept}"
+    return f"interrupted; `semples {options.command}` starts anew with the same command."
 
 
 # ---------------------------------------------------------------------------------------------------- refine
@@ -356,6 +397,97 @@ def _prompts(options: argparse.Namespace) -> int:
         for reading in readings:
             print(f"  {reading}")
     return 0
+
+
+# ---------------------------------------------------------------------------------------------------- clusters
+
+_ASKED = {
+    "base_url": "base_url", "max_rounds": "max_rounds", "max_clusters": "max_clusters", "initial_prompt": "initial_prompt",
+    "refine_prompt": "refine_prompt", "timeout": "timeout", "retries": "max_retries",
+    "accept_unconverged": "accept_unconverged", "api_key_env": "api_key",
+}  # fmt: skip
+
+
+def _partial(out: Path) -> Path:
+    return out.with_suffix(".partial.json")
+
+
+def _clusters(options: argparse.Namespace) -> int:
+    from .clusters import CategoryClusters
+
+    classes, out = class_list(options.classes), options.out
+    given = {name: getattr(options, name) for name in _ASKED if getattr(options, name) is not None}
+    if given and options.model is None:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} matters only with --model, which asks a language model.")
+    if options.num_clusters is not None and options.clip is None:
+        raise ValueError("--num-clusters matters only with --clip; --max-clusters limits what a language model may answer.")
+    if out.suffix.lower() != ".json" or out.is_dir() or not out.absolute().parent.is_dir():
+        raise ValueError(f"--out must be a .json file in a folder that exists; got {out}.")
+    if options.file is not None:
+        clusters = CategoryClusters.from_file(options.file, list(classes))
+    elif options.clip is not None:
+        clusters = _clip_clusters(options, classes)
+    else:
+        if "api_key_env" in given and not os.environ.get(given["api_key_env"]):
+            raise ValueError(
+                "--api-key-env must name a variable that holds the API key; the one that is given does not. Set it, and never "
+                "give the key itself."
+            )
+        if "api_key_env" in given:
+            given["api_key_env"] = os.environ[given["api_key_env"]]
+        clusters = CategoryClusters.from_language_model(
+            list(classes), options.model, record=_partial(out), listener=None if options.json else _show_round,
+            **{_ASKED[name]: value for name, value in given.items()},
+        )  # fmt: skip
+    clusters.save(out)
+    if options.model is not None:
+        _partial(out).unlink(missing_ok=True)  # of an earlier run that failed
+    if options.json:
+        print(json.dumps(json.loads(out.read_text(encoding="utf-8"))))  # escapes what a terminal might obey
+        return 0
+    for line in str(clusters).split("\n"):
+        _say(line)
+    record = clusters.provenance
+    how = f"{len(clusters)} clusters of {len(classes)} classes"
+    if options.model is not None:
+        rounds = len(record["rounds"])
+        end = f"fixed point after {rounds} rounds" if record["converged"] else f"no fixed point in {rounds} rounds, accepted"
+        how = f"{how}; {end}"
+    elif options.clip is not None:
+        how = f"{how}; number of clusters: {record['num_clusters']}"
+    _say(f"{how}: {out}")
+    return 0
+
+
+def _clip_clusters(options: argparse.Namespace, classes: Classes) -> Any:
+    import torch
+
+    from .clip_encoder import load_clip
+    from .clusters import CategoryClusters
+
+    names, prompt_names = check_classes(classes)
+    encoder = load_clip(options.clip)
+    with torch.no_grad():
+        features = encoder.encode_text([f"a photo of a {name}." for name in prompt_names])
+    return CategoryClusters.from_text_features(names, features, options.num_clusters, clip=encoder.id)
+
+
+def _show_round(one: Any) -> None:
+    """A line per round, and one for all that was found or moved."""
+    if one.clusters is None:
+        _say(f"round {one.number}: no valid clusters")
+    else:
+        _say(f"round {one.number}: {len(one.clusters)} clusters{', as before' if one.changed == [] else ''}")
+    for line in (*(one.changed or ()), *one.findings):
+        _say(f"  {line}")
+
+
+def _say(text: str) -> None:
+    """Print a line that holds text of others: control characters, and what stdout cannot show, as escapes."""
+    from .cluster_llm import printable
+
+    encoding = sys.stdout.encoding or "utf-8"
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 if __name__ == "__main__":

@@ -273,7 +273,7 @@ class Insertion:
                 f"Expected block {i} of {self.name} to return its {total} tokens (B, N, D), alone or first in a tuple; got "
                 f"{got}."
             )
-        self._carried[i] = x[:, length:]
+        self._carried[i] = x[:, length:].clone()  # a view would keep all of the block's output in memory
         if i == len(self.modules) - 1:
             self.tokens.output = self._carried[i]
         stripped = (x[:, :length], *(self._strip(value, length, total, x.shape[2]) for value in parts[1:]))

@@ -195,8 +195,13 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
                 raise ClusterError(
                     f"{path} has cluster format {content.get('version')!r}; this version reads {FORMAT_VERSION}."
                 )
-            classes = content.get("classes") if classes is None else classes
-            provenance, content = content.get("provenance") or provenance, content.get("clusters")
+            provenance = content.get("provenance") or provenance
+            try:
+                stored = check_classes(content.get("classes"))[0]  # type: ignore[arg-type]
+                provenance = dict(provenance)
+            except (TypeError, ValueError) as error:
+                raise ClusterError(f"{path} is damaged: its classes or its provenance cannot be read ({error}).") from error
+            classes, content = stored if classes is None else classes, content.get("clusters")
         if classes is None:
             raise ClusterError(
                 f"{path} holds clusters but not the order of the classes. Pass it: CategoryClusters.from_file(path, classes)."
@@ -256,7 +261,10 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
         for k in range(max(index) + 1):
             members = [i for i, own in enumerate(index) if own == k]
             centre = min(members, key=lambda i: (distance[i, members].sum(), i))
-            clusters[f"{names[centre]} group" if len(members) > 1 else names[centre]] = [names[i] for i in members]
+            title = names[centre]
+            while len(members) > 1 and (title in names or title in clusters):  # also where a class is called "cat group"
+                title = f"{title} group"
+            clusters[title] = [names[i] for i in members]
         chosen = "given" if num_clusters is not None else "best silhouette" if scores else "one: fewer than three classes"
         record = {"source": "text features", "clip": clip, "linkage": "average, cosine", "num_clusters": chosen}
         return cls(clusters, names, {**record, "silhouettes": {str(k): round(s, 6) for k, s in scores.items()}})
@@ -379,6 +387,9 @@ def _yaml(text: str) -> Any:
         """Plain values only, and no key twice."""
 
     def mapping(loader: Any, node: Any) -> Dict[Any, Any]:
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ClusterError(f"every key must be the name of a cluster; line {key.start_mark.line + 1} has another.")
         return _unique([(loader.construct_object(k, deep=True), loader.construct_object(v, deep=True)) for k, v in node.value])
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)

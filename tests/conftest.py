@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from semples_plugin import PromptRefiner
 from semples_plugin.clip_encoder import openai_clip_module
+from semples_plugin.clusters import CategoryClusters
+from tests.adapters.toy_hosts import CLASSES, ToyViT, make_loader
 
 settings.register_profile("semples", deadline=None, derandomize=True, database=None, max_examples=30)
 settings.load_profile("semples")
@@ -143,3 +145,7 @@ def padded_prompt(token_ids: Callable[[str], List[int]]) -> Callable[[nn.Module,
 @pytest.fixture(autouse=True)
 def _doctest_names(doctest_namespace: dict, tiny_clip: nn.Module) -> None:
     doctest_namespace.update(torch=torch, PromptRefiner=PromptRefiner, tiny_clip=tiny_clip)
+    (img, labels) = make_loader()[0]
+    clusters = CategoryClusters({"vehicles": CLASSES[:2], "animals": CLASSES[2:]}, CLASSES)
+    doctest_namespace.update(clusters=clusters, model=ToyViT(), img=img, labels=labels)
+    doctest_namespace.update(host_loss=nn.functional.multilabel_soft_margin_loss)

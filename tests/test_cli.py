@@ -363,7 +363,7 @@ def commands() -> Dict[str, argparse.ArgumentParser]:
 @pytest.mark.parametrize(
     "command, words",
     [
-        ("", ["refine", "evaluate", "report", "prompts", "Exit status", "semples refine --images", "pseudo labels"]),
+        ("", ["refine", "evaluate", "report", "prompts", "clusters", "Exit status", "semples refine --images", "pseudo labels"]),
         ("refine", ["--images", "--cams", "--out", "--labels", "cls_labels.npy", "COCO", "VOC XML", "--classes", "--suppress",
                     "--optimise", "MCTformer", "IRN", "1 + class index", "torchrun", "interrupted", "0.4"]),
         ("evaluate", ["--pred", "--gt", "--list", "255", "--threshold", "chosen on ground truth", "--csv", "--json", "0:100"]),
@@ -383,7 +383,7 @@ def test_help(command: str, words: List[str], capsys: pytest.CaptureFixture[str]
 
 def test_every_option_is_explained() -> None:
     found = commands()
-    assert set(found) == {"", "refine", "evaluate", "report", "prompts", "prompts show"}
+    assert set(found) == {"", "refine", "evaluate", "report", "prompts", "prompts show", "clusters"}
     bare = [
         f"{words} {'/'.join(action.option_strings) or action.dest}"
         for words, parser in found.items()

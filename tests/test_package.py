@@ -15,6 +15,7 @@ import semples_plugin
 
 ROOT = Path(__file__).resolve().parents[1]
 FOREIGN = ["clip", "cv2", "safetensors", "timm", "torchvision", "tqdm", "PIL", "matplotlib", "open_clip", "ftfy", "regex"]
+FOREIGN += ["openai", "yaml", "sklearn", "scipy"]
 
 
 def fresh_modules(code: str) -> List[str]:
@@ -83,7 +84,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     for name in ("semples_plugin", "adapters", "examples", "tests", "benchmarks"):
         (source / name).mkdir()
         for file in (ROOT / name).iterdir() if (ROOT / name).is_dir() else ():
-            if file.is_file() and file.suffix in (".py", ".txt", ".typed", ""):
+            if file.is_file() and file.suffix in (".py", ".txt", ".json", ".typed", ""):
                 shutil.copy(file, source / name / file.name)
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir", "--quiet"]
     result = subprocess.run([*build, "--wheel-dir", str(tmp_path), str(source)], capture_output=True, text=True, timeout=300)
@@ -94,7 +95,9 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     modules = {f"semples_plugin/{file.name}" for file in (ROOT / "semples_plugin").glob("*.py")}
     adapters = {f"semples_plugin/adapters/{file.name}" for file in (ROOT / "adapters").glob("*.py")}
     assert "semples_plugin/adapters/__init__.py" in adapters
-    assert modules | adapters | {"semples_plugin/vocabulary.txt", "semples_plugin/py.typed"} <= names
+    data = {"vocabulary.txt", "py.typed", "clusters_voc.json", "clusters_coco.json"}
+    data |= {"cluster_prompt_initial.txt", "cluster_prompt_refine.txt"}
+    assert modules | adapters | {f"semples_plugin/{name}" for name in data} <= names
     assert {name.split("/")[0] for name in names} == {
         "semples_plugin",
         f"semples_plugin-{semples_plugin.__version__}.dist-info",
