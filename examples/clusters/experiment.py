@@ -55,8 +55,9 @@ class Settings(NamedTuple):
     train: int = 1200
     val: int = 150
     test: int = 300
-    host_steps: int = 300
-    host_rate: float = 1e-3
+    host_steps: int = 500
+    host_rate: float = 2e-3
+    host_batch_size: int = 16
     stage_steps: int = 150
     stage_rate: float = 1e-3
     branch_rate: float = 1e-3
@@ -208,7 +209,9 @@ def run(settings: Settings, seed: int) -> Result:
     train_split = make_split(settings.train, 10_000 + seed, KIN)
     val, test = make_split(settings.val, 20_000 + seed, KIN), make_split(settings.test, 30_000 + seed, KIN)
     host = ViTHost()
-    train_host(host, train_split, settings.host_steps, settings.host_rate, 32, seed, "host: classification only")
+    train_host(
+        host, train_split, settings.host_steps, settings.host_rate, settings.host_batch_size, seed, "host: classification only"
+    )
     plain = new_refiner(settings, seed)
     clusters = {route: find_clusters(plain, route) for route in ROUTES}
     kin = clusters[FILE]

@@ -35,8 +35,8 @@ class World(NamedTuple):
     """What a world has: its `things`, the `home` stuff of each, and the `neutral` stuff, home of none.
 
     `flyer` is the thing that appears above the horizon of a weak scene; in a world without one, any second thing may
-    stand there. In a weak scene a thing stands on (or flies in) its own stuff with probability `loyalty`, otherwise on any;
-    where no thing is, the stuff is neutral with probability `calm`, otherwise any.
+    stand there, the `kin` of the first in half of the cases. In a weak scene a thing stands on (or flies in) its own stuff
+    with probability `loyalty`, otherwise on any; where no thing is, the stuff is neutral with probability `calm`, else any.
     """
 
     things: Tuple[str, ...]
@@ -45,6 +45,7 @@ class World(NamedTuple):
     flyer: Optional[str] = None
     loyalty: float = 0.94
     calm: float = 0.6
+    kin: Tuple[Tuple[str, str], ...] = ()
 
 
 WORLD = World(THINGS, HOME, ("snow", "forest"), "bird")
@@ -55,6 +56,7 @@ KIN = World(
     ("water", "sky"),
     loyalty=0.9,
     calm=0.2,
+    kin=(("car", "tram"), ("sheep", "deer"), ("cactus", "fir")),
 )
 WORLDS: Dict[str, World] = {"demo": WORLD, "kin": KIN}
 
@@ -399,8 +401,11 @@ def weak_scene(rng: np.random.Generator, empty: float = 0.2, world: World = WORL
 def _second_thing(main: Optional[str], world: World, rng: np.random.Generator) -> Tuple[Optional[str], Optional[str]]:
     """The things below and above the horizon of a weak scene, of which `main` is one."""
     if world.flyer is None:
-        others = [name for name in world.things if name != main]
-        return main, others[rng.integers(len(others))] if main is not None and rng.random() < 0.3 else None
+        if main is None or rng.random() >= 0.4:
+            return main, None
+        kin = [name for pair in world.kin if main in pair for name in pair if name != main]
+        others = kin if kin and rng.random() < 0.5 else [name for name in world.things if name != main]
+        return main, others[rng.integers(len(others))]
     low = main
     if main == world.flyer:
         grounded = [i for i, name in enumerate(world.things) if name != world.flyer]
