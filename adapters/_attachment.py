@@ -513,13 +513,19 @@ class ClusterTraining:
     # ------------------------------------------------------------------------------------------------ life
 
     def begin(self) -> None:
-        self._factors = []
+        self._factors, self._reached = [], False
         if self.optimizer is None:
             self._before = [p.detach().clone() for p in self.branch.parameters()]
         else:
             self.optimizer.zero_grad(set_to_none=True)
 
     def enter(self, model: nn.Module) -> None:
+        ours = {id(p) for p in self.branch.parameters() if p.requires_grad}
+        if self.optimizer is None and _processes() > 1 and not ours <= {id(p) for p in model.parameters()}:
+            raise AdapterError(
+                "The host runs in several processes, and nobody averages the gradients of the cluster branch over them. Give "
+                "`attach` an optimiser for them: cluster_optimizer=torch.optim.AdamW(branch.parameters(), lr=1e-3)."
+            )
         self._place = self.branch.insert(model)
         self._place.__enter__()
         self._handle = model.register_forward_pre_hook(lambda module, inputs: self.update())
@@ -535,10 +541,9 @@ class ClusterTraining:
         """The loop is over without an error: the last step, or a check that somebody else's optimiser moved the parameters."""
         self.update()
         before, self._before = self._before, []
-        reached = any(p.grad is not None for p in self.branch.parameters())
         if (
             self.optimizer is None
-            and reached
+            and self._reached
             and all(torch.equal(a.to(b.device), b) for a, b in zip(before, self.branch.parameters()))
         ):
             raise AdapterError(
@@ -547,6 +552,9 @@ class ClusterTraining:
                 'them to the host\'s: optimizer.add_param_group({"params": branch.parameters()}).'
             )
 
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, "_place": None, "_handle": None}  # a copy of the host is in no `with`
+
     # ------------------------------------------------------------------------------------------------ steps
 
     def compute(self, seen: Seen, labels: Tensor) -> BranchOutput:
@@ -554,32 +562,41 @@ class ClusterTraining:
 
     def watch(self, loss: Tensor) -> None:
         """Note the factor that the host's backward pass puts on the added loss."""
-        if self.optimizer is not None:
+        if loss.requires_grad:
             loss.register_hook(lambda gradient: self._factors.append(gradient.detach().clone()))
 
     def update(self) -> None:
         """One step of the branch's own optimiser, if a backward pass ran since the last one."""
         factors, self._factors = self._factors, []
+        self._reached = self._reached or bool(factors)
         if self.optimizer is None or not factors:
             return
+        with torch.inference_mode(False), torch.no_grad():  # the next forward pass may be an evaluation's
+            self._step(factors)
+
+    def _step(self, factors: List[Tensor]) -> None:
+        assert self.optimizer is not None
         gradients = [p.grad for p in self.branch.parameters() if p.grad is not None]
         factor = torch.stack([f.float().to(factors[0].device) for f in factors]).mean()
-        with torch.no_grad():
-            for gradient in gradients:
-                gradient /= factor.to(gradient.device)
-            _average(gradients)
-            if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-                self.optimizer.step()
+        for gradient in gradients:
+            gradient /= factor.to(gradient.device)
+        _average(gradients)
+        if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
 
 def _average(gradients: List[Tensor]) -> None:
     """Mean over all processes, in place."""
-    dist = torch.distributed
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if _processes() > 1:
         for gradient in gradients:
-            dist.all_reduce(gradient)
-            gradient /= dist.get_world_size()
+            torch.distributed.all_reduce(gradient)
+            gradient /= _processes()
+
+
+def _processes() -> int:
+    dist = torch.distributed
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class _Tap(TorchFunctionMode):

@@ -247,7 +247,7 @@ class ClusterBranch(nn.Module):
             if self.weights["patch_contrast"]:
                 image, patch, name = confident_patches(scores.detach(), labels, self.threshold, self.per_class)
                 terms["patch_contrast"] = losses.patch_contrast(
-                    features[image, patch], name, self._related(device), self.temperature, self.related_weight
+                    features[image, patch], name, self._related(device), self.temperature, self.related_weight, background=0
                 )
         loss = torch.stack([self.weights[name] * term.float() for name, term in terms.items()]).sum()
         return BranchOutput(loss, terms)

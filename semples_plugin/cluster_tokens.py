@@ -167,7 +167,9 @@ class ClusterTokens(nn.Module):
             Scalar, attached to the tokens and the host.
         """
         output = self.take() if output is None else output
-        return F.multilabel_soft_margin_loss(self.logits(output), self.clusters.labels(labels).to(output.device).float())
+        logits, wanted = self.logits(output), self.clusters.labels(labels).to(output.device).float()
+        # Written out: torch's own function would be taken for a label loss of the host by `adapters.attach`.
+        return -(wanted * F.logsigmoid(logits) + (1 - wanted) * F.logsigmoid(-logits)).mean()
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**self.__dict__, "output": None}  # a graph can neither be copied nor pickled
@@ -194,11 +196,12 @@ class Insertion:
         if any(getattr(module, "_holds_cluster_tokens", False) for module in self.modules):
             raise HostError(f"{self.name} holds cluster tokens already; leave that `with` first.")
         options = {"with_kwargs": True} if _WITH_KWARGS else {}
+        first = {"prepend": True} if _WITH_KWARGS else {}  # hooks that were there before see the host's own tokens too
         try:
             for i, module in enumerate(self.modules):
                 module._holds_cluster_tokens = True  # type: ignore[assignment]
                 self._handles.append(module.register_forward_pre_hook(functools.partial(self._before, i), **options))
-                self._handles.append(module.register_forward_hook(functools.partial(self._after, i)))
+                self._handles.append(module.register_forward_hook(functools.partial(self._after, i), **first))
             if self.tokens.attention_bias:
                 bias = _AttentionBias(self.tokens)
                 bias.__enter__()

@@ -219,6 +219,7 @@ def patch_contrast(
     related: Optional[Tensor] = None,
     temperature: float = 0.1,
     related_weight: float = 0.5,
+    background: Optional[int] = None,
 ) -> Tensor:
     """Class-aware patch contrast with the clusters as a prior (CPC, arXiv 2508.17009). Re-implemented from the description.
 
@@ -238,6 +239,8 @@ def patch_contrast(
         related: (K, K) bool over all values of `classes`: whether two classes are in one cluster; None for no prior.
         temperature: > 0.
         related_weight: weight of a negative of the same cluster, from 0 (not pushed) to 1.
+        background: value of `classes` whose patches are not drawn together (P(i) is empty), since background is of many kinds;
+            they are pushed away from the classes all the same. None: there is no such class.
 
     Returns:
         Scalar; 0, still attached, if no patch has another one of its class.
@@ -264,7 +267,7 @@ def patch_contrast(
     total = torch.logsumexp(similarity + weight.log(), dim=1)  # (M,); log 0 = -inf leaves a pair out
     positive = same & ~itself
     count = positive.sum(1)
-    anchors = count > 0
+    anchors = (count > 0) & (classes != background) if background is not None else count > 0
     if not bool(anchors.any()):
         return features.sum() * 0.0
     mean = (similarity.masked_fill(~positive, 0.0).sum(1))[anchors] / count[anchors]

@@ -363,7 +363,8 @@ def commands() -> Dict[str, argparse.ArgumentParser]:
 @pytest.mark.parametrize(
     "command, words",
     [
-        ("", ["refine", "evaluate", "report", "prompts", "clusters", "Exit status", "semples refine --images", "pseudo labels"]),
+        ("", ["refine", "evaluate", "report", "prompts", "clusters", "Exit status", "semples refine --images",
+              "pseudo labels"]),
         ("refine", ["--images", "--cams", "--out", "--labels", "cls_labels.npy", "COCO", "VOC XML", "--classes", "--suppress",
                     "--optimise", "MCTformer", "IRN", "1 + class index", "torchrun", "interrupted", "0.4"]),
         ("evaluate", ["--pred", "--gt", "--list", "255", "--threshold", "chosen on ground truth", "--csv", "--json", "0:100"]),

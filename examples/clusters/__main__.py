@@ -19,7 +19,7 @@ from semples_plugin import adapters
 
 from ..demo.seeds import kept, source_hash, spread
 from . import experiment
-from .experiment import BY_ROUTE, HOST, ROUTES, ROWS, Figures
+from .experiment import BY_ROUTE, FILE, HOST, ROUTES, ROWS, TEXT, Figures
 
 
 def run_seed(seed: int) -> Dict[str, Any]:
@@ -53,7 +53,7 @@ def summary(records: List[Dict[str, Any]]) -> str:
     lines = [f"{'':36s} {'clusters from':14s} " + " ".join(f"{title:>16s}" for title in titles)]
     differences = []
     for row in ROWS:
-        for route in ROUTES if row in BY_ROUTE else ROUTES[:1]:
+        for route in ROUTES[row]:
             cells = []
             for figure in figures:
                 values = [figure(record["figures"][row][route]) for record in records]
@@ -61,13 +61,11 @@ def summary(records: List[Dict[str, Any]]) -> str:
             name = route if row in BY_ROUTE else "-"
             lines.append(f"{row:36s} {name:14s} " + " ".join(f"{cell:>16s}" for cell in cells))
             if row != HOST:
-                pair = [
-                    [100 * r["figures"][a][b]["cam"]["miou"] for r in records] for a, b in ((row, route), (HOST, ROUTES[0]))
-                ]
+                pair = [[100 * r["figures"][a][b]["cam"]["miou"] for r in records] for a, b in ((row, route), (HOST, FILE))]
                 gain = np.array(pair[0]) - np.array(pair[1])
                 ratio = abs(gain.mean()) / max(gain.std(ddof=1), 1e-9)
                 differences.append(f"mIoU [{row}, {name}] - [{HOST}]: {spread(gain)}, {ratio:.1f} standard deviations")
-    same = sum(groups(r["clusters"]["text features"]) == groups(r["clusters"]["file"]) for r in records)
+    same = sum(groups(r["clusters"][TEXT]) == groups(r["clusters"][FILE]) for r in records)
     note = f"The text features gave the clusters of the file in {same} of {len(records)} seeds."
     return "\n".join([*lines, "", *differences, "", note])
 

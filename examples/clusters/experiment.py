@@ -28,7 +28,6 @@ from .host import ViTHost
 CLIP_FILE = Path(__file__).with_name("kin_clip.pt")
 CLUSTER_FILE = Path(__file__).with_name("clusters.json")
 FILE, TEXT, CONTROL = "file", "text features", "mismatched"
-ROUTES = (FILE, TEXT, CONTROL)
 MISMATCHED = {"one": ["car", "sheep"], "two": ["tram", "cactus"], "three": ["deer", "fir"]}  # no two that share looks
 
 HOST = "host alone"
@@ -46,7 +45,11 @@ PARTS: Dict[str, Tuple[float, float, float, bool]] = {
     CONTRAST: (0, 1, 1, False),
     ALL: (1, 1, 1, True),
 }
-BY_ROUTE = (TOKENS, CONTRAST, SEMPLES_CLUSTERS, ALL)  # rows that the clusters enter
+# Where the clusters of a row come from; one column for rows that they do not enter.
+ROUTES: Dict[str, Tuple[str, ...]] = {row: (FILE,) for row in (HOST, BILSTM, SEMPLES)}
+ROUTES.update({row: (FILE, TEXT, CONTROL) for row in (TOKENS, CONTRAST)})
+ROUTES.update({row: (FILE, TEXT) for row in (SEMPLES_CLUSTERS, ALL)})
+BY_ROUTE = tuple(row for row in ROWS if len(ROUTES[row]) > 1)
 
 
 class Settings(NamedTuple):
@@ -60,11 +63,13 @@ class Settings(NamedTuple):
     host_batch_size: int = 16
     stage_steps: int = 150
     stage_rate: float = 1e-3
-    branch_rate: float = 1e-3
+    branch_rate: float = 3e-3
     batch_size: int = 24
     lambda_tokens: float = 1.0
-    lambda_mce: float = 1.0
+    lambda_mce: float = 0.2
     lambda_contrast: float = 0.1
+    top_k: int = 40
+    threshold: float = 0.8
     lambda_refine: float = 2.0
     lambda_t: float = 0.1
     lambda_area: float = 1.0
@@ -117,7 +122,8 @@ def new_branch(settings: Settings, row: str, clusters: CategoryClusters, host: V
         return None
     tokens, mce, contrast, bilstm = PARTS[row]
     return ClusterBranch(
-        clusters, host, bilstm=bilstm, seed=seed, lambda_tokens=tokens * settings.lambda_tokens,
+        clusters, host, bilstm=bilstm, seed=seed, top_k=settings.top_k, threshold=settings.threshold,
+        lambda_tokens=tokens * settings.lambda_tokens,
         lambda_mce=mce * settings.lambda_mce, lambda_contrast=contrast * settings.lambda_contrast,
     )  # fmt: skip
 
@@ -213,7 +219,7 @@ def run(settings: Settings, seed: int) -> Result:
         host, train_split, settings.host_steps, settings.host_rate, settings.host_batch_size, seed, "host: classification only"
     )
     plain = new_refiner(settings, seed)
-    clusters = {route: find_clusters(plain, route) for route in ROUTES}
+    clusters = {route: find_clusters(plain, route) for route in (FILE, TEXT, CONTROL)}
     kin = clusters[FILE]
     figures: Dict[str, Dict[str, Figures]] = {row: {} for row in ROWS}
 
@@ -225,7 +231,7 @@ def run(settings: Settings, seed: int) -> Result:
     matched = train(host, plain, None, train_split, settings, seed, "SemPLeS: match")
     for row in ROWS:
         done: Dict[Any, str] = {}
-        for route in ROUTES if row in BY_ROUTE else ROUTES[:1]:
+        for route in ROUTES[row]:
             groups = clusters[route].groups()
             if groups in done:  # the same clusters by another route: the same figures
                 figures[row][route] = figures[row][done[groups]]
