@@ -116,6 +116,11 @@ class ClusterBranch(nn.Module):
             ("temperature", temperature), ("related_weight", related_weight), ("threshold", threshold), ("dropout", dropout),
         ):  # fmt: skip
             check_number(name, value, 0)
+        if not temperature > 0 or related_weight > 1 or threshold > 1:
+            raise ValueError(
+                f"`temperature` must be > 0, `related_weight` and `threshold` from 0 to 1; got {temperature!r}, "
+                f"{related_weight!r} and {threshold!r}."
+            )
         for name, value in (("top_k", top_k), ("per_class", per_class)):
             check_number(name, value, 1, whole=True)
         if lambda_contrast and not lambda_mce:
@@ -141,7 +146,7 @@ class ClusterBranch(nn.Module):
         self.bilstm: Optional[HVBiLSTM] = None
         self.classifier: Optional[PatchClassifier] = None
         with torch.random.fork_rng(devices=[]):  # the host's random numbers stay what they are without the branch
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well
             if lambda_tokens:
                 self.tokens = ClusterTokens(clusters, size, attention_bias=attention_bias, blocks=blocks, seed=seed)
             if lambda_mce:
@@ -172,15 +177,19 @@ class ClusterBranch(nn.Module):
                 f"Its modules are {names}. Name it: patch_embed='...'."
             )
         grids: List[Tuple[int, int]] = []
+        passes: List[Tuple[int, int]] = []
 
         def embedded(module: nn.Module, inputs: Any, output: Any) -> None:
             grids[:] = [_grid(inputs[0], output, module, self.size)]
 
         def finished(module: nn.Module, inputs: Any, output: Any) -> None:
             x = output[0] if isinstance(output, tuple) else output
+            if not grids and passes:
+                return  # checkpointing runs the block again in the backward pass
             if not grids:
                 raise HostError(f"The blocks ran, but {self.patch_embed!r} did not run before them in this forward pass.")
             grid = grids.pop()
+            passes.append(grid)
             count = grid[0] * grid[1]
             if x.shape[1] < count:
                 raise HostError(f"The last block gives {x.shape[1]} tokens, fewer than the {grid[0]} x {grid[1]} patches.")

@@ -2,14 +2,14 @@
 
 Before every block the tokens are put behind the host's own, after it they are taken off again, together with their rows and
 columns of the attention that the block returns; the next block gets them back. So the host sees its own number of tokens
-wherever it looks, and its slices and reshapes hold. Cluster-level image labels supervise the tokens after the last block. No
-reference code of PCC (arXiv 2412.13823) exists: re-implemented from the description. Flow: `clusters` -> **cluster_tokens** ->
-`cluster_branch`.
+wherever it looks, and its slices and reshapes hold. Only an `attention_bias` needs more: for the time of the `with` the blocks'
+`forward` then runs in a mode that adds it to the attention's logits. Cluster-level image labels supervise the tokens after the
+last block. No reference code of PCC (arXiv 2412.13823) exists: re-implemented from the description. Flow: `clusters` ->
+**cluster_tokens** -> `cluster_branch`.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -188,37 +188,38 @@ class Insertion:
         self._length = [0] * len(self.modules)  # the host's tokens in each block
         self._tracked = False  # whether the pass began with gradients
         self._handles: List[Any] = []
-        self._bias: Optional[_AttentionBias] = None
+        self._forwards: List[Tuple[nn.Module, Any]] = []
+        self._next = 0  # the block that a pass has come to
 
     def __enter__(self) -> "Insertion":
         if self._handles:
             raise HostError("These cluster tokens are in the host already; use one `with` at a time.")
-        if any(getattr(module, "_holds_cluster_tokens", False) for module in self.modules):
+        if any(isinstance(h, _Hook) and h.active for module in self.modules for h in module._forward_hooks.values()):
             raise HostError(f"{self.name} holds cluster tokens already; leave that `with` first.")
         options = {"with_kwargs": True} if _WITH_KWARGS else {}
-        first = {"prepend": True} if _WITH_KWARGS else {}  # hooks that were there before see the host's own tokens too
         try:
             for i, module in enumerate(self.modules):
-                module._holds_cluster_tokens = True  # type: ignore[assignment]
-                self._handles.append(module.register_forward_pre_hook(functools.partial(self._before, i), **options))
-                self._handles.append(module.register_forward_hook(functools.partial(self._after, i), **first))
-            if self.tokens.attention_bias:
-                bias = _AttentionBias(self.tokens)
-                bias.__enter__()
-                self._bias = bias
+                self._handles.append(module.register_forward_pre_hook(_Hook(self._before, i), **options))
+                handle = module.register_forward_hook(_Hook(self._after, i))
+                # In front, so that the host's own hooks see the host's own tokens.
+                module._forward_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+                self._handles.append(handle)
+                if self.tokens.attention_bias:
+                    self._forwards.append((module, module.__dict__.get("forward")))
+                    module.forward = _BiasedForward(self, i, module)
         except BaseException:
             self.__exit__(None, None, None)
             raise
         return self
 
     def __exit__(self, *error: Any) -> None:
-        bias, self._bias = self._bias, None
-        if bias is not None:
-            bias.__exit__(*error)
+        for module, own in self._forwards:
+            module.__dict__.pop("forward")
+            if own is not None:
+                module.forward = own
+        self._forwards = []
         for handle in self._handles:
             handle.remove()
-        for module in self.modules:
-            module.__dict__.pop("_holds_cluster_tokens", None)
         self._handles, self.tokens.output = [], None
         self._carried = [None] * len(self.modules)
 
@@ -239,12 +240,15 @@ class Insertion:
             )
         if i == 0:
             self._carried = [None] * len(self.modules)
-            self._tracked = torch.is_grad_enabled()
+            self._next = 0
+            self._tracked = torch.is_grad_enabled() or x.requires_grad
             if self.tokens.tokens.device != x.device:
                 self.tokens.to(x.device)
             before: Optional[Tensor] = self.tokens.tokens.to(x.dtype).expand(len(x), -1, -1)  # (B, K, D)
         else:
-            before = self._carried[i - 1]
+            # With the host's tokens, if it hands them on as they are: checkpointing may run a block of an earlier pass again.
+            owner, number, carried = getattr(x, "_cluster_tokens", (None, None, None))
+            before = carried if owner is self and number == i - 1 else self._carried[i - 1]
         if before is None or len(before) != len(x):
             raise HostError(
                 f"Block {i} of {self.name} ran on {len(x)} images, but block {i - 1} before it did not. Cluster tokens need "
@@ -256,17 +260,10 @@ class Insertion:
                 "does; the cluster tokens would be cut off. Use checkpoint(..., use_reentrant=False) or none."
             )
         self._length[i] = x.shape[1]
-        if self._bias is not None:
-            self._bias.begin(x.shape[1])
         changed = (torch.cat([x, before.to(x.dtype)], dim=1), *inputs[1:])  # (B, N + K, D)
         return (changed, keywords) if _WITH_KWARGS else changed
 
     def _after(self, i: int, module: nn.Module, inputs: Any, output: Any) -> Any:
-        if self._bias is not None and not self._bias.end():
-            raise HostError(
-                f"attention_bias={self.tokens.attention_bias} was asked for, but no softmax or scaled_dot_product_attention "
-                f"over all tokens was seen in block {i} of {self.name}, so it had no effect. Use attention_bias=0."
-            )
         parts = output if isinstance(output, tuple) else (output,)
         length, total = self._length[i], self._length[i] + self.tokens.tokens.shape[1]
         x = parts[0]
@@ -276,10 +273,13 @@ class Insertion:
                 f"Expected block {i} of {self.name} to return its {total} tokens (B, N, D), alone or first in a tuple; got "
                 f"{got}."
             )
-        self._carried[i] = x[:, length:].clone()  # a view would keep all of the block's output in memory
-        if i == len(self.modules) - 1:
-            self.tokens.output = self._carried[i]
+        carried = x[:, length:].clone()  # a view would keep all of the block's output in memory
+        if i == self._next:  # not a block that checkpointing runs again
+            self._carried[i], self._next = carried, i + 1
+            if self._next == len(self.modules):
+                self.tokens.output = carried
         stripped = (x[:, :length], *(self._strip(value, length, total, x.shape[2]) for value in parts[1:]))
+        stripped[0]._cluster_tokens = (self, i, carried)  # type: ignore[attr-defined]
         if not isinstance(output, tuple):
             return stripped[0]
         return type(output)(*stripped) if hasattr(output, "_fields") else stripped
@@ -299,28 +299,58 @@ class Insertion:
         return value
 
 
+class _Hook:
+    """A hook of an `Insertion`. In a copy of the host, or a file of the whole host, it does nothing."""
+
+    def __init__(self, function: Any = None, i: int = 0):
+        self.active, self.function, self.i = function is not None, function, i
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(self.i, *args) if self.active else None
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return _Hook, ()
+
+
+class _BiasedForward:
+    """A block's own forward pass with the bias, also where checkpointing runs it again in the backward pass."""
+
+    def __init__(self, insertion: Insertion, i: int, module: nn.Module):
+        self.insertion, self.i, self.module, self.forward = insertion, i, module, module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tokens = self.insertion.tokens
+        with _AttentionBias(tokens, self.insertion._length[self.i]) as bias:
+            output = self.forward(*args, **kwargs)
+        if not bias.applied:
+            raise HostError(
+                f"attention_bias={tokens.attention_bias} was asked for, but no softmax or scaled_dot_product_attention "
+                f"over all tokens was seen in block {self.i} of {self.insertion.name}, so it had no effect. Use "
+                "attention_bias=0."
+            )
+        return output
+
+    def __reduce__(self) -> Tuple[Any, ...]:  # a copy of the host has its own forward pass
+        return _own_forward, (self.module,)
+
+
+def _own_forward(module: nn.Module) -> Any:
+    return type(module).forward.__get__(module)
+
+
 class _AttentionBias(TorchFunctionMode):
-    """Adds `attention_bias` to attention logits from the host's tokens to the cluster tokens, inside the blocks only."""
+    """Adds `attention_bias` to attention logits from the host's tokens to the cluster tokens; around one block."""
 
-    def __init__(self, tokens: ClusterTokens):
+    def __init__(self, tokens: ClusterTokens, length: int):
         super().__init__()
-        self.tokens, self.length, self.applied = tokens, 0, 0
-
-    def begin(self, length: int) -> None:
-        """A block begins, with so many tokens of the host."""
-        self.length, self.applied = length, 0
-
-    def end(self) -> int:
-        """The block is over; how often the bias was added in it."""
-        self.length = 0
-        return self.applied
+        self.tokens, self.length, self.applied = tokens, length, 0
 
     def __torch_function__(
         self, func: Any, types: Sequence[Any], args: Any = (), kwargs: Optional[Dict[str, Any]] = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        value, total = self.tokens.attention_bias, self.length + self.tokens.tokens.shape[1]
-        if not value or not self.length or not args:
+        total = self.length + self.tokens.tokens.shape[1]
+        if not args:
             return func(*args, **kwargs)
         if func in _SOFTMAX and args[0].ndim >= 2 and args[0].shape[-2:] == (total, total):
             self.applied += 1

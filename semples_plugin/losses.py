@@ -264,11 +264,12 @@ def patch_contrast(
         kin = related.to(classes.device)[classes[:, None], classes] & ~same
         weight = weight.masked_fill(kin, related_weight)
     weight = weight.masked_fill(itself, 0.0)
-    total = torch.logsumexp(similarity + weight.log(), dim=1)  # (M,); log 0 = -inf leaves a pair out
     positive = same & ~itself
     count = positive.sum(1)
     anchors = (count > 0) & (classes != background) if background is not None else count > 0
     if not bool(anchors.any()):
         return features.sum() * 0.0
+    # Anchors alone: a row of nothing but -inf (weight 0, no positive) would have NaN for its gradient.
+    total = torch.logsumexp((similarity + weight.log())[anchors], dim=1)  # log 0 = -inf leaves a pair out
     mean = (similarity.masked_fill(~positive, 0.0).sum(1))[anchors] / count[anchors]
-    return (total[anchors] - mean).mean()
+    return (total - mean).mean()

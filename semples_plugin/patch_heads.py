@@ -57,10 +57,11 @@ class HVBiLSTM(nn.Module):
         if height * width != count:
             raise ValueError(f"`tokens` must hold h x w = {height} x {width} patches; got {count}. Leave class tokens out.")
         x = self.dropout(tokens).reshape(batch, height, width, dim)
-        across = self.rows(x.reshape(batch * height, width, dim))[0].reshape(batch, height, width, -1)
+        half = self.out_dim // 2
+        across = self.rows(x.reshape(batch * height, width, dim))[0].reshape(batch, height, width, half)
         x = x.transpose(1, 2)  # (B, w, h, D)
-        down = self.columns(x.reshape(batch * width, height, dim))[0].reshape(batch, width, height, -1).transpose(1, 2)
-        return torch.cat([across, down], dim=-1).reshape(batch, count, -1)  # (B, h w, 4 H)
+        down = self.columns(x.reshape(batch * width, height, dim))[0].reshape(batch, width, height, half).transpose(1, 2)
+        return torch.cat([across, down], dim=-1).reshape(batch, count, self.out_dim)  # (B, h w, 4 H)
 
 
 class PatchClassifier(nn.Module):
@@ -122,7 +123,7 @@ def confident_patches(
     allowed = scores * present[:, None]
     allowed = allowed / allowed.sum(-1, keepdim=True).clamp(min=1e-12)
     best, own = allowed.max(-1)  # (B, N)
-    images, patches, classes = [], [], []
+    images, patches, classes = ([own.new_zeros(0)] for _ in range(3))
     for image, name in present.nonzero().tolist():
         value = torch.where((own[image] == name) & (best[image] >= threshold), best[image], torch.zeros_like(best[image]))
         found = value.topk(min(per_class, len(value)))
