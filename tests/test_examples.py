@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from examples import train_clip
+from examples.clusters import __main__ as clusters_command
+from examples.clusters import experiment as clusters
 from examples.demo import experiment, host, world
 from examples.demo.figure import draw_figure
 from examples.demo.seeds import summary
@@ -50,14 +52,17 @@ def test_captions_name_only_what_the_picture_has() -> None:
         assert words & (drawn | grounds)
 
 
-def test_the_demo_clip_knows_its_world() -> None:
-    encoder = load_clip(experiment.CLIP_FILE)
+@pytest.mark.parametrize(
+    "path, own", [(experiment.CLIP_FILE, world.WORLD), (clusters.CLIP_FILE, world.KIN)], ids=["demo", "kin"]
+)
+def test_a_clip_knows_its_world(path: Path, own: world.World) -> None:
+    encoder = load_clip(path)
     assert type(encoder.model).__module__ == "clip.model" and type(encoder.model).__name__ == "CLIP"
-    assert experiment.CLIP_FILE.stat().st_size <= 4_000_000
-    split = host.make_split(120, 5)
+    assert path.stat().st_size <= 4_000_000
+    split = host.make_split(120, 5, own)
     shown = torch.from_numpy(np.stack([s.things for s in split.scenes]) > 0)
     x = change_stats(split.images, None, (encoder.mean, encoder.std))
-    texts = [f"a photo of a {name}." for name in world.THINGS] + [f"a photo of {name}." for name in world.STUFF]
+    texts = [f"a photo of a {name}." for name in own.things] + [f"a photo of {name}." for name in world.STUFF]
     with torch.no_grad():
         u = F.normalize(encoder.encode_text(texts), dim=-1)
         thing = F.normalize(encoder.encode_image(x * shown[:, None]), dim=-1) @ u.T  # the rest faded
@@ -145,3 +150,63 @@ def test_summary_gives_mean_and_deviation_over_seeds() -> None:
     text = summary([record(0.2), record(0.4)])
     assert "30.0 +- 14.1" in text  # mean of 20 and 40, deviation with n - 1
     assert "mIoU  [+ match + refine, learned prompts] - [host alone]: 30.0 +- 0.0" in text
+
+
+# ------------------------------------------------------------------------------------------------ the kin world
+
+
+def test_kin_share_scenes_and_each_has_its_stuff() -> None:
+    scenes = world.draw("weak", 600, 0, world.KIN)
+    names = [{world.KIN.things[k] for k in scene.labels.nonzero()[0]} for scene in scenes]
+    together = sum(any(set(pair) <= found for pair in world.KIN.kin) for found in names)
+    mixed = sum(len(found) > 1 and not any(set(pair) <= found for pair in world.KIN.kin) for found in names)
+    assert together > 40 and mixed > 20
+    home = total = 0
+    for scene in scenes:
+        for k in scene.labels.nonzero()[0]:
+            here = scene.stuff[scene.things == k + 1]
+            home += int((here == world.STUFF.index(world.KIN.home[world.KIN.things[k]])).mean() > 0.5)
+            total += 1
+    assert 0.8 < home / total < 0.97
+
+
+def test_the_text_features_of_the_kin_clip_give_the_clusters_of_the_file() -> None:
+    refiner = clusters.new_refiner(clusters.Settings(), 0)
+    found = clusters.find_clusters(refiner, clusters.TEXT)
+    assert found.groups() == clusters.find_clusters(refiner, clusters.FILE).groups()
+    assert found.provenance["num_clusters"] == "best silhouette" and len(found.provenance["silhouettes"]) == 4
+    assert found.groups() == {frozenset(pair) for pair in world.KIN.kin}
+    assert not found.groups() & clusters.find_clusters(refiner, clusters.CONTROL).groups()
+
+
+def test_the_ablation_runs_on_a_few_scenes() -> None:
+    settings = clusters.Settings(
+        train=24, val=8, test=30, host_steps=3, host_batch_size=4, stage_steps=3, batch_size=4, prompt_epochs=2, prompt_length=2
+    )
+    result = clusters.run(settings, seed=0)
+    assert {row: tuple(columns) for row, columns in result.figures.items()} == clusters.ROUTES
+    every = [(row, route, f) for row, columns in result.figures.items() for route, f in columns.items()]
+    assert all(0 < f.cam.miou < 1 and 0 < f.aligned.miou < 1 and 0 <= f.kin <= 1 for _, _, f in every)
+    assert {row for row, _, f in every if f.branch is not None} == {clusters.BILSTM, clusters.CONTRAST, clusters.ALL}
+    alone = result.figures[clusters.HOST][clusters.FILE]
+    assert all(f.cam != alone.cam for row, _, f in every if row != clusters.HOST)  # every row trained another network
+    for row in (clusters.TOKENS, clusters.ALL):  # the same clusters by another route, the same figures
+        assert result.figures[row][clusters.FILE] == result.figures[row][clusters.TEXT]
+    assert result.figures[clusters.TOKENS][clusters.CONTROL].cam != result.figures[clusters.TOKENS][clusters.FILE].cam
+
+
+def test_the_table_of_the_ablation() -> None:
+    def record(miou: float) -> dict:
+        row = {"miou": miou, "share": 0.1, "threshold": 0.4}
+        figures = {}
+        for i, name in enumerate(clusters.ROWS):
+            own = {"cam": {**row, "miou": miou + 0.1 * i}, "aligned": row, "branch": row if name == clusters.ALL else None}
+            figures[name] = {route: {**own, "kin": 0.2} for route in clusters.ROUTES[name]}
+        same = {"a": ["car", "tram"], "b": ["deer"]}
+        return {"figures": figures, "clusters": {clusters.FILE: same, clusters.TEXT: {"b": ["deer"], "c": ["tram", "car"]}}}
+
+    text = clusters_command.summary([record(0.2), record(0.4)])
+    assert "30.0 +- 14.1" in text
+    assert "mIoU [+ cluster tokens, mismatched] - [host alone]: 10.0 +- 0.0" in text
+    assert "The text features gave the clusters of the file in 2 of 2 seeds." in text
+    assert len([line for line in text.splitlines() if line.startswith("all ")]) == 2
