@@ -73,7 +73,8 @@ class ClusterBranch(nn.Module):
         lambda_contrast: weight of the patch contrast.
         bilstm: refine the patch tokens by HV-BiLSTM before they are classified.
         attention_bias: of `ClusterTokens`.
-        top_k: patches per class of the pooling.
+        top_k: patches per class of the pooling: a whole number, or a share of all patches below 1. The defaults of these
+            weights, of `top_k` and `threshold` are what did best on one seed of `examples/clusters`.
         dropout: of HV-BiLSTM.
         temperature, related_weight: of `losses.patch_contrast`.
         threshold, per_class: of `patch_heads.confident_patches`.
@@ -94,15 +95,15 @@ class ClusterBranch(nn.Module):
         dim: Union[int, nn.Module],
         *,
         lambda_tokens: float = 1.0,
-        lambda_mce: float = 1.0,
+        lambda_mce: float = 0.2,
         lambda_contrast: float = 0.1,
         bilstm: bool = True,
         attention_bias: float = 0.0,
-        top_k: int = 6,
+        top_k: Union[int, float] = 0.15,
         dropout: float = 0.2,
         temperature: float = 0.1,
         related_weight: float = 0.5,
-        threshold: float = 0.5,
+        threshold: float = 0.8,
         per_class: int = 8,
         blocks: str = "blocks",
         patch_embed: str = "patch_embed",
@@ -121,8 +122,9 @@ class ClusterBranch(nn.Module):
                 f"`temperature` must be > 0, `related_weight` and `threshold` from 0 to 1; got {temperature!r}, "
                 f"{related_weight!r} and {threshold!r}."
             )
-        for name, value in (("top_k", top_k), ("per_class", per_class)):
-            check_number(name, value, 1, whole=True)
+        check_number("per_class", per_class, 1, whole=True)
+        if not isinstance(top_k, float) or not 0 < top_k < 1:
+            check_number("top_k", top_k, 1, whole=True, advice=", or a share between 0 and 1")
         if lambda_contrast and not lambda_mce:
             raise ValueError(
                 "`lambda_contrast` needs `lambda_mce` > 0: the contrast picks its patches by the patch classifier."
@@ -252,7 +254,7 @@ class ClusterBranch(nn.Module):
         if self.classifier is not None:
             features = self.features(seen)
             scores = self.classifier(features)  # (B, N, C + 1)
-            terms["mce"] = losses.multi_label_cross_entropy(top_k_pool(scores, self.top_k), labels)
+            terms["mce"] = losses.multi_label_cross_entropy(top_k_pool(scores, self._top_k(scores.shape[1])), labels)
             if self.weights["patch_contrast"]:
                 image, patch, name = confident_patches(scores.detach(), labels, self.threshold, self.per_class)
                 terms["patch_contrast"] = losses.patch_contrast(
@@ -317,6 +319,9 @@ class ClusterBranch(nn.Module):
         return branch
 
     # ------------------------------------------------------------------------------------------------ inside
+
+    def _top_k(self, count: int) -> int:
+        return max(1, round(self.top_k * count)) if isinstance(self.top_k, float) else self.top_k
 
     def _related(self, device: torch.device) -> Tensor:
         """(C + 1, C + 1) bool: background is related to itself alone."""

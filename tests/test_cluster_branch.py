@@ -75,7 +75,7 @@ def test_loss_is_the_weighted_sum_of_the_terms_that_apply(name: str) -> None:
         model(img)
         loss = branch(labels)
     assert list(out.terms) == expected
-    weights = {"cluster_tokens": 1.0, "mce": 1.0, "patch_contrast": 0.1}
+    weights = {"cluster_tokens": 1.0, "mce": 0.2, "patch_contrast": 0.1}
     for term, key in (("cluster_tokens", "lambda_tokens"), ("mce", "lambda_mce"), ("patch_contrast", "lambda_contrast")):
         weights[term] = float(options.get(key, weights[term]))
     total = sum(weights[term] * value.item() for term, value in out.terms.items())
@@ -657,7 +657,9 @@ def test_a_last_block_with_fewer_tokens_than_patches() -> None:
         ({"lambda_tokens": 0, "lambda_mce": 0, "lambda_contrast": 0}, ValueError, "both are 0, so it would do nothing"),
         ({"lambda_tokens": -1}, ValueError, "`lambda_tokens` must be at least 0"),
         ({"lambda_contrast": float("nan")}, ValueError, "`lambda_contrast` must be at least 0"),
-        ({"top_k": 0}, ValueError, "`top_k` must be at least 1"),
+        ({"top_k": 0}, ValueError, "`top_k` must be at least 1, or a share between 0 and 1"),
+        ({"top_k": 1.5}, TypeError, "`top_k` must be a whole number"),
+        ({"top_k": 0.0}, TypeError, "`top_k` must be a whole number"),
         ({"per_class": 1.5}, TypeError, "`per_class` must be a whole number"),
         ({"threshold": "0.5"}, TypeError, "`threshold` must be a number"),
         ({"temperature": 0.0}, ValueError, "`temperature`"),
@@ -678,3 +680,14 @@ def test_other_arguments_are_refused() -> None:
         ClusterBranch(CLUSTERS, 8.0)  # type: ignore[arg-type]
     with pytest.raises(HostError, match="list of transformer blocks 'blocks' in ToyCNN"):
         ClusterBranch(CLUSTERS, ToyCNN())
+
+
+def test_top_k_may_be_a_share_of_the_patches() -> None:
+    img, labels = batch()
+    model, mce = ToyMCTformer(), {}
+    for top_k in (0.25, 4, 1, 0.01):  # 16 patches
+        branch = sure(ClusterBranch(CLUSTERS, model, dropout=0.0, lambda_contrast=0, top_k=top_k))
+        with branch.insert(model):
+            model(img)
+            mce[top_k] = branch.compute(labels).terms["mce"].item()
+    assert mce[0.25] == mce[4] and mce[0.01] == mce[1] and mce[4] != mce[1]
