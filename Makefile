@@ -8,12 +8,15 @@ RUN := $(VENV)/bin/python
 OUT ?= runs/demo
 SEEDS ?= 5
 
-.PHONY: demo seeds benchmark test test-hosts lint clean
+.PHONY: demo seeds clusters benchmark test test-hosts lint clean
 demo: $(VENV)/ready
 	$(RUN) -m examples.demo --out $(OUT)
 
 seeds: $(VENV)/ready
 	$(RUN) -m examples.demo.seeds --seeds $(SEEDS) --out runs/seeds
+
+clusters: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(RUN) -m examples.clusters --seeds $(SEEDS) --out runs/clusters
 
 benchmark: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/reference_step.py
