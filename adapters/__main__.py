@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "--host-option", action="append", default=[], metavar="NAME=VALUE", help="of the adapter, e.g. cam=patch"
     )
     parser.add_argument(
-        "--clusters", type=Path, metavar="FILE", help="category clusters: train a cluster branch (PCC, CPC) with the host"
+        "--clusters", metavar="voc|coco|FILE", help="category clusters: train a cluster branch (PCC, CPC) with the host"
     )
     parser.add_argument(
         "--cluster-option", action="append", default=[], metavar="NAME=VALUE", help="of ClusterBranch, e.g. lambda_contrast=0"
@@ -101,7 +101,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     options = parser.parse_args(ours)
     try:
         job = _job(options, script, parser)
-    except (TypeError, ValueError, SemplesError) as error:
+    except (TypeError, ValueError, FileNotFoundError, SemplesError) as error:
         parser.error(str(error))
     if options.stage == "all" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         parser.error("--stage all starts processes of its own; under torchrun run --stage match, prompt and refine in turn.")
@@ -123,13 +123,19 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return 1
 
 
+def _clusters(text: str, classes: List[str]) -> CategoryClusters:
+    if text.lower() in ("voc", "coco"):
+        return CategoryClusters.bundled(text).ordered(classes)
+    return CategoryClusters.from_file(text, classes)
+
+
 def _job(options: argparse.Namespace, script: List[str], parser: argparse.ArgumentParser) -> Job:
     if not script:
         parser.error("Give the host's script and its arguments after --, e.g. -- main.py --epochs 1.")
     repo = options.repo.resolve()
     if not (repo / script[0]).is_file():
         parser.error(f"There is no {script[0]} in {repo}.")
-    for name in ("prompts", "checkpoint", "clusters", "branch"):
+    for name in ("prompts", "checkpoint", "branch"):
         path = getattr(options, name)
         if path is not None and not path.is_file():
             parser.error(f"--{name}: there is no file {path}.")
@@ -145,7 +151,7 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
         parser.error("--cluster-option and --cluster-prompts need --clusters FILE.")
     check_number("cluster-rate", options.cluster_rate, 0)
     classes = class_list(options.classes)
-    clusters = None if options.clusters is None else CategoryClusters.from_file(options.clusters, list(classes))
+    clusters = None if options.clusters is None else _clusters(options.clusters, list(classes))
     branch_options = {"seed": options.seed, **assignments("--cluster-option", options.cluster_option)}
     told = list(zip(*check_classes(classes)))
     check_number("weight", options.weight, 0)

@@ -153,9 +153,10 @@ def test_a_network_without_blocks_is_refused(folder: Path, tmp_path: Path) -> No
         (["--branch", "FOLDER/clusters.json"], "--branch is for --stage plain"),
         (["--cluster-prompts"], "need --clusters FILE"),
         (["--cluster-option", "top_k=2"], "need --clusters FILE"),
-        (["--clusters", "FOLDER/none.json"], "there is no file"),
+        (["--clusters", "FOLDER/none.json"], "No cluster file at"),
         (["--clusters", "FOLDER/classes.txt"], "must end in .json, .yaml or .yml"),
         (["--clusters", "FOLDER/clusters.json", "--classes", "voc"], "In no cluster: 'aeroplane'"),
+        (["--clusters", "voc"], "'aeroplane' in cluster 'vehicles' is not one of the classes"),
         (["--clusters", "FOLDER/clusters.json", "--cluster-rate", "-1"], "cluster-rate"),
     ],
 )

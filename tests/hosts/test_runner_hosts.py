@@ -230,3 +230,27 @@ def test_a_killed_refine_stage_is_run_again(hosts: Any, ran: Ran, tmp_path: Path
         assert (tmp_path / "out" / name).read_bytes() == (ran.out / name).read_bytes()
     prompts = [load_file(out / "prompts.safetensors") for out in (tmp_path / "out", ran.out)]
     assert same(*prompts)
+
+
+@pytest.mark.parametrize("name", ["mctformer", "weaktr"])
+def test_a_cluster_branch_goes_through_the_scripts(hosts: Any, name: str, tmp_path: Path) -> None:
+    """Trained by the training script, and put back into the network of the script for CAM files."""
+    hosts.repo(name)
+    before = hosts.state(name)
+    ids, lines = hosts.folder(name, tmp_path, COUNT), script(name, hosts.photos(), tmp_path)
+    hosts.run(name, name, tmp_path, "--stage", "match", "--clusters", "voc", "--", *lines.train)
+    log = [json.loads(line) for line in (tmp_path / "out" / "match.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(log) == STEPS and all({"cluster_tokens", "mce", "patch_contrast"} <= line.keys() for line in log)
+    assert same(weights(tmp_path / "out" / "match.pt"), weights(tmp_path / lines.saved))  # the host's own tensors alone
+    branch = tmp_path / "out" / "match.clusters.safetensors"
+    found = {}
+    for ours in ([], ["--branch", str(branch)]):
+        said = hosts.run(name, name, tmp_path, "--stage", "plain", *ours, "--", *lines.cams)
+        assert (f"{branch} is in " in said) == bool(ours)
+        found[len(ours)] = {i: np.load(tmp_path / "cams" / f"{i}.npy", allow_pickle=True).item() for i in ids}
+    for i in ids:
+        alone, together = found[0][i], found[2][i]
+        assert sorted(alone) == sorted(together)
+        assert all(alone[k].shape == together[k].shape and np.isfinite(together[k]).all() for k in alone)
+    assert max(np.abs(found[0][i][k] - found[2][i][k]).max() for i in ids for k in found[0][i]) > 1e-3
+    assert hosts.state(name) == before
