@@ -145,6 +145,10 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
         parser.error(f"--log-every must be at least 1; got {options.log_every}.")
     if options.stage == "prompt" and options.prompts is not None:
         parser.error("--stage prompt writes OUT/prompts.safetensors; --prompts is for the refine stage.")
+    if options.clusters is not None and options.stage == "plain":
+        parser.error(
+            "--stage plain trains nothing; a trained branch is put into the host by --branch OUT/refine.clusters.safetensors."
+        )
     if options.branch is not None and options.stage != "plain":
         parser.error("--branch is for --stage plain; the other stages make and keep their own.")
     if (options.cluster_option or options.cluster_prompts) and options.clusters is None:
@@ -153,6 +157,8 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
     classes = class_list(options.classes)
     clusters = None if options.clusters is None else _clusters(options.clusters, list(classes))
     branch_options = {"seed": options.seed, **assignments("--cluster-option", options.cluster_option)}
+    if clusters is not None:
+        ClusterBranch(clusters, 8, **branch_options)  # told now, not after the host has read its data
     told = list(zip(*check_classes(classes)))
     check_number("weight", options.weight, 0)
     check_number("passes", options.passes, 1, whole=True)

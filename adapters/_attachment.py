@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._checks import check_number, check_stats
+from .._hooks import Hook, unwrap
 from ..cluster_branch import BranchOutput, ClusterBranch, Seen
-from ..cluster_tokens import unwrap
 from ..errors import DetachedCamError, HostError
 from ..refiner import PromptRefiner
 
@@ -157,10 +157,10 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         options = {"with_kwargs": True} if _WITH_KWARGS else {}
         try:
-            self.handles.append(self.model.register_forward_pre_hook(self.begin))
-            self.handles.append(self.model.register_forward_hook(self._end, **options))
+            self.handles.append(self.model.register_forward_pre_hook(Hook(self.begin)))
+            self.handles.append(self.model.register_forward_hook(Hook(self._end), **options))
             for name, module in self.watched.items():
-                self.handles.append(module.register_forward_hook(functools.partial(self._record, name)))
+                self.handles.append(module.register_forward_hook(Hook(functools.partial(self._record, name))))
         except BaseException:
             self.__exit__()
             raise
@@ -422,7 +422,7 @@ class Attachment:
             out = self.refiner.compute(img, cam, labels.to(cam.device))
             losses.append(self.weight * out.loss)
             terms.update(out.terms, loss=out.loss)
-        if self.clusters is not None and capture.seen is not None:
+        if self.clusters is not None and capture.seen is not None:  # `seen` is always there with a branch
             branch = self.clusters.compute(capture.seen, labels)
             losses.append(branch.loss)
             terms.update(branch.terms)
@@ -480,8 +480,8 @@ class Attachment:
 class ClusterTraining:
     """A cluster branch inside a host's training loop: its place in the host, and the steps of its own parameters.
 
-    The host's optimiser does not know the branch's parameters. With an optimiser of their own they are stepped after every
-    backward pass: when the host's next forward pass begins, and at the end. The factor that the host puts on its loss (a
+    The host's optimiser does not know the branch's parameters. With an optimiser of their own they are stepped at the end of
+    every backward pass. The factor that the host puts on its loss (a
     gradient scaler's, one over the accumulated batches) is measured at the added loss and divided out again; a step whose
     gradient is not finite is left out, as a gradient scaler does. Under `torch.distributed` gradients are averaged.
     """
@@ -505,15 +505,23 @@ class ClusterTraining:
                     f"`cluster_optimizer` must hold the parameters of `clusters`; it lacks {_listing(lacking)}. Make it with "
                     "torch.optim.AdamW(branch.parameters(), lr=...)."
                 )
+            surplus = len(held) - len(list(branch.parameters()))
+            if surplus > 0:
+                raise ValueError(
+                    f"`cluster_optimizer` must hold the parameters of `clusters` alone; it holds {surplus} more, which "
+                    "would be stepped twice if they are the host's. If the host's own optimiser has the branch's parameters, "
+                    "pass cluster_optimizer=None."
+                )
         self._place: Any = None
         self._before: List[Tensor] = []
         self._factors: List[Tensor] = []
-        self._handle: Any = None
+        self._reached = False
+        self._left_out = 0
 
     # ------------------------------------------------------------------------------------------------ life
 
     def begin(self) -> None:
-        self._factors, self._reached = [], False
+        self._factors, self._reached, self._left_out = [], False, 0
         if self.optimizer is None:
             self._before = [p.detach().clone() for p in self.branch.parameters()]
         else:
@@ -528,32 +536,28 @@ class ClusterTraining:
             )
         self._place = self.branch.insert(model)
         self._place.__enter__()
-        self._handle = model.register_forward_pre_hook(lambda module, inputs: self.update())
 
     def leave(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-        place, self._place, self._handle = self._place, None, None
+        place, self._place = self._place, None
         if place is not None:
             place.__exit__(None, None, None)
 
     def end(self) -> None:
-        """The loop is over without an error: the last step, or a check that somebody else's optimiser moved the parameters."""
-        self.update()
+        """The loop is over without an error: a check that the parameters did move."""
         before, self._before = self._before, []
-        if (
-            self.optimizer is None
-            and self._reached
-            and all(torch.equal(a.to(b.device), b) for a, b in zip(before, self.branch.parameters()))
-        ):
+        moved = not all(torch.equal(a.to(b.device), b) for a, b in zip(before, self.branch.parameters()))
+        if self.optimizer is None and self._reached and not moved:
             raise AdapterError(
                 "The cluster branch was not trained: backward() ran, but none of its parameters changed. Give `attach` an "
                 "optimiser for them, attach(..., cluster_optimizer=torch.optim.AdamW(branch.parameters(), lr=1e-3)), or add "
                 'them to the host\'s: optimizer.add_param_group({"params": branch.parameters()}).'
             )
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, "_place": None, "_handle": None}  # a copy of the host is in no `with`
+        if self._left_out:
+            warnings.warn(
+                f"{self._left_out} steps of the cluster branch were left out, since its gradients were not finite. A few are "
+                "normal with a gradient scaler; if they are all, look at the host's loss.",
+                stacklevel=3,
+            )
 
     # ------------------------------------------------------------------------------------------------ steps
 
@@ -561,28 +565,32 @@ class ClusterTraining:
         return self.branch.compute(labels, seen)
 
     def watch(self, loss: Tensor) -> None:
-        """Note the factor that the host's backward pass puts on the added loss."""
+        """Have the branch stepped at the end of the backward pass that reaches the added loss."""
         if loss.requires_grad:
-            loss.register_hook(lambda gradient: self._factors.append(gradient.detach().clone()))
+            loss.register_hook(self._on_gradient)
 
-    def update(self) -> None:
-        """One step of the branch's own optimiser, if a backward pass ran since the last one."""
+    def _on_gradient(self, gradient: Tensor) -> None:
+        self._reached = True
+        if self.optimizer is not None:
+            self._factors.append(gradient.detach().clone())
+            # At the end of this backward pass, as DistributedDataParallel does: in every process at the same place.
+            torch.autograd.Variable._execution_engine.queue_callback(self._update)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """One step of the branch's own optimiser."""
         factors, self._factors = self._factors, []
-        self._reached = self._reached or bool(factors)
-        if self.optimizer is None or not factors:
-            return
-        with torch.inference_mode(False), torch.no_grad():  # the next forward pass may be an evaluation's
-            self._step(factors)
-
-    def _step(self, factors: List[Tensor]) -> None:
-        assert self.optimizer is not None
         gradients = [p.grad for p in self.branch.parameters() if p.grad is not None]
+        if self.optimizer is None or not factors or not gradients:
+            return
         factor = torch.stack([f.float().to(factors[0].device) for f in factors]).mean()
         for gradient in gradients:
             gradient /= factor.to(gradient.device)
         _average(gradients)
         if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             self.optimizer.step()
+        else:
+            self._left_out += 1
         self.optimizer.zero_grad(set_to_none=True)
 
 

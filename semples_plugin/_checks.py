@@ -47,6 +47,12 @@ def check_number(name: str, value: Any, minimum: float, whole: bool = False, adv
         raise ValueError(f"`{name}` must be at least {minimum:g}{advice or ('' if whole else ' and finite')}; got {value!r}.")
 
 
+def check_multi_hot(labels: Tensor) -> None:
+    """`labels` must hold 0 and 1 alone."""
+    if bool(((labels != 0) & (labels != 1)).any()):
+        raise ValueError(f"`labels` must hold only 0 and 1; got values such as {_example(labels)}. {_NOT_BINARY}")
+
+
 def check_stats(image_stats: Any) -> Stats:
     """`(mean, std)` of three values each, or None for images in [0, 1]."""
     if image_stats is None:
@@ -100,6 +106,7 @@ def check_batch(
     return img, cam, labels.bool()
 
 
+_NOT_BINARY = "Ignore labels and soft labels have to be turned into 0 or 1 first."
 _NOT_FLOAT = {
     "img": "Convert with img.float() / 255 and normalise as your host does.",
     "cam": "A CAM of whole numbers carries no gradient; pass the activations, not a label map.",
@@ -159,10 +166,7 @@ def _check_values(img: Tensor, cam: Tensor, labels: Tensor, stats: Stats, normal
                 + ("Look for sqrt at 0 or a division in your CAM." if name == "cam" else "Look at your data pipeline.")
             )
     if not_binary:
-        raise ValueError(
-            f"`labels` must hold only 0 and 1; got values such as {_example(labels)}. "
-            "Ignore labels and soft labels have to be turned into 0 or 1 first."
-        )
+        raise ValueError(f"`labels` must hold only 0 and 1; got values such as {_example(labels)}. {_NOT_BINARY}")
     if img_outside > 0.1:
         expected = "in [0, 1]" if stats is None else f"normalised with mean {stats[0]} and std {stats[1]}"
         raise ValueError(

@@ -155,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--max-clusters", type=int, metavar="K", help="the most clusters (any number)")
     asked.add_argument("--initial-prompt", type=Path, metavar="FILE", help="text of the first question, with {classes}")
     asked.add_argument("--refine-prompt", type=Path, metavar="FILE", help="of the later ones: {classes} {clusters} {findings}")
+    asked.add_argument("--max-tokens", type=int, metavar="N", help="the most tokens of an answer (the server's limit)")
     asked.add_argument("--timeout", type=float, metavar="S", help="seconds to wait for an answer (60)")
     asked.add_argument("--retries", type=int, metavar="N", help="how often a question is asked again (3)")
     asked.add_argument("--accept-unconverged", action="store_true", default=None, help="take clusters that still change")
@@ -402,8 +403,8 @@ def _prompts(options: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------------------------------- clusters
 
 _ASKED = {
-    "base_url": "base_url", "max_rounds": "max_rounds", "max_clusters": "max_clusters", "initial_prompt": "initial_prompt",
-    "refine_prompt": "refine_prompt", "timeout": "timeout", "retries": "max_retries",
+    "base_url": "base_url", "max_rounds": "max_rounds", "max_clusters": "max_clusters", "max_tokens": "max_tokens",
+    "initial_prompt": "initial_prompt", "refine_prompt": "refine_prompt", "timeout": "timeout", "retries": "max_retries",
     "accept_unconverged": "accept_unconverged", "api_key_env": "api_key",
 }  # fmt: skip
 

@@ -8,23 +8,24 @@ needs into a host by hooks and gives one loss with named terms. Flow: host's pat
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
 from . import losses
-from ._checks import check_number
+from ._checks import check_multi_hot, check_number
+from ._hooks import Hook, follow, unwrap
 from ._safetensors import read_tensors, write_tensors
-from .cluster_tokens import ClusterTokens, find_blocks, token_size, unwrap
+from .clip_encoder import full_precision
+from .cluster_tokens import OWNER, ClusterTokens, check_free, find_blocks, token_size
 from .clusters import CategoryClusters
 from .errors import ClusterError, HostError
 from .patch_heads import HVBiLSTM, PatchClassifier, confident_patches, top_k_pool
 
-__all__ = ["BranchOutput", "ClusterBranch", "Seen"]
+__all__ = ["BranchInsertion", "BranchOutput", "ClusterBranch", "Seen"]
 
 FORMAT = "semples-plugin cluster branch"
 FORMAT_VERSION = 1
@@ -37,11 +38,13 @@ class Seen(NamedTuple):
         tokens: (B, K, D) cluster tokens after the last block, or None without them.
         patches: (B, h w, D) patch tokens after the last block.
         grid: (h, w).
+        tracked: whether the pass ran with gradients.
     """
 
     tokens: Optional[Tensor]
     patches: Tensor
     grid: Tuple[int, int]
+    tracked: bool = True
 
 
 class BranchOutput(NamedTuple):
@@ -62,8 +65,9 @@ class ClusterBranch(nn.Module):
         L = lambda_tokens L_tokens + lambda_mce L_MCE + lambda_contrast L_contrast
 
     with L_tokens of `ClusterTokens`, L_MCE of the top-k pooled patch scores, and the patch contrast of CPC. A weight of 0
-    leaves a part out, and what only it needs is not built. The branch has parameters of its own: give them to your optimiser,
-    or `adapters.attach(..., clusters=branch, cluster_optimizer=...)` steps one for them.
+    leaves a part out, and what only it needs is not built. The branch has parameters of its own: give them to your optimiser
+    (with several processes their gradients are yours to average), or `adapters.attach(..., clusters=branch,
+    cluster_optimizer=...)` does both.
 
     Args:
         clusters: the category clusters, classes in the order of the label columns.
@@ -123,6 +127,8 @@ class ClusterBranch(nn.Module):
                 f"{related_weight!r} and {threshold!r}."
             )
         check_number("per_class", per_class, 1, whole=True)
+        if not isinstance(bilstm, bool):
+            raise TypeError(f"`bilstm` must be True or False; got {bilstm!r}.")
         if not isinstance(top_k, float) or not 0 < top_k < 1:
             check_number("top_k", top_k, 1, whole=True, advice=", or a share between 0 and 1")
         if lambda_contrast and not lambda_mce:
@@ -159,57 +165,18 @@ class ClusterBranch(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ in the host
 
-    @contextlib.contextmanager
-    def insert(self, model: nn.Module) -> Iterator["ClusterBranch"]:
+    def insert(self, model: nn.Module) -> "BranchInsertion":
         """The branch in the forward passes of `model` for the time of a `with`; the host's code and weights stay as they are.
+
+        The branch moves to the host's device. Its own mode is its own: `branch.eval()` for inference.
 
         Raises:
             HostError: if the model is no vision transformer of the expected kind.
         """
-        blocks = find_blocks(model, self.blocks)
-        inner = unwrap(model)
-        try:
-            embed: Optional[nn.Module] = inner.get_submodule(self.patch_embed)
-        except AttributeError:
-            embed = None
-        if embed is None:
-            names = ", ".join(repr(name) for name, _ in inner.named_children())
-            raise HostError(
-                f"{type(inner).__name__} has no module {self.patch_embed!r}, which the size of the patch grid is read from. "
-                f"Its modules are {names}. Name it: patch_embed='...'."
-            )
-        grids: List[Tuple[int, int]] = []
-        passes: List[Tuple[int, int]] = []
-
-        def embedded(module: nn.Module, inputs: Any, output: Any) -> None:
-            grids[:] = [_grid(inputs[0], output, module, self.size)]
-
-        def finished(module: nn.Module, inputs: Any, output: Any) -> None:
-            x = output[0] if isinstance(output, tuple) else output
-            if not grids and passes:
-                return  # checkpointing runs the block again in the backward pass
-            if not grids:
-                raise HostError(f"The blocks ran, but {self.patch_embed!r} did not run before them in this forward pass.")
-            grid = grids.pop()
-            passes.append(grid)
-            count = grid[0] * grid[1]
-            if x.shape[1] < count:
-                raise HostError(f"The last block gives {x.shape[1]} tokens, fewer than the {grid[0]} x {grid[1]} patches.")
-            patches = x[:, x.shape[1] - count :]  # class and register tokens come first
-            tokens = None if self.tokens is None else self.tokens.take()
-            self._seen = Seen(tokens, patches, grid)
-
-        with contextlib.ExitStack() as stack:
-            if self.tokens is not None:
-                stack.enter_context(self.tokens.insert(model))
-            # Registered after the tokens' hooks, and so sees the host's own tokens.
-            stack.callback(embed.register_forward_hook(embedded).remove)
-            stack.callback(blocks[-1].register_forward_hook(finished).remove)
-            stack.callback(self._forget)
-            yield self
-
-    def _forget(self) -> None:
-        self._seen = None
+        for parameter in unwrap(model).parameters():
+            follow(self, parameter.device)
+            break
+        return BranchInsertion(self, model)
 
     def take(self) -> Seen:
         """What the last forward pass left, and forget it, so that its graph is the caller's alone.
@@ -224,6 +191,13 @@ class ClusterBranch(nn.Module):
                 "then the branch."
             )
         return seen
+
+    def _note(self, patches: Tensor, grid: Tuple[int, int]) -> None:
+        tokens = None if self.tokens is None else self.tokens.take()
+        self._seen = Seen(tokens, patches, grid, torch.is_grad_enabled())
+
+    def _forget(self) -> None:
+        self._seen = None
 
     # ------------------------------------------------------------------------------------------------ losses
 
@@ -244,10 +218,17 @@ class ClusterBranch(nn.Module):
         expected = (len(seen.patches), len(self.clusters.classes))
         if tuple(labels.shape) != expected:
             raise ValueError(f"`labels` must have shape (B, C) = {expected}; got {tuple(labels.shape)}.")
+        if torch.is_grad_enabled() and self.training and not seen.tracked:
+            raise HostError(
+                "The host's last forward pass ran without gradients, so this loss would train nothing of it. Ask for the loss "
+                "right after the pass that it belongs to; for the terms alone use branch.eval() or torch.no_grad()."
+            )
+        check_multi_hot(labels)
         device = seen.patches.device
-        labels = labels.to(device)
-        if next(self.parameters()).device != device:
-            self.to(device)
+        with full_precision(device):
+            return self._terms(seen, labels.to(device), device)
+
+    def _terms(self, seen: Seen, labels: Tensor, device: torch.device) -> BranchOutput:
         terms: Dict[str, Tensor] = {}
         if self.tokens is not None:
             terms["cluster_tokens"] = self.tokens.loss(labels, seen.tokens)
@@ -265,9 +246,12 @@ class ClusterBranch(nn.Module):
 
     def features(self, seen: Seen) -> Tensor:
         """Patch features (B, N, D') that are classified: LayerNorm, then HV-BiLSTM if there is one."""
-        assert self.norm is not None
-        x = self.norm(seen.patches.float())
-        return x if self.bilstm is None else self.bilstm(x, seen.grid)
+        if self.norm is None:
+            raise HostError("This branch has no patch classifier; build it with lambda_mce > 0.")
+        follow(self, seen.patches.device)
+        with full_precision(seen.patches.device):  # the host may run under autocast
+            x = self.norm(seen.patches.float())
+            return x if self.bilstm is None else self.bilstm(x, seen.grid)
 
     def cam(self, seen: Seen) -> Tensor:
         """The patch classifier's own class map (B, C, h, w) in [0, 1], Z without its background: PCC makes its masks of it.
@@ -277,7 +261,9 @@ class ClusterBranch(nn.Module):
         """
         if self.classifier is None:
             raise HostError("This branch has no patch classifier, and so no class map; build it with lambda_mce > 0.")
-        scores = self.classifier(self.features(seen))[:, :, 1:]  # (B, N, C)
+        features = self.features(seen)
+        with full_precision(features.device):
+            scores = self.classifier(features)[:, :, 1:]  # (B, N, C)
         return scores.transpose(1, 2).reshape(len(scores), -1, *seen.grid)
 
     # ------------------------------------------------------------------------------------------------ files
@@ -337,6 +323,62 @@ class ClusterBranch(nn.Module):
     def extra_repr(self) -> str:
         used = ", ".join(f"{name} {value:g}" for name, value in self.weights.items() if value)
         return f"{len(self.clusters)} clusters of {len(self.clusters.classes)} classes; {used}"
+
+
+class BranchInsertion:
+    """Hooks that show a host's patch tokens to a `ClusterBranch`; what `ClusterBranch.insert` returns. Use it in a `with`."""
+
+    def __init__(self, branch: ClusterBranch, model: nn.Module):
+        self.branch, self.name = branch, type(unwrap(model)).__name__
+        self.blocks = find_blocks(model, branch.blocks)
+        inner = unwrap(model)
+        try:
+            self.embed = inner.get_submodule(branch.patch_embed)
+        except AttributeError as error:
+            names = ", ".join(repr(name) for name, _ in inner.named_children())
+            raise HostError(
+                f"{self.name} has no module {branch.patch_embed!r}, which the size of the patch grid is read from. "
+                f"Its modules are {names}. Name it: patch_embed='...'."
+            ) from error
+        self.tokens = None if branch.tokens is None else branch.tokens.insert(model)
+        self._grid: Optional[Tuple[int, int]] = None
+        self._done = False  # whether a pass came to its end
+        self._handles: List[Any] = []
+
+    def __enter__(self) -> ClusterBranch:
+        if self._handles:
+            raise HostError("This cluster branch is in the host already; use one `with` at a time.")
+        check_free([*self.blocks, self.embed], self.name)
+        if self.tokens is not None:
+            self.tokens.__enter__()
+        # Registered after the tokens' hooks, and so sees the host's own tokens.
+        self._handles.append(self.embed.register_forward_hook(Hook(self._embedded, OWNER)))
+        self._handles.append(self.blocks[-1].register_forward_hook(Hook(self._finished, OWNER)))
+        return self.branch
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._grid, self._done = [], None, False
+        self.branch._forget()
+        if self.tokens is not None:
+            self.tokens.__exit__(*error)
+
+    def _embedded(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._grid = _grid(inputs[0], output, module, self.branch.size)
+
+    def _finished(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        grid, self._grid = self._grid, None
+        if grid is None and self._done:
+            return  # checkpointing runs the block again in the backward pass
+        if grid is None:
+            raise HostError(f"The blocks ran, but {self.branch.patch_embed!r} did not run before them in this forward pass.")
+        self._done = True
+        x = output[0] if isinstance(output, tuple) else output
+        count = grid[0] * grid[1]
+        if x.shape[1] < count:
+            raise HostError(f"The last block gives {x.shape[1]} tokens, fewer than the {grid[0]} x {grid[1]} patches.")
+        self.branch._note(x[:, x.shape[1] - count :], grid)  # class and register tokens come first
 
 
 def _grid(img: Any, output: Any, embed: nn.Module, size: int) -> Tuple[int, int]:

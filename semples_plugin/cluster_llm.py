@@ -113,7 +113,8 @@ def ask(
         model: the name by which the server knows the model.
         base_url: address of the server, such as `"http://localhost:11434/v1"`; by default that of the variable
             OPENAI_BASE_URL, else OpenAI's.
-        api_key: by default that of the variable OPENAI_API_KEY. A server of your own needs none.
+        api_key: by default that of the variable OPENAI_API_KEY, which then goes to whatever server `base_url` names. A server
+            of your own needs none.
         max_rounds: the most rounds, at least 2: a fixed point needs two valid answers in a row.
         max_clusters: the most clusters allowed; by default any number.
         initial_prompt: the first question: a text, or a `Path` to one. It must contain `{classes}` and may `{limit}`.
@@ -365,7 +366,7 @@ class _Server:
                 beginning = self._clean(b"".join(parts)[:LARGEST_KEPT].decode("utf-8", "replace"))
                 raise self._error(
                     f"gave an answer that is too long: expected at most {LARGEST_BODY:,} bytes and stopped reading there",
-                    "Give max_tokens, or use another model.",
+                    "Give max_tokens (--max-tokens), or use another model.",
                     beginning,
                 )
             if time.monotonic() > end:
@@ -405,7 +406,7 @@ class _Server:
         if reason == "length":
             raise self._error(
                 f"gave an answer that was cut off after {len(answer)} characters (finish_reason 'length')",
-                "Raise max_tokens or the server's context length, or use another model.",
+                "Raise max_tokens (--max-tokens) or the server's context length, or use another model.",
                 answer,
             )
         if not isinstance(content, str):
@@ -415,7 +416,7 @@ class _Server:
         if len(answer) > LARGEST_ANSWER:
             raise self._error(
                 f"gave an answer that is too long: expected at most {LARGEST_ANSWER:,} characters; got {len(answer):,}",
-                "Give max_tokens, or use another model.",
+                "Give max_tokens (--max-tokens), or use another model.",
                 answer,
             )
         return answer
@@ -442,7 +443,10 @@ class _Server:
     def _status(self, error: Any) -> Tuple[str, str]:
         said = f"status {error.status_code}: {self._said(error)}"
         if error.status_code in (401, 403):
-            return f"did not accept the API key: {said}", "Set the variable OPENAI_API_KEY to a valid one."
+            return (
+                f"did not accept the API key: {said}",
+                "Set OPENAI_API_KEY, or the variable of --api-key-env, to a valid one.",
+            )
         if error.status_code == 404:
             return f"was not found: {said}", "Is the model's name right, and base_url (--base-url), which usually ends in /v1?"
         if error.status_code == 429:
@@ -460,8 +464,8 @@ class _Server:
 
     def _late(self) -> ClusterAskError:
         return self._error(
-            f"gave no complete answer within {self.timeout:g} s, also after {self.max_retries} retries",
-            "Is the server busy or loading the model? Raise timeout (--timeout).",
+            f"gave no complete answer within {self.timeout:g} s",
+            "Is the server busy or loading the model? Raise timeout (--timeout) or max_retries (--retries).",
         )
 
     def _error(self, what: str, advice: str, answer: Optional[str] = None) -> ClusterAskError:

@@ -10,30 +10,26 @@ last block. No reference code of PCC (arXiv 2412.13823) exists: re-implemented f
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
+from ._checks import check_number
+from ._hooks import Hook, follow, unwrap
 from .clusters import CategoryClusters
 from .errors import HostError
 
-__all__ = ["ClusterTokens", "find_blocks", "token_size", "unwrap"]
+__all__ = ["ClusterTokens", "Insertion", "check_free", "find_blocks", "token_size"]
 
+OWNER = "clusters"  # of the hooks
 _WITH_KWARGS = "with_kwargs" in inspect.signature(nn.Module.register_forward_pre_hook).parameters  # torch >= 2.0
 _SOFTMAX = (Tensor.softmax, torch.softmax, F.softmax)
 _FUSED: Any = getattr(F, "scaled_dot_product_attention", None)  # torch >= 2.0
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside DataParallel / DistributedDataParallel."""
-    while isinstance(model, (DataParallel, DistributedDataParallel)):
-        model = model.module
-    return model
 
 
 def find_blocks(model: nn.Module, path: str = "blocks") -> List[nn.Module]:
@@ -84,7 +80,8 @@ class ClusterTokens(nn.Module):
     The host is not changed: its parameters, `state_dict` and checkpoints stay its own, and outside the `with` nothing is left.
     Save these tokens by their own `state_dict()`, and insert them for inference as well. Attention that a block returns loses
     the tokens' rows and columns and is not scaled up again. The blocks must return tokens (B, N, D), or a tuple that begins so;
-    with (B, heads, N, N) attention, features (B, N, D) after them. Attention that depends on positions or windows (Swin, BEiT,
+    with (B, heads, N, N) attention, features (B, N, D) after them. What a host records inside a block (by a hook on its
+    attention, say) still has the tokens, as last rows and columns. Attention that depends on positions or windows (Swin, BEiT,
     rotary embeddings) cannot take tokens in this way.
 
     Args:
@@ -118,15 +115,15 @@ class ClusterTokens(nn.Module):
         super().__init__()
         if not isinstance(clusters, CategoryClusters):
             raise TypeError(f"`clusters` must be CategoryClusters; got {type(clusters).__name__}.")
-        if isinstance(dim, nn.Module):
-            dim = token_size(dim, blocks)
-        if not attention_bias < float("inf"):
+        size = token_size(dim, blocks) if isinstance(dim, nn.Module) else dim
+        check_number("dim", size, 1, whole=True, advice=", or the host itself")
+        if not isinstance(attention_bias, (int, float)) or not attention_bias < float("inf"):
             raise ValueError(f"`attention_bias` must be a number or -inf; got {attention_bias!r}.")
         self.clusters, self.attention_bias, self.blocks = clusters, float(attention_bias), blocks
         generator = torch.Generator().manual_seed(seed)
-        self.tokens = nn.Parameter(0.02 * torch.randn(1, len(clusters), dim, generator=generator))  # (1, K, D)
-        self.norm = nn.LayerNorm(dim)
-        self.weight = nn.Parameter(0.02 * torch.randn(len(clusters), dim, generator=generator))  # (K, D)
+        self.tokens = nn.Parameter(0.02 * torch.randn(1, len(clusters), size, generator=generator))  # (1, K, D)
+        self.norm = nn.LayerNorm(size)
+        self.weight = nn.Parameter(0.02 * torch.randn(len(clusters), size, generator=generator))  # (K, D)
         self.bias = nn.Parameter(torch.zeros(len(clusters)))
         self.output: Optional[Tensor] = None
 
@@ -136,6 +133,9 @@ class ClusterTokens(nn.Module):
         Raises:
             HostError: if the model has no list of blocks, or they do not take or give tokens.
         """
+        for parameter in unwrap(model).parameters():
+            follow(self, parameter.device)
+            break
         return Insertion(self, model)
 
     def take(self) -> Tensor:
@@ -166,7 +166,13 @@ class ClusterTokens(nn.Module):
         Returns:
             Scalar, attached to the tokens and the host.
         """
-        output = self.take() if output is None else output
+        if output is None:
+            output = self.take()
+            if torch.is_grad_enabled() and self.training and self.tokens.requires_grad and not output.requires_grad:
+                raise HostError(
+                    "The host's last forward pass ran without gradients, so this loss would train nothing. Ask for the loss "
+                    "right after the pass that it belongs to."
+                )
         logits, wanted = self.logits(output), self.clusters.labels(labels).to(output.device).float()
         # Written out: torch's own function would be taken for a label loss of the host by `adapters.attach`.
         return -(wanted * F.logsigmoid(logits) + (1 - wanted) * F.logsigmoid(-logits)).mean()
@@ -194,13 +200,14 @@ class Insertion:
     def __enter__(self) -> "Insertion":
         if self._handles:
             raise HostError("These cluster tokens are in the host already; use one `with` at a time.")
-        if any(isinstance(h, _Hook) and h.active for module in self.modules for h in module._forward_hooks.values()):
-            raise HostError(f"{self.name} holds cluster tokens already; leave that `with` first.")
+        check_free(self.modules, self.name)
         options = {"with_kwargs": True} if _WITH_KWARGS else {}
         try:
             for i, module in enumerate(self.modules):
-                self._handles.append(module.register_forward_pre_hook(_Hook(self._before, i), **options))
-                handle = module.register_forward_hook(_Hook(self._after, i))
+                self._handles.append(
+                    module.register_forward_pre_hook(Hook(functools.partial(self._before, i), OWNER), **options)
+                )
+                handle = module.register_forward_hook(Hook(functools.partial(self._after, i), OWNER))
                 # In front, so that the host's own hooks see the host's own tokens.
                 module._forward_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
                 self._handles.append(handle)
@@ -242,8 +249,7 @@ class Insertion:
             self._carried = [None] * len(self.modules)
             self._next = 0
             self._tracked = torch.is_grad_enabled() or x.requires_grad
-            if self.tokens.tokens.device != x.device:
-                self.tokens.to(x.device)
+            follow(self.tokens, x.device)
             before: Optional[Tensor] = self.tokens.tokens.to(x.dtype).expand(len(x), -1, -1)  # (B, K, D)
         else:
             # With the host's tokens, if it hands them on as they are: checkpointing may run a block of an earlier pass again.
@@ -286,6 +292,10 @@ class Insertion:
 
     def _strip(self, value: Any, length: int, total: int, size: int) -> Any:
         """Attention (B, heads, N + K, N + K) or features (B, N + K, D) without what belongs to the cluster tokens."""
+        if type(value) in (tuple, list):
+            return type(value)(self._strip(part, length, total, size) for part in value)
+        if isinstance(value, dict):
+            return {key: self._strip(part, length, total, size) for key, part in value.items()}
         if not isinstance(value, Tensor) or value.ndim < 2:
             return value
         if total == size and value.ndim == 3:
@@ -299,17 +309,11 @@ class Insertion:
         return value
 
 
-class _Hook:
-    """A hook of an `Insertion`. In a copy of the host, or a file of the whole host, it does nothing."""
-
-    def __init__(self, function: Any = None, i: int = 0):
-        self.active, self.function, self.i = function is not None, function, i
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(self.i, *args) if self.active else None
-
-    def __reduce__(self) -> Tuple[Any, ...]:
-        return _Hook, ()
+def check_free(modules: Sequence[nn.Module], name: str) -> None:
+    """Raise if cluster tokens or a cluster branch are in one of a host's modules already."""
+    for module in modules:
+        if any(isinstance(hook, Hook) and hook.owner == OWNER for hook in module._forward_hooks.values()):
+            raise HostError(f"{name} holds cluster tokens or a cluster branch already; leave that `with` first.")
 
 
 class _BiasedForward:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_classes
+from ._checks import check_classes, check_multi_hot, check_number
 from .cam_files import write_atomically
 from .errors import ClusterError
 
@@ -86,6 +86,9 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError("CategoryClusters cannot be changed; make new ones.")
 
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError("CategoryClusters cannot be changed; make new ones.")
+
     def __reduce__(self) -> Tuple[Any, ...]:
         return CategoryClusters, (dict(self), self.classes, self.provenance)
 
@@ -101,13 +104,13 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
         return len(self._clusters)
 
     def __eq__(self, other: object) -> bool:
-        """Whether the same classes, in the same order, are grouped in the same way under the same names."""
+        """Whether classes, cluster names and their orders are the same, so that tokens of one are tokens of the other."""
         if not isinstance(other, CategoryClusters):
             return NotImplemented
-        return self.classes == other.classes and self.groups() == other.groups() and set(self.names) == set(other.names)
+        return (self.classes, self.names, self.index) == (other.classes, other.names, other.index)
 
     def __hash__(self) -> int:
-        return hash((self.classes, self.groups()))
+        return hash((self.classes, self.names, self.index))
 
     def __repr__(self) -> str:
         return f"CategoryClusters({ {name: list(members) for name, members in self.items()} })"
@@ -134,11 +137,15 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
 
         Returns:
             (B, K) multi-hot, of the same dtype and device.
+
+        Raises:
+            ValueError: for another shape, or values other than 0 and 1.
         """
         if labels.ndim != 2 or labels.shape[1] != len(self.classes):
             raise ValueError(
                 f"`labels` must have shape (B, {len(self.classes)}), one column per class; got {tuple(labels.shape)}."
             )
+        check_multi_hot(labels)
         member = self.members(labels.device)  # (K, C)
         return ((labels != 0)[:, None] & member).any(2).to(labels.dtype)
 
@@ -251,6 +258,8 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
             raise ValueError(f"`features` must have shape (C, D) with C = {len(names)} classes; got {got}.")
         if not bool(torch.isfinite(features).all()) or bool((features == 0).all(1).any()):
             raise ValueError("`features` must be finite and not zero; a text feature is NaN, inf or all zeros.")
+        if num_clusters is not None:
+            check_number("num_clusters", num_clusters, float("-inf"), whole=True)
         if num_clusters is not None and not 1 <= num_clusters <= len(names):
             raise ValueError(f"`num_clusters` must be from 1 to the number of classes, {len(names)}; got {num_clusters}.")
         unit = F.normalize(features.detach().double().cpu(), dim=1)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .clip_encoder import full_precision
+
 __all__ = [
     "area",
     "background_texts",
@@ -193,11 +195,13 @@ def multi_label_cross_entropy(scores: Tensor, labels: Tensor, background_label: 
         background_label: y of the background channel, if there is one: nearly every image shows some. None leaves it out.
 
     Returns:
-        Scalar, the mean over images and classes; logarithms are cut at log 1e-6. 0 with B = 0.
+        Scalar, the mean over images and classes; logarithms are cut at log 1e-6, where their gradient is zero. 0 with B = 0.
 
     Raises:
         ValueError: if the shapes do not belong together.
     """
+    if labels.ndim != 2:
+        raise ValueError(f"`labels` must have shape (B, C); got {tuple(labels.shape)}.")
     batch, count = labels.shape
     if scores.shape not in ((batch, count), (batch, count + 1)):
         raise ValueError(
@@ -255,7 +259,7 @@ def patch_contrast(
         )
     features = features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
     unit = F.normalize(features, dim=-1)
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features.device):
         similarity = unit @ unit.T / temperature  # (M, M)
     same = classes[:, None] == classes
     itself = torch.eye(len(classes), dtype=torch.bool, device=classes.device)

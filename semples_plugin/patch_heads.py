@@ -99,7 +99,7 @@ def top_k_pool(scores: Tensor, k: int) -> Tensor:
 
 @torch.no_grad()
 def confident_patches(
-    scores: Tensor, labels: Tensor, threshold: float = 0.5, per_class: int = 8
+    scores: Tensor, labels: Tensor, threshold: float = 0.8, per_class: int = 8
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Patches whose class is clear: the contrast's anchors.
 
@@ -123,12 +123,10 @@ def confident_patches(
     allowed = scores * present[:, None]
     allowed = allowed / allowed.sum(-1, keepdim=True).clamp(min=1e-12)
     best, own = allowed.max(-1)  # (B, N)
-    images, patches, classes = ([own.new_zeros(0)] for _ in range(3))
-    for image, name in present.nonzero().tolist():
-        value = torch.where((own[image] == name) & (best[image] >= threshold), best[image], torch.zeros_like(best[image]))
-        found = value.topk(min(per_class, len(value)))
-        patch = found.indices[found.values > 0]
-        images.append(torch.full_like(patch, image))
-        patches.append(patch)
-        classes.append(torch.full_like(patch, name))
-    return torch.cat(images), torch.cat(patches), torch.cat(classes)
+    if not len(scores):
+        return own.new_zeros(0), own.new_zeros(0), own.new_zeros(0)
+    names = torch.arange(scores.shape[2], device=scores.device)[None, :, None]  # (1, C + 1, 1)
+    counts = (own[:, None] == names) & (best >= threshold)[:, None] & present[:, :, None]  # (B, C + 1, N)
+    found = (best[:, None] * counts).topk(min(per_class, scores.shape[1]), dim=2)
+    image, name, rank = (found.values > 0).nonzero(as_tuple=True)
+    return image, found.indices[image, name, rank], name

@@ -691,3 +691,95 @@ def test_top_k_may_be_a_share_of_the_patches() -> None:
             model(img)
             mce[top_k] = branch.compute(labels).terms["mce"].item()
     assert mce[0.25] == mce[4] and mce[0.01] == mce[1] and mce[4] != mce[1]
+
+
+def test_the_branch_moves_to_the_host_as_a_whole() -> None:
+    model = ToyMCTformer().to("meta")
+    branch = ClusterBranch(CLUSTERS, model)
+    with branch.insert(model):
+        model(torch.rand(2, 3, 32, 32, device="meta"))
+        assert {p.device.type for p in branch.parameters()} == {"meta"}
+        assert branch.cam(branch.take()).device.type == "meta"
+    alone = ClusterBranch(CLUSTERS, 8, lambda_tokens=0)
+    with alone.insert(model):
+        model(torch.rand(2, 3, 32, 32, device="meta"))
+        assert alone.features(alone.take()).device.type == "meta"
+
+
+@pytest.mark.parametrize("tokens", [1, 0])
+def test_a_copy_of_the_host_leaves_the_branch_alone(tokens: int, tmp_path: Any) -> None:
+    img, labels = batch()
+    model = ToyMCTformer()
+    branch = sure(ClusterBranch(CLUSTERS, model, lambda_tokens=tokens, dropout=0.0))
+    with branch.insert(model):
+        model(img)
+        expected = branch.compute(labels).terms
+        model(img)
+        teacher = copy.deepcopy(model)
+        with torch.no_grad():
+            for p in teacher.parameters():
+                p.zero_()
+            teacher(img)
+        found = branch.compute(labels).terms
+        assert {name: term.item() for name, term in found.items()} == {name: term.item() for name, term in expected.items()}
+        torch.save(model, tmp_path / "whole.pt")
+    plain = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert torch.equal(plain(img)[0], model(img)[0])  # without the branch
+
+
+@pytest.mark.parametrize("tokens", [1, 0])
+def test_a_loss_of_a_pass_without_gradients_is_refused(tokens: int) -> None:
+    img, labels = batch()
+    model = ToyMCTformer()
+    branch = sure(ClusterBranch(CLUSTERS, model, lambda_tokens=tokens))
+    with branch.insert(model):
+        model(img)
+        with torch.no_grad():
+            model(img)  # a teacher's pass between the forward and the loss
+        with pytest.raises(HostError, match="ran without gradients, so this loss would train nothing"):
+            branch(labels)
+        with torch.no_grad():
+            model(img)
+            assert branch(labels) > 0  # to look at
+        for p in model.parameters():
+            p.requires_grad_(False)
+        model(img)
+        branch(labels).backward()  # a frozen host is fine
+
+
+def test_one_branch_at_a_time_also_without_tokens() -> None:
+    model = ToyMCTformer()
+    outer, inner = (ClusterBranch(CLUSTERS, model, lambda_tokens=0) for _ in range(2))
+    with outer.insert(model):
+        with pytest.raises(HostError, match="holds cluster tokens or a cluster branch already"):
+            inner.insert(model).__enter__()
+    with inner.insert(model):
+        model(batch()[0])
+        assert inner.take().patches.shape == (2, 16, 8)
+
+
+@pytest.mark.parametrize("value", [255.0, 0.03])
+def test_labels_must_be_0_and_1(value: float) -> None:
+    img, labels = batch()
+    labels[0, 0] = value
+    model = ToyMCTformer()
+    for tokens in (0, 1):
+        branch = ClusterBranch(CLUSTERS, model, lambda_tokens=tokens)
+        with branch.insert(model):
+            model(img)
+            with pytest.raises(ValueError, match="`labels` must hold only 0 and 1"):
+                branch(labels)
+
+
+def test_the_heads_do_not_run_under_the_hosts_autocast() -> None:
+    img, labels = batch()
+    model = ToyMCTformer()
+    branch = sure(ClusterBranch(CLUSTERS, model, dropout=0.0))
+    kinds = []
+    assert branch.bilstm is not None
+    branch.bilstm.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    with branch.insert(model), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(img)
+        seen = branch.take()
+        assert branch.compute(labels, seen).loss.dtype == branch.cam(seen).dtype == torch.float32
+    assert kinds == [torch.float32] * 2

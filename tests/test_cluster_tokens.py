@@ -542,7 +542,9 @@ def test_two_with_in_one_another_are_refused() -> None:
     insertion = first.insert(model)
     with insertion:
         inside = flat(model(img))
-        with pytest.raises(HostError, match="ToyViT holds cluster tokens already; leave that `with` first."):
+        with pytest.raises(
+            HostError, match="ToyViT holds cluster tokens or a cluster branch already; leave that `with` first."
+        ):
             with second.insert(model):
                 pass
         with pytest.raises(HostError, match="These cluster tokens are in the host already; use one `with` at a time."):
@@ -887,6 +889,31 @@ def test_other_biases_are_refused(bias: float) -> None:
 def test_clusters_must_be_clusters() -> None:
     with pytest.raises(TypeError, match="`clusters` must be CategoryClusters; got dict."):
         ClusterTokens({"vehicles": ["boat"]}, WIDTH)  # type: ignore[arg-type]
+
+
+def test_attention_in_nested_outputs_loses_the_tokens_too() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block("attention")
+
+        def forward(self, x: Tensor) -> Any:
+            x, weights = self.block(x)
+            return x, [weights, {"again": weights}], (None, weights.mean(1))
+
+    model = nn.Module()
+    model.blocks = nn.ModuleList([Nested()])
+    x = torch.rand(2, 5, WIDTH)
+    with ClusterTokens(CLUSTERS, WIDTH).insert(model):
+        tokens, (weights, again), (nothing, mean) = model.blocks[0](x)
+    assert tokens.shape == x.shape and nothing is None
+    assert weights.shape == again["again"].shape == (2, 2, 5, 5) and mean.shape == (2, 5, 5)
+
+
+@pytest.mark.parametrize("options", [{"dim": "8"}, {"dim": 8.0}, {"dim": 8, "attention_bias": "x"}])
+def test_arguments_of_another_kind(options: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="`dim` must be a whole number|`attention_bias` must be a number"):
+        ClusterTokens(CLUSTERS, **options)
 
 
 def test_labels_must_fit_the_clusters() -> None:

@@ -110,7 +110,10 @@ def test_copies(clusters: CategoryClusters) -> None:
 def test_equality(clusters: CategoryClusters) -> None:
     turned = CategoryClusters({"things": ["sofa", "car"], "people": ["person"], "animals": ["cat", "dog"]}, CLASSES)
     renamed = CategoryClusters({"pets": ["cat", "dog"], "people": ["person"], "things": ["car", "sofa"]}, CLASSES)
-    assert turned == clusters and hash(turned) == hash(clusters)
+    swapped = CategoryClusters({"people": ["cat", "dog"], "animals": ["person"], "things": ["car", "sofa"]}, CLASSES)
+    again = CategoryClusters({**clusters}, CLASSES, {"source": "elsewhere"})
+    assert again == clusters and hash(again) == hash(clusters)
+    assert turned != clusters and swapped != clusters  # tokens of the one are not those of the other
     assert renamed != clusters and renamed.groups() == clusters.groups()
     assert CategoryClusters(A, CLASSES[::-1]) != clusters and clusters != A and clusters.groups() == turned.groups()
 
@@ -119,6 +122,8 @@ def test_ordered(clusters: CategoryClusters) -> None:
     other = clusters.ordered(["sofa", "dog", "car", "person", "cat"])
     assert other.classes == ("sofa", "dog", "car", "person", "cat") and other.index == (2, 0, 2, 1, 0)
     assert dict(other) == dict(clusters) and other.provenance == clusters.provenance and clusters.ordered(CLASSES) is clusters
+    with pytest.raises(AttributeError, match="cannot be changed"):
+        del clusters.names
     for wrong in (CLASSES[:4], [*CLASSES, "boat"], ["boat", *CLASSES[1:]]):
         with pytest.raises(ClusterError):
             clusters.ordered(wrong)
@@ -378,6 +383,18 @@ def test_features_that_cannot_be(features: Any, reason: str) -> None:
 def test_numbers_that_cannot_be(count: int) -> None:
     with pytest.raises(ValueError, match=f"`num_clusters` must be from 1 to the number of classes, 3; got {count}"):
         CategoryClusters.from_text_features(["a", "b", "c"], torch.eye(3), count)
+
+
+@pytest.mark.parametrize("count", [True, 2.0, "2"])
+def test_numbers_of_another_kind(count: Any) -> None:
+    with pytest.raises(TypeError, match="`num_clusters` must be a whole number"):
+        CategoryClusters.from_text_features(["a", "b", "c"], torch.eye(3), count)
+
+
+@pytest.mark.parametrize("value", [255.0, 0.03, -1.0])
+def test_labels_other_than_0_and_1(clusters: CategoryClusters, value: float) -> None:
+    with pytest.raises(ValueError, match="`labels` must hold only 0 and 1; got values such as"):
+        clusters.labels(torch.tensor([[0, 1, value, 0, 0]]))
 
 
 def test_a_class_that_is_named_as_a_cluster() -> None:

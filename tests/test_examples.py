@@ -187,7 +187,12 @@ def test_the_ablation_runs_on_a_few_scenes() -> None:
     assert {row: tuple(columns) for row, columns in result.figures.items()} == clusters.ROUTES
     every = [(row, route, f) for row, columns in result.figures.items() for route, f in columns.items()]
     assert all(0 < f.cam.miou < 1 and 0 < f.aligned.miou < 1 and 0 <= f.kin <= 1 for _, _, f in every)
-    assert {row for row, _, f in every if f.branch is not None} == {clusters.BILSTM, clusters.CONTRAST, clusters.ALL}
+    assert {row for row, _, f in every if f.branch is not None} == {
+        clusters.CLASSIFIER,
+        clusters.BILSTM,
+        clusters.CONTRAST,
+        clusters.ALL,
+    }
     alone = result.figures[clusters.HOST][clusters.FILE]
     assert all(f.cam != alone.cam for row, _, f in every if row != clusters.HOST)  # every row trained another network
     for row in (clusters.TOKENS, clusters.ALL):  # the same clusters by another route, the same figures

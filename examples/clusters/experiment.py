@@ -32,21 +32,24 @@ MISMATCHED = {"one": ["car", "sheep"], "two": ["tram", "cactus"], "three": ["dee
 
 HOST = "host alone"
 TOKENS = "+ cluster tokens"
+CLASSIFIER = "+ patch classifier"
 BILSTM = "+ HV-BiLSTM"
 CONTRAST = "+ patch contrast"
 SEMPLES = "+ SemPLeS"
 SEMPLES_CLUSTERS = "+ SemPLeS, prompts with clusters"
 ALL = "all"
-ROWS = (HOST, TOKENS, BILSTM, CONTRAST, SEMPLES, SEMPLES_CLUSTERS, ALL)
-# Which parts of the branch a row has: weights of tokens, L_MCE and contrast, and whether there is an HV-BiLSTM.
+ROWS = (HOST, TOKENS, CLASSIFIER, BILSTM, CONTRAST, SEMPLES, SEMPLES_CLUSTERS, ALL)
+# Which parts of the branch a row has: weights of tokens, L_MCE and contrast, and whether there is an HV-BiLSTM. HV-BiLSTM and
+# contrast need the patch classifier, which has a row of its own.
 PARTS: Dict[str, Tuple[float, float, float, bool]] = {
     TOKENS: (1, 0, 0, False),
+    CLASSIFIER: (0, 1, 0, False),
     BILSTM: (0, 1, 0, True),
     CONTRAST: (0, 1, 1, False),
     ALL: (1, 1, 1, True),
 }
 # Where the clusters of a row come from; one column for rows that they do not enter.
-ROUTES: Dict[str, Tuple[str, ...]] = {row: (FILE,) for row in (HOST, BILSTM, SEMPLES)}
+ROUTES: Dict[str, Tuple[str, ...]] = {row: (FILE,) for row in (HOST, CLASSIFIER, BILSTM, SEMPLES)}
 ROUTES.update({row: (FILE, TEXT, CONTROL) for row in (TOKENS, CONTRAST)})
 ROUTES.update({row: (FILE, TEXT) for row in (SEMPLES_CLUSTERS, ALL)})
 BY_ROUTE = tuple(row for row in ROWS if len(ROUTES[row]) > 1)

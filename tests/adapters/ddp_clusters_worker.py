@@ -72,6 +72,10 @@ def everything(rank: int, clip: nn.Module) -> Dict[str, Any]:
     for _ in range(2):
         with attached:
             train_mctformer(host, loader, optimizer)
+            if rank == 0:  # evaluation in one process, then a collective of the host's own
+                with torch.no_grad():
+                    host.module(loader[0][0])
+            dist.all_reduce(torch.ones(3))
     return {**found, "branch": snapshot(branch), "host": snapshot(host.module), "steps": attached.steps, "terms": terms}
 
 

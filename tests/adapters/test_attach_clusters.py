@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
@@ -702,7 +703,9 @@ def test_no_transformer(host: str, build: Any, options: Dict[str, Any], refiner:
 def test_a_branch_that_is_in_the_host_already(refiner: PromptRefiner) -> None:
     model, branch = ToyMCTformer(), make_branch()
     with branch.insert(model):
-        with pytest.raises(HostError, match="ToyMCTformer holds cluster tokens already; leave that `with` first"):
+        with pytest.raises(
+            HostError, match="ToyMCTformer holds cluster tokens or a cluster branch already; leave that `with` first"
+        ):
             with adapters.attach("mctformer", model, refiner, clusters=branch, cluster_optimizer=own_optimizer(branch)):
                 pass
         model(make_loader(1)[0][0])
@@ -828,3 +831,59 @@ def test_a_trained_branch_is_saved_and_loaded(refiner: PromptRefiner) -> None:
         with one.insert(model.eval()), torch.no_grad():
             found.append((model(img), one.cam((model(img), one.take())[1])))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+# ------------------------------------------------------------------------------------------------ steps of its own
+
+
+def test_the_hosts_own_optimiser_is_no_cluster_optimizer(refiner: PromptRefiner) -> None:
+    model, branch = ToyMCTformer(), make_branch()
+    both = torch.optim.SGD([*model.parameters(), *branch.parameters()], lr=0.1)
+    with pytest.raises(ValueError, match="alone; it holds [0-9]+ more, .* pass cluster_optimizer=None"):
+        adapters.attach("mctformer", model, refiner, clusters=branch, cluster_optimizer=both)
+    some = torch.optim.SGD(list(branch.parameters())[1:], lr=0.1)
+    with pytest.raises(ValueError, match="it lacks 'tokens.tokens'"):
+        adapters.attach("mctformer", model, refiner, clusters=branch, cluster_optimizer=some)
+
+
+def test_the_branch_is_stepped_when_backward_is_over() -> None:
+    model, branch = ToyViT(), make_branch()
+    own = own_optimizer(branch)
+    (img, labels) = make_loader()[0]
+    with adapters.attach("generic", model, None, clusters=branch, cluster_optimizer=own, **VIT):
+        before = values(branch)
+        loss = F.multilabel_soft_margin_loss(model(img), labels)
+        assert distance(values(branch), before) == 0
+        loss.backward()
+        assert distance(values(branch), before) > 1e-4  # at once, not at the next forward pass
+        after = values(branch)
+        model(img)
+        assert distance(values(branch), after) == 0
+    assert {int(state["step"]) for state in own.state.values()} == {1}
+    assert all(p.grad is None for p in branch.parameters())
+
+
+def test_steps_that_were_left_out_are_told() -> None:
+    model, branch = ToyViT(), make_branch()
+    (img, labels) = make_loader()[0]
+    with pytest.warns(UserWarning, match="2 steps of the cluster branch were left out"):
+        with adapters.attach("generic", model, None, clusters=branch, cluster_optimizer=own_optimizer(branch), **VIT):
+            for _ in range(2):
+                (F.multilabel_soft_margin_loss(model(img), labels) * float("inf")).backward()
+                model.zero_grad()
+            F.multilabel_soft_margin_loss(model(img), labels).backward()
+
+
+def test_a_copy_of_the_host_in_the_with_trains_nobody(refiner: PromptRefiner) -> None:
+    """An average of the weights, as many loops keep one."""
+    model, branch = ToyMCTformer(), make_branch()
+    own = own_optimizer(branch)
+    (img, labels) = make_loader()[0]
+    with adapters.attach("mctformer", model, refiner, clusters=branch, cluster_optimizer=own) as attached:
+        train_mctformer(model, make_loader(1), torch.optim.SGD(model.parameters(), lr=0.1))
+        average, before = copy.deepcopy(model).eval(), values(branch)
+        with torch.no_grad():
+            average(img)
+        assert distance(values(branch), before) == 0 and attached.steps == 1
+        train_mctformer(model, make_loader(1), torch.optim.SGD(model.parameters(), lr=0.1))
+    assert attached.steps == 2

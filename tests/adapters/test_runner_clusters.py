@@ -157,6 +157,10 @@ def test_a_network_without_blocks_is_refused(folder: Path, tmp_path: Path) -> No
         (["--clusters", "FOLDER/classes.txt"], "must end in .json, .yaml or .yml"),
         (["--clusters", "FOLDER/clusters.json", "--classes", "voc"], "In no cluster: 'aeroplane'"),
         (["--clusters", "voc"], "'aeroplane' in cluster 'vehicles' is not one of the classes"),
+        (["--clusters", "FOLDER/clusters.json", "--stage", "plain"], "--stage plain trains nothing"),
+        (["--clusters", "FOLDER/clusters.json", "--cluster-option", "lamda_mce=0"], "lamda_mce"),
+        (["--clusters", "FOLDER/clusters.json", "--cluster-option", "lambda_mce=0"], "`lambda_contrast` needs `lambda_mce`"),
+        (["--clusters", "FOLDER/clusters.json", "--cluster-option", "bilstm=false"], "`bilstm` must be True or False"),
         (["--clusters", "FOLDER/clusters.json", "--cluster-rate", "-1"], "cluster-rate"),
     ],
 )
