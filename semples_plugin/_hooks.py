@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, Optional, Tuple, Union
 
 import torch
 from torch import nn
@@ -36,7 +36,13 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def follow(module: nn.Module, device: torch.device) -> None:
-    """Move a module of ours, all of it, to where the host is."""
+def follow(module: nn.Module, place: Union[torch.device, nn.Module]) -> None:
+    """Move a module of ours, all of it, to a device, or to where the host is (if it has parameters)."""
+    if isinstance(place, nn.Module):
+        first = next(unwrap(place).parameters(), None)
+        if first is None:
+            return
+        place = first.device
+    device = place
     if any(p.device != device for p in module.parameters()):
         module.to(device)

@@ -173,9 +173,7 @@ class ClusterBranch(nn.Module):
         Raises:
             HostError: if the model is no vision transformer of the expected kind.
         """
-        for parameter in unwrap(model).parameters():
-            follow(self, parameter.device)
-            break
+        follow(self, model)
         return BranchInsertion(self, model)
 
     def take(self) -> Seen:

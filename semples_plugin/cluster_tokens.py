@@ -133,9 +133,7 @@ class ClusterTokens(nn.Module):
         Raises:
             HostError: if the model has no list of blocks, or they do not take or give tokens.
         """
-        for parameter in unwrap(model).parameters():
-            follow(self, parameter.device)
-            break
+        follow(self, model)
         return Insertion(self, model)
 
     def take(self) -> Tensor:

@@ -448,6 +448,7 @@ def test_gradient_accumulation(refiner: PromptRefiner) -> None:
         ("one parameter", float("nan")),
     ],
 )
+@pytest.mark.filterwarnings("ignore:1 steps of the cluster branch were left out")
 def test_a_step_whose_gradient_is_not_finite_is_left_out(where: str, factor: float, refiner: PromptRefiner) -> None:
     """As a gradient scaler leaves it out; what comes after is as if the batch had not been."""
     loader = make_loader(3)
