@@ -75,7 +75,7 @@ def attach(
         refiner: a `PromptRefiner` for the host's classes, in the order of its label columns; None for `clusters` alone.
         mode: `"add"` to the host's label loss, or `"replace"` its label losses, as the reference does (their gradient becomes
             zero; other terms of the host stay). What the host multiplies its label loss with holds for both.
-        weight: factor on the refiner's loss.
+        weight: factor on the refiner's loss; that of `clusters` has weights of its own.
         label_loss: how the host computes its label loss: an nn.Module `criterion(logits, labels)`, or a function of
             torch.nn.functional. By default multilabel_soft_margin_loss and the binary cross-entropies, also inside torch's own
             criterion modules; among these, losses over (B, C) or (B, C + 1) targets count.
@@ -95,7 +95,8 @@ def attach(
         AdapterError: if the model is not such a host; in the `with`, if a step had no CAM or its label loss was not seen.
         DetachedCamError: if the CAM is cut off from the host's graph.
     """
-    parts = source(host, **options)
+    alone = refiner is None and host == "generic" and not options  # a branch alone asks for no CAM
+    parts = CamSource() if alone else source(host, **options)
     return Attachment(
         parts, model, refiner, mode=mode, weight=weight, label_loss=label_loss, on_step=on_step, passes=passes,
         clusters=clusters, cluster_optimizer=cluster_optimizer,

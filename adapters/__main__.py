@@ -10,11 +10,12 @@ interrupted. `plain` runs the script with nothing attached, for baselines and fo
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import sys
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from .._checks import check_classes, check_number
 from ..cli import assignments, class_list
@@ -22,7 +23,7 @@ from ..cluster_branch import ClusterBranch
 from ..clusters import CategoryClusters
 from ..errors import SemplesError
 from ..refiner import PromptRefiner
-from . import names, source
+from . import CamSource, names, source
 from ._runner import STAGES, Job, forget, run_all, run_stage
 
 __all__ = ["main"]
@@ -129,6 +130,17 @@ def _clusters(text: str, classes: List[str]) -> CategoryClusters:
     return CategoryClusters.from_file(text, classes)
 
 
+def _check_options(clusters: CategoryClusters, options: Dict[str, Any]) -> None:
+    """Complete and check the arguments of a cluster branch."""
+    known = [name for name in inspect.signature(ClusterBranch).parameters if name not in ("clusters", "dim")]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"--cluster-option must name one of {', '.join(known)}; got {name!r}.")
+    if options.get("attention_bias") == "-inf":  # no Python literal
+        options["attention_bias"] = float("-inf")
+    ClusterBranch(clusters, 8, **options)
+
+
 def _job(options: argparse.Namespace, script: List[str], parser: argparse.ArgumentParser) -> Job:
     if not script:
         parser.error("Give the host's script and its arguments after --, e.g. -- main.py --epochs 1.")
@@ -158,7 +170,7 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
     clusters = None if options.clusters is None else _clusters(options.clusters, list(classes))
     branch_options = {"seed": options.seed, **assignments("--cluster-option", options.cluster_option)}
     if clusters is not None:
-        ClusterBranch(clusters, 8, **branch_options)  # told now, not after the host has read its data
+        _check_options(clusters, branch_options)  # told now, not after the host has read its data
     told = list(zip(*check_classes(classes)))
     check_number("weight", options.weight, 0)
     check_number("passes", options.passes, 1, whole=True)
@@ -196,11 +208,12 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
     }
     if clusters is not None:  # a record of a run without them says nothing of them
         members = {name: list(members) for name, members in clusters.items()}
-        facts["clusters"] = {"members": members, "options": branch_options, "rate": options.cluster_rate}
+        told_options = {key: str(value) if value == float("-inf") else value for key, value in branch_options.items()}
+        facts["clusters"] = {"members": members, "options": told_options, "rate": options.cluster_rate}
     facts = json.loads(json.dumps(facts, allow_nan=False))  # as the record will give them back
     return Job(
         host=options.host,
-        source=source(options.host, **adapter_options),
+        source=CamSource() if options.stage == "plain" else source(options.host, **adapter_options),
         script=script,
         repo=repo,
         cwd=(options.cwd or repo).resolve(),

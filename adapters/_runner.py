@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from .. import __version__
 from ..cam_files import write_atomically
 from ..cluster_branch import ClusterBranch
+from ..errors import HostError
 from ..refiner import PromptRefiner
 from . import _compat
 from ._attachment import AdapterError, Attachment, CamSource, Capture, ClusterTraining, img_and_cam, unwrap
@@ -207,10 +208,10 @@ def _seed(seed: int) -> None:
 
 
 class _Finder:
-    """Waits for the host's model: the first of the adapter's kind that runs forward, by default in training with gradients."""
+    """Waits for the host's model: the first that runs forward, by default in training with gradients, and passes `check`."""
 
-    def __init__(self, source: CamSource, found: Callable[[nn.Module], None], training: bool = True):
-        self.source, self.found, self.training = source, found, training
+    def __init__(self, check: Callable[[nn.Module], Any], found: Callable[[nn.Module], None], training: bool = True):
+        self.check, self.found, self.training = check, found, training
         self.model: Optional[nn.Module] = None
         self.seen: List[str] = []
 
@@ -226,8 +227,8 @@ class _Finder:
         if self.training and not (torch.is_grad_enabled() and inner.training):
             return
         try:
-            self.source.modules(inner)
-        except AdapterError:
+            self.check(inner)
+        except HostError:
             if type(inner).__name__ not in self.seen:
                 self.seen.append(type(inner).__name__)
             return
@@ -235,11 +236,11 @@ class _Finder:
         self.model = module
         self.found(module)
 
-    def missing(self, script: str, host: str) -> AdapterError:
-        verb, mode, what = ("training", " in training mode", "the training script") if self.training else ("running", "", "it")
+    def missing(self, script: str, what: str) -> AdapterError:
+        verb, mode, it = ("training", " in training mode", "the training script") if self.training else ("running", "", "it")
         return AdapterError(
-            f"{script} ended without {verb} a model that the adapter {host!r} knows. Modules that ran{mode}: "
-            f"{', '.join(self.seen[:12]) or 'none'}. Is this {what}, and the right adapter?"
+            f"{script} ended without {verb} {what}. Modules that ran{mode}: "
+            f"{', '.join(self.seen[:12]) or 'none'}. Is this {it}, and the right adapter?"
         )
 
 
@@ -358,10 +359,10 @@ def _plain(job: Job) -> None:
             stack.enter_context(branch.insert(model))
             print(f"semples: {job.branch} is in {type(unwrap(model)).__name__}", file=sys.stderr)
 
-        finder = stack.enter_context(_Finder(job.source, found, training=False))
+        finder = stack.enter_context(_Finder(branch.insert, found, training=False))
         _run_script(job)
         if finder.model is None:
-            raise finder.missing(job.script[0], job.host)
+            raise finder.missing(job.script[0], "a transformer for this branch")
 
 
 @contextlib.contextmanager
@@ -420,7 +421,7 @@ def _attached(
         attachment.bind(model, under_way=True)
         print(f"semples: attached to {type(unwrap(model)).__name__}", file=sys.stderr)
 
-    return _Finder(job.source, found)
+    return _Finder(job.source.modules, found)
 
 
 def _train(job: Job, stage: str) -> Dict[str, Any]:
@@ -448,7 +449,7 @@ def _train(job: Job, stage: str) -> Dict[str, Any]:
         with _process(job) as shims, attachment, attached as finder:
             _run_script(job)
             if finder.model is None:
-                raise finder.missing(job.script[0], job.host)
+                raise finder.missing(job.script[0], f"a model that the adapter {job.host!r} knows")
     weights = unwrap(finder.model).state_dict()
     if _is_main():
         if attachment.clusters is not None:  # before the weights: the next stage looks for those
@@ -493,7 +494,7 @@ def _prompt(job: Job) -> Dict[str, Any]:
         with _attached(job, collector, start, clusters if matched else None) as finder:
             _run_script(job)
             if finder.model is None:
-                raise finder.missing(job.script[0], job.host)
+                raise finder.missing(job.script[0], f"a model that the adapter {job.host!r} knows")
     if not collector.features:
         raise AdapterError(f"{job.script[0]} trained, but gave no batch with labels to learn prompts from.")
     features, pairs = collector.collected()

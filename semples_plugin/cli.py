@@ -455,7 +455,9 @@ def _clusters(options: argparse.Namespace) -> int:
         end = f"fixed point after {rounds} rounds" if record["converged"] else f"no fixed point in {rounds} rounds, accepted"
         how = f"{how}; {end}"
     elif options.clip is not None:
-        how = f"{how}; number of clusters: {record['num_clusters']}"
+        scores = record["silhouettes"]
+        score = f", silhouette {scores[str(len(clusters))]:.2f}" if str(len(clusters)) in scores else ""
+        how = f"{how}; number of clusters: {record['num_clusters']}{score}"
     _say(f"{how}: {out}")
     return 0
 
@@ -479,8 +481,10 @@ def _show_round(one: Any) -> None:
         _say(f"round {one.number}: no valid clusters")
     else:
         _say(f"round {one.number}: {len(one.clusters)} clusters{', as before' if one.changed == [] else ''}")
-    for line in (*(one.changed or ()), *one.findings):
+    for line in one.changed or ():
         _say(f"  {line}")
+    for line in one.findings:
+        _say(f"  {line}" if one.clusters is None else f"  (accepted) {line}")
 
 
 def _say(text: str) -> None:

@@ -185,8 +185,8 @@ class ClusterBranch(nn.Module):
         seen, self._seen = self._seen, None
         if seen is None:
             raise HostError(
-                "No forward pass of the host ran inside `with branch.insert(model):` since the last loss; call the host first, "
-                "then the branch."
+                "There is no forward pass of the host to read: expected one inside `with branch.insert(model):`, and then the "
+                "branch, once per pass and still inside. adapters.attach(..., clusters=branch) adds the loss by itself."
             )
         return seen
 
@@ -244,6 +244,8 @@ class ClusterBranch(nn.Module):
 
     def features(self, seen: Seen) -> Tensor:
         """Patch features (B, N, D') that are classified: LayerNorm, then HV-BiLSTM if there is one."""
+        if not isinstance(seen, Seen):
+            raise TypeError(f"`seen` must be what branch.take() returns after a forward pass; got {type(seen).__name__}.")
         if self.norm is None:
             raise HostError("This branch has no patch classifier; build it with lambda_mce > 0.")
         follow(self, seen.patches.device)
@@ -257,9 +259,8 @@ class ClusterBranch(nn.Module):
         Raises:
             HostError: if the branch has no patch classifier.
         """
-        if self.classifier is None:
-            raise HostError("This branch has no patch classifier, and so no class map; build it with lambda_mce > 0.")
         features = self.features(seen)
+        assert self.classifier is not None  # `features` has told
         with full_precision(features.device):
             scores = self.classifier(features)[:, :, 1:]  # (B, N, C)
         return scores.transpose(1, 2).reshape(len(scores), -1, *seen.grid)

@@ -48,7 +48,8 @@ def find_blocks(model: nn.Module, path: str = "blocks") -> List[nn.Module]:
         names = ", ".join(repr(name) for name, _ in inner.named_children())
         raise HostError(
             f"Cluster tokens need a list of transformer blocks {path!r} in {type(inner).__name__}, but {what}. Its modules are "
-            f"{names or 'none'}. Name the list: blocks='encoder.layers'."
+            f"{names or 'none'}. If it is a plain vision transformer, name the list: blocks='encoder.layers'; other networks "
+            "cannot take tokens."
         )
     return list(found)
 
@@ -237,6 +238,11 @@ class Insertion:
         x = inputs[0] if inputs else None
         others = [*inputs[1:], *(keywords or {}).values()]
         size = self.tokens.tokens.shape[2]
+        if isinstance(x, Tensor) and x.ndim == 3 and x.shape[2] != size:
+            raise HostError(
+                f"The tokens of {self.name} have size {x.shape[2]}, those of the cluster tokens {size}. Make them for it: "
+                "ClusterBranch(clusters, model) or ClusterTokens(clusters, model)."
+            )
         if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != size or any(isinstance(o, Tensor) for o in others):
             got = ", ".join(f"tensor {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__ for v in (x, *others))
             raise HostError(

@@ -9,6 +9,7 @@ re-implemented from their description.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from pathlib import Path
@@ -29,6 +30,7 @@ __all__ = ["CategoryClusters", "find_faults"]
 
 FORMAT = "semples-plugin clusters"
 FORMAT_VERSION = 1
+RECORD_FORMAT = "semples-plugin cluster record"  # of `cluster_llm`, when it fails
 PathLike = Union[str, "os.PathLike[str]"]
 
 
@@ -209,6 +211,12 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
             except (TypeError, ValueError) as error:
                 raise ClusterError(f"{path} is damaged: its classes or its provenance cannot be read ({error}).") from error
             classes, content = stored if classes is None else classes, content.get("clusters")
+        elif isinstance(content, dict) and content.get("format") == RECORD_FORMAT:
+            raise ClusterError(
+                f"{path} is the record of a language model that came to no clusters. Run `semples clusters` again."
+            )
+        else:
+            content = _plain(content)
         if classes is None:
             raise ClusterError(
                 f"{path} holds clusters but not the order of the classes. Pass it: CategoryClusters.from_file(path, classes)."
@@ -315,13 +323,18 @@ def find_faults(clusters: Any, classes: Sequence[str], max_clusters: Optional[in
             faults.append(f"Cluster {name!r} is empty.")
         for member in members:
             if not isinstance(member, str):
-                faults.append(f"Cluster {name!r} must hold class names; got {member!r:.80} of type {type(member).__name__}.")
+                kind = type(member).__name__
+                faults.append(
+                    f"Cluster {name!r} must hold class names; got {member!r:.80} of type {kind}. Quote names such as 'no'."
+                )
             else:
                 where.setdefault(member, []).append(str(name))
     known = set(classes)
     for member, owners in where.items():
         if member not in known:
-            faults.append(f"{member!r:.80} in cluster {owners[0]!r} is not one of the classes.")
+            near = difflib.get_close_matches(member[:80], list(known), 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            faults.append(f"{member!r:.80} in cluster {owners[0]!r} is not one of the classes{hint}.")
         elif len(owners) > 1:
             faults.append(f"{member!r} is there {len(owners)} times, in {', '.join(map(repr, dict.fromkeys(owners)))}.")
     missing = [name for name in classes if name not in where]
@@ -367,12 +380,23 @@ def _read(path: Path) -> Any:
     if path.suffix.lower() not in (".json", ".yaml", ".yml"):
         raise ClusterError(f"A cluster file must end in .json, .yaml or .yml; got {path.name!r}.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         return json.loads(text, object_pairs_hook=_unique) if path.suffix.lower() == ".json" else _yaml(text)
     except ClusterError as error:
         raise ClusterError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise ClusterError(f"{path} is not readable: {error}.") from error
+
+
+def _plain(content: Any) -> Any:
+    """Name -> classes, also from the form that language models are asked for: {"clusters": [{"name": ..., "classes": ...}]}."""
+    if isinstance(content, dict) and list(content) == ["clusters"]:
+        content = content["clusters"]
+        if isinstance(content, list) and all(
+            isinstance(c, dict) and set(c) == {"name", "classes"} and isinstance(c["name"], str) for c in content
+        ):
+            return _unique([(cluster["name"], cluster["classes"]) for cluster in content])
+    return content
 
 
 def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:

@@ -647,6 +647,7 @@ class PromptRefiner(nn.Module):
         options = {"text_template": facts["template"], "prompt_template": facts["prompt_template"], **options}
         options.setdefault("prompt_length", context.shape[1])
         options.setdefault("clip_stats", facts.get("clip_stats", True))
+        options.setdefault("clusters", facts.get("clusters"))
         try:
             refiner = cls(classes, clip=facts["clip"] if clip is None else clip, **options)
         except ClipError as error:
@@ -671,7 +672,8 @@ class PromptRefiner(nn.Module):
         return self._encoder
 
     def extra_repr(self) -> str:
-        return f"{len(self.classes)} classes, clip={self._encoder.name!r}, stage={self.stage!r}"
+        told = "" if self.clusters is None else f", {len(self.clusters)} clusters"
+        return f"{len(self.classes)} classes, clip={self._encoder.name!r}, stage={self.stage!r}{told}"
 
     def _check(self, img: Any, cam: Any, labels: Any) -> Tuple[Tensor, Tensor, Tensor]:
         img, cam, labels = check_batch(

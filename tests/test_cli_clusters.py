@@ -191,7 +191,8 @@ def test_clip(semples: Command, aligned_clip: nn.Module) -> None:
     status, out, err = semples("--clip", path, "--num-clusters", 2, "--classes", semples.root / "names.json")
     clusters = CategoryClusters.from_file(semples.out)
     assert (status, err) == (0, "") and clusters == expected and clusters.provenance == expected.provenance
-    assert out.splitlines()[-1] == f"2 clusters of 4 classes; number of clusters: given: {semples.out}"
+    score = json.loads(semples.out.read_text(encoding="utf-8"))["provenance"]["silhouettes"]["2"]
+    assert out.splitlines()[-1] == f"2 clusters of 4 classes; number of clusters: given, silhouette {score:.2f}: {semples.out}"
     status, out, _ = semples("--clip", path, "--classes", "voc")
     assert status == 0 and "number of clusters: best silhouette" in out
     assert CategoryClusters.from_file(semples.out).classes == tuple(VOC_CLASSES)

@@ -309,9 +309,7 @@ def test_cam_holds_the_scores_of_the_patches_where_they_are() -> None:
 def test_cam_of_a_branch_without_classifier() -> None:
     model = ToyMCTformer()
     branch = ClusterBranch(CLUSTERS, model, lambda_mce=0, lambda_contrast=0)
-    with pytest.raises(
-        HostError, match="This branch has no patch classifier, and so no class map; build it with lambda_mce > 0"
-    ):
+    with pytest.raises(HostError, match="This branch has no patch classifier; build it with lambda_mce > 0"):
         branch.cam(look(branch, model, batch()[0]))
 
 
@@ -351,7 +349,7 @@ def test_take_needs_a_forward_pass() -> None:
     img, labels = batch()
     model = ToyMCTformer()
     branch = ClusterBranch(CLUSTERS, model)
-    message = "No forward pass of the host ran inside `with branch.insert"
+    message = "There is no forward pass of the host to read: expected one inside `with branch.insert"
     for call in (branch.take, lambda: branch(labels), lambda: branch.compute(labels)):
         with pytest.raises(HostError, match=message):
             call()
@@ -492,7 +490,7 @@ def test_copies_after_a_forward_pass(way: str) -> None:
         model(img)
         other = copy.deepcopy(branch) if way == "copy" else pickle.loads(pickle.dumps(branch))
         expected = branch(labels).item()
-        with pytest.raises(HostError, match="No forward pass"):
+        with pytest.raises(HostError, match="There is no forward pass"):
             other.take()
     assert other.clusters == branch.clusters and list(other.state_dict()) == list(branch.state_dict())
     with other.insert(model):

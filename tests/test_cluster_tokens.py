@@ -759,12 +759,19 @@ def test_other_arguments_that_are_no_tensors_are_taken() -> None:
             assert tokens.take().shape == (2, 2, WIDTH)
 
 
-@pytest.mark.parametrize("x", [torch.rand(2, 7, WIDTH + 1), torch.rand(2, 2, 4, WIDTH), torch.rand(7, WIDTH)])
+@pytest.mark.parametrize("x", [torch.rand(2, 2, 4, WIDTH), torch.rand(7, WIDTH)])
 def test_other_inputs_of_the_blocks_are_refused(x: Tensor) -> None:
     model = Trunk([nn.Identity()])
     with ClusterTokens(CLUSTERS, WIDTH).insert(model):
         with pytest.raises(HostError, match=r"block 0 of Trunk to be called with tokens \(B, N, 8\) and no other tensor; got"):
             model(x)
+
+
+def test_tokens_of_another_size_are_refused() -> None:
+    model = Trunk([nn.Identity()])
+    with ClusterTokens(CLUSTERS, WIDTH).insert(model):
+        with pytest.raises(HostError, match="The tokens of Trunk have size 9, those of the cluster tokens 8. Make them for it"):
+            model(torch.rand(2, 7, WIDTH + 1))
 
 
 @pytest.mark.parametrize(
@@ -850,7 +857,8 @@ def test_a_replica_is_refused() -> None:
     ],
 )
 def test_a_host_without_blocks_is_refused_with_what_it_has(model: nn.Module, what: str, names: str) -> None:
-    message = rf"blocks 'blocks' in {type(model).__name__}, but {what}. Its modules are {names}. Name the list: blocks="
+    message = rf"blocks 'blocks' in {type(model).__name__}, but {what}. Its modules are {names}. "
+    message += "If it is a plain vision transformer, name the list: blocks="
     with pytest.raises(HostError, match=message):
         ClusterTokens(CLUSTERS, WIDTH).insert(model)
     with pytest.raises(HostError, match=message):

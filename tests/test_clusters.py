@@ -410,3 +410,32 @@ def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     with pytest.raises(ModuleNotFoundError, match="Clusters of text features need scikit-learn: pip install 'semples-plugin"):
         CategoryClusters.from_text_features(["a", "b", "c"], torch.eye(3))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"clusters": [{"name": "pets", "classes": ["cat", "dog"]}, {"name": "rest", "classes": ["car"]}]},
+        {"clusters": {"pets": ["cat", "dog"], "rest": ["car"]}},
+    ],
+)
+def test_an_answer_of_a_language_model_as_a_file(content: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(content), encoding="utf-8")  # as some editors write it
+    found = CategoryClusters.from_file(tmp_path / "a.json", ["car", "cat", "dog"])
+    assert dict(found) == {"pets": ("cat", "dog"), "rest": ("car",)}
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ({"clusters": [{"name": "a", "classes": ["cat"]}, {"name": "a", "classes": ["dog"]}]}, "'a' is there twice"),
+        ({"clusters": [{"name": ["a"], "classes": ["cat"]}]}, "Expected a mapping"),
+        ({"format": "semples-plugin cluster record", "error": "x"}, "came to no clusters"),
+        ({"pets": ["cat", "dgo"], "rest": ["car", False]}, r"\(did you mean 'dog'\?\)"),
+        ({"pets": ["cat", "dog"], "rest": ["car", False]}, "Quote names such as 'no'"),
+    ],
+)
+def test_files_that_are_nearly_right(content: Any, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ClusterError, match=reason):
+        CategoryClusters.from_file(tmp_path / "a.json", ["car", "cat", "dog"])

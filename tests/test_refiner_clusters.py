@@ -236,7 +236,8 @@ def test_a_file_with_clusters_loads_with_and_without_them(
             assert loaded(*batch).item() == expected
             assert (loaded.clusters is None) == (given is None)
     plain = PromptRefiner.load(path, clip=aligned_clip, image_stats=None)
-    assert plain.clusters is None and plain(*batch).item() == expected
+    assert plain.clusters == refiner.clusters and plain(*batch).item() == expected  # the file's own
+    assert "2 clusters" in repr(plain)
     with pytest.raises(ClusterError, match="In no cluster: 'bird'"):
         PromptRefiner.load(path, clip=aligned_clip, image_stats=None, clusters={"vehicles": ["boat", "train"]})
     with pytest.raises(PromptFileError, match="were learned with other classes"):

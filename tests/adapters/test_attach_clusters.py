@@ -888,3 +888,12 @@ def test_a_copy_of_the_host_in_the_with_trains_nobody(refiner: PromptRefiner) ->
         assert distance(values(branch), before) == 0 and attached.steps == 1
         train_mctformer(model, make_loader(1), torch.optim.SGD(model.parameters(), lr=0.1))
     assert attached.steps == 2
+
+
+def test_a_branch_alone_asks_for_no_cam() -> None:
+    model, branch = ToyViT(), make_branch()
+    with adapters.attach("generic", model, None, clusters=branch, cluster_optimizer=own_optimizer(branch)) as attached:
+        train_plain(model, make_loader(2), torch.optim.SGD(model.parameters(), lr=0.1))
+    assert attached.steps == 2 and set(attached.terms) == BRANCH_TERMS
+    with pytest.raises(ValueError, match="Say where the CAM comes from"):
+        adapters.attach("generic", model, None, clusters=branch, relu=True)
