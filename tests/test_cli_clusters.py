@@ -145,6 +145,7 @@ def test_ctrl_c(semples: Command, chat: ChatServer) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "semples_plugin", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=Path(__file__).parents[1], start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background inherit that it is ignored
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "round 1: 3 clusters\n"  # the second one is asked
     process.send_signal(signal.SIGINT)
