@@ -181,7 +181,7 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
     clip = str(Path(options.clip).resolve()) if Path(options.clip).is_file() else options.clip
     refiner_options = {"recipe": "coco" if options.classes.lower() == "coco" else "voc", "seed": options.seed, **settings}
     if options.cluster_prompts and clusters is not None:
-        refiner_options["clusters"] = {name: list(members) for name, members in clusters.items()}
+        refiner_options["clusters"] = clusters.as_dict()
     out = (options.out or Path("runs") / options.host).resolve()
     if options.checkpoint and options.prompts is None and options.stage in ("all", "match"):
         if options.checkpoint.resolve() == out / "match.pt":
@@ -207,9 +207,8 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
         "cpu": options.cpu,
     }
     if clusters is not None:  # a record of a run without them says nothing of them
-        members = {name: list(members) for name, members in clusters.items()}
         told_options = {key: str(value) if value == float("-inf") else value for key, value in branch_options.items()}
-        facts["clusters"] = {"members": members, "options": told_options, "rate": options.cluster_rate}
+        facts["clusters"] = {"members": clusters.as_dict(), "options": told_options, "rate": options.cluster_rate}
     facts = json.loads(json.dumps(facts, allow_nan=False))  # as the record will give them back
     return Job(
         host=options.host,

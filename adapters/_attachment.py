@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._checks import check_number, check_stats
 from .._hooks import Hook, unwrap
-from ..cluster_branch import BranchOutput, ClusterBranch, Seen
+from ..cluster_branch import ClusterBranch, Seen
 from ..errors import DetachedCamError, HostError
 from ..refiner import PromptRefiner
 
@@ -423,7 +423,7 @@ class Attachment:
             losses.append(self.weight * out.loss)
             terms.update(out.terms, loss=out.loss)
         if self.clusters is not None and capture.seen is not None:  # `seen` is always there with a branch
-            branch = self.clusters.compute(capture.seen, labels)
+            branch = self.clusters.branch.compute(labels, capture.seen)
             losses.append(branch.loss)
             terms.update(branch.terms)
             terms["loss"] = branch.loss if "loss" not in terms else terms["loss"] + branch.loss.to(terms["loss"].device)
@@ -560,9 +560,6 @@ class ClusterTraining:
             )
 
     # ------------------------------------------------------------------------------------------------ steps
-
-    def compute(self, seen: Seen, labels: Tensor) -> BranchOutput:
-        return self.branch.compute(labels, seen)
 
     def watch(self, loss: Tensor) -> None:
         """Have the branch stepped at the end of the backward pass that reaches the added loss."""

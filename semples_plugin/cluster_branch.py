@@ -271,7 +271,7 @@ class ClusterBranch(nn.Module):
         """Write the branch's weights as safetensors, with its clusters and options; nothing of the host is in it."""
         facts = {
             "classes": list(self.clusters.classes),
-            "clusters": {name: list(members) for name, members in self.clusters.items()},
+            "clusters": self.clusters.as_dict(),
             "provenance": self.clusters.provenance,
             "dim": self.size,
             "options": {**self.options, "attention_bias": str(self.options["attention_bias"])},  # JSON has no infinity

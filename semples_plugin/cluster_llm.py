@@ -229,7 +229,7 @@ class _Talk:
         return _fill(self.refine if self.rounds else self.initial, values)
 
     def _note(self, answer: str, clusters: Optional[CategoryClusters], findings: List[str]) -> None:
-        found = None if clusters is None else {name: list(members) for name, members in clusters.items()}
+        found = None if clusters is None else clusters.as_dict()
         entry = {"round": len(self.rounds) + 1, "question": self.question, "answer": answer[:LARGEST_KEPT]}
         if len(answer) > LARGEST_KEPT:
             entry["answer_cut"] = f"the first {LARGEST_KEPT} of {len(answer)} characters"

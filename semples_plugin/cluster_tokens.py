@@ -243,7 +243,7 @@ class Insertion:
                 f"The tokens of {self.name} have size {x.shape[2]}, those of the cluster tokens {size}. Make them for it: "
                 "ClusterBranch(clusters, model) or ClusterTokens(clusters, model)."
             )
-        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != size or any(isinstance(o, Tensor) for o in others):
+        if not isinstance(x, Tensor) or x.ndim != 3 or any(isinstance(o, Tensor) for o in others):
             got = ", ".join(f"tensor {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__ for v in (x, *others))
             raise HostError(
                 f"Expected block {i} of {self.name} to be called with tokens (B, N, {size}) and no other tensor; got {got}. "

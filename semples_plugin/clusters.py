@@ -115,7 +115,7 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
         return hash((self.classes, self.names, self.index))
 
     def __repr__(self) -> str:
-        return f"CategoryClusters({ {name: list(members) for name, members in self.items()} })"
+        return f"CategoryClusters({self.as_dict()})"
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.names)
@@ -126,6 +126,10 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
         return json.loads(self._record)
 
     # ------------------------------------------------------------------------------------------------ what they are for
+
+    def as_dict(self) -> Dict[str, List[str]]:
+        """Plain lists, as files hold them."""
+        return {name: list(members) for name, members in self.items()}
 
     def groups(self) -> frozenset:
         """The partition alone, without names and order: a set of sets of classes."""
@@ -177,7 +181,7 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "classes": list(self.classes),
-            "clusters": {name: list(members) for name, members in self.items()},
+            "clusters": self.as_dict(),
             "provenance": self.provenance,
         }
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -594,7 +594,7 @@ class PromptRefiner(nn.Module):
             "prompt_length": self.prompts.context.shape[1],
         }
         if self.clusters is not None:
-            facts["clusters"] = {name: list(members) for name, members in self.clusters.items()}
+            facts["clusters"] = self.clusters.as_dict()
         prompts.write_file(path, self.prompts.context, facts)
 
     def load_prompts(self, path: Union[str, "os.PathLike[str]"]) -> "PromptRefiner":

@@ -27,7 +27,7 @@ def run_seed(seed: int) -> Dict[str, Any]:
     result = experiment.run(experiment.Settings(), seed)
     return {
         "figures": {row: {route: _numbers(f) for route, f in columns.items()} for row, columns in result.figures.items()},
-        "clusters": {route: {name: list(members) for name, members in c.items()} for route, c in result.clusters.items()},
+        "clusters": {route: c.as_dict() for route, c in result.clusters.items()},
     }
 
 
