@@ -140,12 +140,7 @@ class ClusterBranch(nn.Module):
         size = token_size(dim, blocks) if isinstance(dim, nn.Module) else dim
         check_number("dim", size, 1, whole=True)
         self.clusters, self.size, self.blocks, self.patch_embed = clusters, int(size), blocks, patch_embed
-        self.options = {
-            "lambda_tokens": lambda_tokens, "lambda_mce": lambda_mce, "lambda_contrast": lambda_contrast, "bilstm": bilstm,
-            "attention_bias": attention_bias, "top_k": top_k, "dropout": dropout, "temperature": temperature,
-            "related_weight": related_weight, "threshold": threshold, "per_class": per_class, "blocks": blocks,
-            "patch_embed": patch_embed, "seed": seed,
-        }  # fmt: skip
+        self._built = {"bilstm": bilstm, "attention_bias": attention_bias, "dropout": dropout, "seed": seed}
         self.weights = {"cluster_tokens": lambda_tokens, "mce": lambda_mce, "patch_contrast": lambda_contrast}
         self.top_k, self.temperature, self.related_weight = top_k, temperature, related_weight
         self.threshold, self.per_class = threshold, per_class
@@ -162,6 +157,13 @@ class ClusterBranch(nn.Module):
                 self.bilstm = HVBiLSTM(size, dropout=dropout) if bilstm else None
                 self.classifier = PatchClassifier(size if self.bilstm is None else self.bilstm.out_dim, len(clusters.classes))
         self._seen: Optional[Seen] = None
+
+    @property
+    def options(self) -> Dict[str, Any]:
+        """The arguments that build such a branch, as it is now."""
+        lambdas = dict(zip(("lambda_tokens", "lambda_mce", "lambda_contrast"), self.weights.values()))
+        names = ("top_k", "temperature", "related_weight", "threshold", "per_class", "blocks", "patch_embed")
+        return {**lambdas, **self._built, **{name: getattr(self, name) for name in names}}
 
     # ------------------------------------------------------------------------------------------------ in the host
 
@@ -274,7 +276,7 @@ class ClusterBranch(nn.Module):
             "clusters": self.clusters.as_dict(),
             "provenance": self.clusters.provenance,
             "dim": self.size,
-            "options": {**self.options, "attention_bias": str(self.options["attention_bias"])},  # JSON has no infinity
+            "options": {**self.options, "attention_bias": str(self._built["attention_bias"])},  # JSON has no infinity
         }
         write_tensors(path, self.state_dict(), FORMAT, FORMAT_VERSION, facts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import math
 import pickle
 from pathlib import Path
@@ -781,3 +782,14 @@ def test_the_heads_do_not_run_under_the_hosts_autocast() -> None:
         seen = branch.take()
         assert branch.compute(labels, seen).loss.dtype == branch.cam(seen).dtype == torch.float32
     assert kinds == [torch.float32] * 2
+
+
+def test_the_options_build_the_branch_as_it_is(tmp_path: Any) -> None:
+    defaults = {
+        name: p.default for name, p in inspect.signature(ClusterBranch).parameters.items() if name not in ("clusters", "dim")
+    }
+    branch = ClusterBranch(CLUSTERS, WIDTH)
+    assert branch.options == defaults
+    branch.top_k = 3  # changed after it was built
+    branch.save(tmp_path / "b.safetensors")
+    assert ClusterBranch.load(tmp_path / "b.safetensors").options == {**defaults, "top_k": 3}
