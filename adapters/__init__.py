@@ -18,16 +18,19 @@ from typing import Any, Callable, Dict, List, Optional, Type, Union
 import torch
 from torch import Tensor, nn
 
-from ..cluster_branch import ClusterBranch
+from ..clusters.branch import ClusterBranch
+from ..errors import HostError
 from ..refiner import PromptRefiner
-from ._attachment import AdapterError, Attachment, CamSource, Capture, LogStep, Recorder, Records, check_model
+from .attachment import Attachment, LogStep
 from .generic import Generic
 from .mctformer import MCTformer
-from .probe import Probe, Reach, probe_host
+from .probing import Probe, Reach, probe_host
+from .recorder import Capture, Recorder, check_model
+from .sources import CamSource, Records
 from .transcam import TransCAM
 from .weaktr import WeakTr
 
-__all__ = ["AdapterError", "Attachment", "CamSource", "Probe", "Reach", "Records", "attach", "cam_of", "names", "probe"]
+__all__ = ["HostError", "Attachment", "CamSource", "Probe", "Reach", "Records", "attach", "cam_of", "names", "probe"]
 
 _HOSTS: Dict[str, Type[CamSource]] = {"generic": Generic, "mctformer": MCTformer, "transcam": TransCAM, "weaktr": WeakTr}
 
@@ -60,8 +63,8 @@ def attach(
     label_loss: Union[None, nn.Module, Callable[..., Tensor]] = None,
     on_step: Optional[LogStep] = None,
     passes: int = 1,
-    clusters: Optional[ClusterBranch] = None,
-    cluster_optimizer: Optional[torch.optim.Optimizer] = None,
+    branch: Optional[ClusterBranch] = None,
+    branch_optimizer: Optional[torch.optim.Optimizer] = None,
     **options: Any,
 ) -> Attachment:
     """Train a host with the refiner's loss, through the host's own loop: `with attach("mctformer", model, refiner): ...`.
@@ -72,19 +75,19 @@ def attach(
     Args:
         host: a name of `names()`, or a `CamSource`.
         model: the object that the loop calls: the network, or its DataParallel / DistributedDataParallel wrapper.
-        refiner: a `PromptRefiner` for the host's classes, in the order of its label columns; None for `clusters` alone.
+        refiner: a `PromptRefiner` for the host's classes, in the order of its label columns; None for `branch` alone.
         mode: `"add"` to the host's label loss, or `"replace"` its label losses, as the reference does (their gradient becomes
             zero; other terms of the host stay). What the host multiplies its label loss with holds for both.
-        weight: factor on the refiner's loss; that of `clusters` has weights of its own.
+        weight: factor on the refiner's loss; that of `branch` has weights of its own.
         label_loss: how the host computes its label loss: an nn.Module `criterion(logits, labels)`, or a function of
             torch.nn.functional. By default multilabel_soft_margin_loss and the binary cross-entropies, also inside torch's own
             criterion modules; among these, losses over (B, C) or (B, C + 1) targets count.
         on_step: called after each step with its number and the terms as floats (`loss` among them), for a log; it costs one
             transfer from the device per term.
         passes: forward passes per label loss, for hosts that look at an image several times; the CAM of the first counts.
-        clusters: a `ClusterBranch` for the host (PCC, CPC): its tokens are put into the host and its loss is added as well.
+        branch: a `ClusterBranch` for the host (PCC, CPC): its tokens are put into the host and its loss is added as well.
             Insert it for inference too, with `branch.insert(model)`.
-        cluster_optimizer: of the branch's parameters; it is stepped after every backward pass. None if they are in the host's
+        branch_optimizer: of the branch's parameters; it is stepped after every backward pass. None if they are in the host's
             optimiser; an error tells if they were never trained.
         **options: of the host by that name, such as `cam="patch"`; see the modules of this package.
 
@@ -92,14 +95,14 @@ def attach(
         An `Attachment`: `steps`, `terms` and `loss` of the last step.
 
     Raises:
-        AdapterError: if the model is not such a host; in the `with`, if a step had no CAM or its label loss was not seen.
+        HostError: if the model is not such a host; in the `with`, if a step had no CAM or its label loss was not seen.
         DetachedCamError: if the CAM is cut off from the host's graph.
     """
     alone = refiner is None and host == "generic" and not options  # a branch alone asks for no CAM
     parts = CamSource() if alone else source(host, **options)
     return Attachment(
         parts, model, refiner, mode=mode, weight=weight, label_loss=label_loss, on_step=on_step, passes=passes,
-        clusters=clusters, cluster_optimizer=cluster_optimizer,
+        branch=branch, branch_optimizer=branch_optimizer,
     )  # fmt: skip
 
 
@@ -136,7 +139,7 @@ def probe(
 def cam_of(host: Union[str, CamSource], model: nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:
     """The host's CAM as a function img (B, 3, H, W) -> cam (B, C, h, w), without gradients, background channel dropped.
 
-    For `refiner.fit_prompts(loader, cam_of("weaktr", model.eval()))` and `refiner.refine(img, cam, labels)`.
+    For `refiner.fit_prompts(loader, cam_of("weaktr", model.eval()))` and `refiner.refine_masks(img, cam, labels)`.
     """
     parts = source(host, **options)
     check_model(parts, model)

@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from .._checks import check_classes, check_number
-from ..cli import assignments, class_list
-from ..cluster_branch import ClusterBranch
-from ..clusters import CategoryClusters
+from ..class_names import read_class_names
+from ..clusters.branch import ClusterBranch
+from ..clusters.categories import CategoryClusters
+from ..config import parse_assignments
 from ..errors import SemplesError
 from ..refiner import PromptRefiner
 from . import CamSource, names, source
-from ._runner import STAGES, Job, forget, run_all, run_stage
+from .runner.job import STAGES, Job
+from .runner.record import forget
+from .runner.stages import run_all, run_stage
 
 __all__ = ["main"]
 
@@ -68,9 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         "--clusters", metavar="voc|coco|FILE", help="category clusters: train a cluster branch (PCC, CPC) with the host"
     )
     parser.add_argument(
-        "--cluster-option", action="append", default=[], metavar="NAME=VALUE", help="of ClusterBranch, e.g. lambda_contrast=0"
+        "--branch-option", action="append", default=[], metavar="NAME=VALUE", help="of ClusterBranch, e.g. lambda_contrast=0"
     )
-    parser.add_argument("--cluster-rate", type=float, default=1e-3, help="learning rate of the branch's own parameters (1e-3)")
+    parser.add_argument("--branch-lr", type=float, default=1e-3, help="learning rate of the branch's own parameters (1e-3)")
     parser.add_argument("--cluster-prompts", action="store_true", help="push prompts away from all classes of the cluster")
     parser.add_argument(
         "--branch", type=Path, metavar="FILE", help="with --stage plain: OUT/refine.clusters.safetensors, to be in the host"
@@ -127,7 +130,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 def _clusters(text: str, classes: List[str]) -> CategoryClusters:
     if text.lower() in ("voc", "coco"):
         return CategoryClusters.bundled(text).ordered(classes)
-    return CategoryClusters.from_file(text, classes)
+    return CategoryClusters.load(text, classes)
 
 
 def _check_options(clusters: CategoryClusters, options: Dict[str, Any]) -> None:
@@ -135,7 +138,7 @@ def _check_options(clusters: CategoryClusters, options: Dict[str, Any]) -> None:
     known = [name for name in inspect.signature(ClusterBranch).parameters if name not in ("clusters", "dim")]
     for name in options:
         if name not in known:
-            raise ValueError(f"--cluster-option must name one of {', '.join(known)}; got {name!r}.")
+            raise ValueError(f"--branch-option must name one of {', '.join(known)}; got {name!r}.")
     if options.get("attention_bias") == "-inf":  # no Python literal
         options["attention_bias"] = float("-inf")
     ClusterBranch(clusters, 8, **options)
@@ -163,12 +166,12 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
         )
     if options.branch is not None and options.stage != "plain":
         parser.error("--branch is for --stage plain; the other stages make and keep their own.")
-    if (options.cluster_option or options.cluster_prompts) and options.clusters is None:
-        parser.error("--cluster-option and --cluster-prompts need --clusters FILE.")
-    check_number("cluster-rate", options.cluster_rate, 0)
-    classes = class_list(options.classes)
+    if (options.branch_option or options.cluster_prompts) and options.clusters is None:
+        parser.error("--branch-option and --cluster-prompts need --clusters FILE.")
+    check_number("cluster-rate", options.branch_lr, 0)
+    classes = read_class_names(options.classes)
     clusters = None if options.clusters is None else _clusters(options.clusters, list(classes))
-    branch_options = {"seed": options.seed, **assignments("--cluster-option", options.cluster_option)}
+    branch_options = {"seed": options.seed, **parse_assignments("--branch-option", options.branch_option)}
     if clusters is not None:
         _check_options(clusters, branch_options)  # told now, not after the host has read its data
     told = list(zip(*check_classes(classes)))
@@ -176,10 +179,11 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
     check_number("passes", options.passes, 1, whole=True)
     if options.prompt_epochs is not None and options.prompt_epochs < 1:
         parser.error(f"--prompt-epochs must be at least 1; got {options.prompt_epochs}.")
-    settings = assignments("--set", options.set)
-    adapter_options = assignments("--host-option", options.host_option)
+    settings = parse_assignments("--set", options.set)
+    adapter_options = parse_assignments("--host-option", options.host_option)
     clip = str(Path(options.clip).resolve()) if Path(options.clip).is_file() else options.clip
-    refiner_options = {"recipe": "coco" if options.classes.lower() == "coco" else "voc", "seed": options.seed, **settings}
+    config = COCO if options.classes.lower() == "coco" else VOC
+    refiner_options = {"seed": options.seed, **settings}
     if options.cluster_prompts and clusters is not None:
         refiner_options["clusters"] = clusters.as_dict()
     out = (options.out or Path("runs") / options.host).resolve()
@@ -197,7 +201,7 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
         "prompts": options.prompts and str(options.prompts.resolve()),
         "checkpoint": options.checkpoint and str(options.checkpoint.resolve()),
         "clip": clip,
-        "refiner": refiner_options,
+        "refiner": config.replace(**refiner_options).as_dict(),
         "adapter": adapter_options,
         "mode": options.mode,
         "weight": options.weight,
@@ -208,7 +212,7 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
     }
     if clusters is not None:  # a record of a run without them says nothing of them
         told_options = {key: str(value) if value == float("-inf") else value for key, value in branch_options.items()}
-        facts["clusters"] = {"members": clusters.as_dict(), "options": told_options, "rate": options.cluster_rate}
+        facts["clusters"] = {"members": clusters.as_dict(), "options": told_options, "rate": options.branch_lr}
     facts = json.loads(json.dumps(facts, allow_nan=False))  # as the record will give them back
     return Job(
         host=options.host,
@@ -217,7 +221,7 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
         repo=repo,
         cwd=(options.cwd or repo).resolve(),
         out=out,
-        refiner=lambda: PromptRefiner(classes, clip=clip, **refiner_options),
+        refiner=lambda: PromptRefiner(classes, clip, config, **refiner_options),
         facts=facts,
         prompts=(options.prompts or out / "prompts.safetensors").resolve(),
         checkpoint=options.checkpoint.resolve() if options.checkpoint else None,
@@ -229,7 +233,7 @@ def _job(options: argparse.Namespace, script: List[str], parser: argparse.Argume
         cpu=options.cpu,
         log_every=options.log_every,
         clusters=None if clusters is None else lambda model: ClusterBranch(clusters, model, **branch_options),
-        cluster_rate=options.cluster_rate,
+        branch_lr=options.branch_lr,
         branch=options.branch.resolve() if options.branch else None,
     )
 

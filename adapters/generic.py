@@ -15,8 +15,10 @@ from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor, nn
 
-from ..clip_encoder import full_precision
-from ._attachment import AdapterError, CamSource, Records, _describe
+from .._text import describe
+from .._torch import full_precision
+from ..errors import HostError
+from .sources import CamSource, Records
 
 CamFunction = Callable[[Any, Records], Tensor]
 
@@ -77,7 +79,7 @@ class Generic(CamSource):
             self._classifier = self.find(model, {self.classifier: nn.Module}, self.name)[self.classifier]
             weight = getattr(self._classifier, "weight", None)
             if not isinstance(weight, Tensor) or weight.ndim < 2 or weight[0, 0].numel() != 1:
-                raise AdapterError(f"`classifier` must be an nn.Linear or a 1x1 nn.Conv2d; got {self._classifier}.")
+                raise HostError(f"`classifier` must be an nn.Linear or a 1x1 nn.Conv2d; got {self._classifier}.")
         return self.find(model, kinds, self.name)
 
     def cam(self, img: Tensor, output: Any, records: Records) -> Tensor:
@@ -103,9 +105,9 @@ class Generic(CamSource):
         elif isinstance(value, Tensor) and value.ndim == 3:
             value = tokens_to_map(value, img, self._patch, name)
         else:
-            raise AdapterError(f"Expected {name!r} to give a map (B, D, h, w) or tokens (B, N, D); got {_describe(value)}.")
+            raise HostError(f"Expected {name!r} to give a map (B, D, h, w) or tokens (B, N, D); got {describe(value)}.")
         if channels is not None and value.shape[1] != channels:
-            raise AdapterError(
+            raise HostError(
                 f"The classifier {self.classifier!r} takes {channels} features, but {name!r} gives {value.shape[1]}. Name the "
                 "last module before pooling."
             )
@@ -115,11 +117,11 @@ class Generic(CamSource):
 def tokens_to_map(tokens: Tensor, img: Tensor, patch: Optional[Tuple[int, int]], name: str) -> Tensor:
     """Tokens (B, prefix + h w, D) of a vision transformer as a map (B, D, h, w); class and register tokens come first."""
     if patch is None:
-        raise AdapterError(f"{name!r} gives tokens {tuple(tokens.shape)}; say how large a patch is: patch_size=16.")
+        raise HostError(f"{name!r} gives tokens {tuple(tokens.shape)}; say how large a patch is: patch_size=16.")
     height, width = img.shape[2] // patch[0], img.shape[3] // patch[1]
     prefix = tokens.shape[1] - height * width
     if prefix < 0:
-        raise AdapterError(
+        raise HostError(
             f"{name!r} gives {tokens.shape[1]} tokens, fewer than the {height} x {width} patches of size {patch} in an image "
             f"of {img.shape[2]} x {img.shape[3]}. Say patch_size=..."
         )

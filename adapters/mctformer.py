@@ -12,8 +12,9 @@ from typing import Any, Dict, List, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..clip_encoder import full_precision
-from ._attachment import AdapterError, CamSource, Records
+from .._torch import full_precision
+from ..errors import HostError
+from .sources import CamSource, Records
 
 FLOOR = 1e-8
 
@@ -77,7 +78,7 @@ def attention_of(records: Records, host: str) -> List[Tensor]:
             continue
         output = records[name]
         if not (isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4):
-            raise AdapterError(
+            raise HostError(
                 f"Expected {name} of {host} to return (tokens, attention (B, heads, N, N)); got {type(output).__name__}."
             )
         maps.append(output[1])

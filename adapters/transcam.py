@@ -10,7 +10,8 @@ from typing import Any, Dict
 
 from torch import Tensor, nn
 
-from ._attachment import AdapterError, CamSource, Records
+from ..errors import HostError
+from .sources import CamSource, Records
 
 
 class TransCAM(CamSource):
@@ -38,7 +39,7 @@ class TransCAM(CamSource):
         if self.kind == "patch":
             return records["conv_cls_head"].float().relu()
         if not (isinstance(output, tuple) and len(output) == 3 and isinstance(output[2], Tensor) and output[2].ndim == 4):
-            raise AdapterError(
+            raise HostError(
                 f"Expected TransCAM to return (logits, logits, cams (B, C + 1, h, w)); got {type(output).__name__}."
             )
         return output[2].float() if self.kind == "raw" else output[2].float().relu()

@@ -14,9 +14,9 @@ from typing import Any, Dict
 import torch
 from torch import Tensor, nn
 
-from ..clip_encoder import full_precision
-from ._attachment import CamSource, Records
+from .._torch import full_precision
 from .mctformer import attention_of, blocks_of, spread
+from .sources import CamSource, Records
 
 WEIGHTS = "adaptive_attention_fusion.attn_head_ffn"
 

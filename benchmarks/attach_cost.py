@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semples_plugin import PromptRefiner, adapters
-from semples_plugin.adapters import _compat
+from semples_plugin.adapters.runner import compat
 from semples_plugin.class_names import VOC_CLASSES
-from semples_plugin.clip_encoder import openai_clip_module
+from semples_plugin.clip_backends import openai_clip_module
 
 
 def seconds(step: Callable[[], Any]) -> float:
@@ -39,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     sys.dont_write_bytecode = True
-    with _compat.old_libraries(), _compat.on_cpu():
+    with compat.old_libraries(), compat.on_cpu():
         sys.path.insert(0, str(options.repo.resolve()))
         import models  # the host's
 

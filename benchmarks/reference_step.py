@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semples_plugin import PromptRefiner
-from semples_plugin.clip_encoder import OpenAIClip, openai_clip_module
+from semples_plugin.clip_backends import OpenAIClip, openai_clip_module
 
 LAMBDA_B, LAMBDA_T, LAMBDA = 2.4, 0.02, 0.05  # the recipe for VOC
 EPS, PROMPT_EPS, LENGTH = 0.1, 1e-4, 30

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from semples_plugin.clip_encoder import CLIP_MEAN, CLIP_STD, OpenAIClip, openai_clip_module
+from semples_plugin.clip_backends import CLIP_MEAN, CLIP_STD, OpenAIClip, openai_clip_module
 
 
 class Batch(NamedTuple):

@@ -1,15 +1,17 @@
 """Validation of what users hand in: every message says what was expected, what came, and what to do.
 
-Nothing here changes a value, apart from dropping a background channel that the caller announced. One pass over the batch
-and one transfer from the device per step.
+Two values are changed: a background channel that the caller announced is left out, and smoothed labels become 0 and 1. One
+pass over the batch and one transfer from the device per step.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
+import sys
 import warnings
-from typing import Any, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -47,10 +49,69 @@ def check_number(name: str, value: Any, minimum: float, whole: bool = False, adv
         raise ValueError(f"`{name}` must be at least {minimum:g}{advice or ('' if whole else ' and finite')}; got {value!r}.")
 
 
-def check_multi_hot(labels: Tensor) -> None:
-    """`labels` must hold 0 and 1 alone."""
-    if bool(((labels != 0) & (labels != 1)).any()):
-        raise ValueError(f"`labels` must hold only 0 and 1; got values such as {_example(labels)}. {_NOT_BINARY}")
+def hard_labels(labels: Tensor) -> Tensor:
+    """Multi-hot `labels` as booleans; this is the one place that decides which values count as a label.
+
+    Label smoothing is undone: values within 0.2 of 0 or 1 count as 0 or 1. Everything else (0.5 of a mixup, 255) is refused,
+    since an image that shows half a class has no CAM to be trained.
+
+    Raises:
+        ValueError: if a value is neither.
+    """
+    if bool(_is_soft(labels).any()):
+        raise ValueError(_soft_labels(labels))
+    return labels > 0.5
+
+
+def _is_soft(labels: Tensor) -> Tensor:
+    return ((labels - (labels > 0.5).to(labels)).abs() > 0.2) if labels.is_floating_point() else (labels != 0) & (labels != 1)
+
+
+def _soft_labels(labels: Tensor) -> str:
+    wrong = labels[_is_soft(labels)]
+    return (
+        f"`labels` must be 0 or 1; got values such as {wrong.flatten()[0].item():g}. Smoothed labels within 0.2 of 0 or 1 are "
+        "taken; turn mixup and cutmix off, and turn ignore labels into 0 or 1 first."
+    )
+
+
+def warn(message: str) -> None:
+    """A `UserWarning` that points to the caller's line: the nearest one outside of this package and of torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("semples_plugin", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level + 1)
+
+
+def img_and_labels(batch: Any, num_classes: int) -> Tuple[Any, Any]:
+    """Images and labels of a loader's batch: its first float tensor (B, 3, H, W) and its first tensor (B, num_classes).
+
+    Loaders of other projects put names, paths or further crops beside them; those are passed over.
+
+    Args:
+        batch: a tuple, list or mapping.
+        num_classes: C.
+
+    Raises:
+        TypeError: if the batch is none of these, or holds no such tensors; the message says what it holds.
+    """
+    values = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if not isinstance(values, (tuple, list)) or len(values) < 2:
+        raise TypeError(
+            f"`loader` must yield (img, labels), or longer tuples or mappings that hold both; got {type(batch).__name__}."
+        )
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    img = next((t for t in tensors if t.ndim == 4 and t.shape[1] == 3 and t.is_floating_point()), None)
+    labels = next((t for t in tensors if img is not None and tuple(t.shape) == (len(img), num_classes)), None)
+    if img is not None and labels is not None:
+        return img, labels
+    if all(isinstance(value, Tensor) for value in values[:2]):
+        return values[0], values[1]  # an image batch and labels of a wrong shape: the checks of the batch say what is wrong
+    found = ", ".join(f"tensor {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__ for v in values)
+    raise TypeError(
+        f"`loader` must yield img (B, 3, H, W) and labels (B, {num_classes}), at any place of a batch; got {found}. Wrap it: "
+        "yield (img, labels) from a loader of your own."
+    )
 
 
 def check_stats(image_stats: Any) -> Stats:
@@ -72,18 +133,18 @@ def check_stats(image_stats: Any) -> Stats:
 
 
 def check_batch(
-    img: Any, cam: Any, labels: Any, num_classes: int, background_channel: bool, stats: Stats, normalised: bool
+    img: Any, cam: Any, labels: Any, num_classes: int, background_channel: bool, stats: Stats, normalized: bool
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Check one batch; returns img, cam (B, C, h, w) without background channel, and boolean labels (B, C).
 
     Args:
         img: (B, 3, H, W) with the host's image statistics `stats`.
         cam: (B, C, h, w), or (B, C + 1, h, w) with `background_channel`.
-        labels: (B, C) of 0 and 1.
+        labels: (B, C), see `hard_labels`.
         num_classes: C.
-        background_channel: whether channel 0 of `cam` is background.
+        background_channel: whether channel 0 of a `cam` with C + 1 channels is background.
         stats: (mean, std), or None for images in [0, 1].
-        normalised: whether `cam` claims to be in [0, 1] already.
+        normalized: whether `cam` claims to be in [0, 1] already.
     """
     for name, value in (("img", img), ("cam", cam), ("labels", labels)):
         if not isinstance(value, Tensor):
@@ -102,11 +163,10 @@ def check_batch(
     if len(set(devices.values())) > 1:
         found = ", ".join(f"`{name}` on {device}" for name, device in devices.items())
         raise ValueError(f"`img`, `cam` and `labels` must be on one device; got {found}. Move them with .to(cam.device).")
-    _check_values(img, cam, labels, stats, normalised)
-    return img, cam, labels.bool()
+    _check_values(img, cam, labels, stats, normalized)
+    return img, cam, labels > 0.5
 
 
-_NOT_BINARY = "Ignore labels and soft labels have to be turned into 0 or 1 first."
 _NOT_FLOAT = {
     "img": "Convert with img.float() / 255 and normalise as your host does.",
     "cam": "A CAM of whole numbers carries no gradient; pass the activations, not a label map.",
@@ -114,19 +174,17 @@ _NOT_FLOAT = {
 
 
 def _check_cam_shape(cam: Tensor, batch: int, num_classes: int, background_channel: bool) -> Tensor:
-    channels = num_classes + int(background_channel)
-    if cam.ndim == 4 and tuple(cam.shape[:2]) == (batch, channels) and min(cam.shape[2:]) > 0:
-        return cam[:, 1:] if background_channel else cam
+    allowed = (num_classes, num_classes + 1) if background_channel else (num_classes,)
+    if cam.ndim == 4 and len(cam) == batch and cam.shape[1] in allowed and min(cam.shape[2:]) > 0:
+        return cam[:, cam.shape[1] - num_classes :]
     advice = ""
-    if cam.ndim == 4 and cam.shape[1] == channels + 1 and not background_channel:
+    if cam.ndim == 4 and cam.shape[1] == num_classes + 1:
         advice = " If channel 0 is background, pass cam[:, 1:] or build PromptRefiner(..., background_channel=True)."
-    elif cam.ndim == 4 and cam.shape[1] == num_classes and background_channel:
-        advice = " If it has no background channel, build PromptRefiner(..., background_channel=False)."
     elif cam.ndim == 3:
         advice = " Token or patch CAMs (B, N, C) become maps with cam.transpose(1, 2).reshape(B, C, h, w)."
-    label = "C + 1" if background_channel else "C"
+    channels = "C or C + 1" if background_channel else "C"
     raise ValueError(
-        f"`cam` must have shape (B, {label}, h, w) with B = {batch} and C = {num_classes} classes; "
+        f"`cam` must have shape (B, {channels}, h, w) with B = {batch} and C = {num_classes} classes; "
         f"got {tuple(cam.shape)}.{advice}"
     )
 
@@ -147,7 +205,7 @@ def _check_label_shape(labels: Tensor, batch: int, num_classes: int) -> None:
 
 
 @torch.no_grad()
-def _check_values(img: Tensor, cam: Tensor, labels: Tensor, stats: Stats, normalised: bool) -> None:
+def _check_values(img: Tensor, cam: Tensor, labels: Tensor, stats: Stats, normalized: bool) -> None:
     plain = img.detach().float()
     if stats is not None:
         mean, std = (torch.tensor(s, device=img.device).view(3, 1, 1) for s in stats)
@@ -155,18 +213,18 @@ def _check_values(img: Tensor, cam: Tensor, labels: Tensor, stats: Stats, normal
     low, high = plain.amin(), plain.amax()  # NaN and inf come through
     outside = ((plain - 0.5).abs() > 0.75).float().mean()  # a few pixels may be: random erasing, colour jitter
     cam_low, cam_high = cam.detach().amin().float(), cam.detach().amax().float()
-    foreign = ((labels != 0) & (labels != 1)).any().float()
+    soft = _is_soft(labels).any().float()
     inside = ((img >= 0) & (img <= 1)).all().float()  # as only images that were never normalised are
-    facts = torch.stack([low, high, outside, inside, cam_low, cam_high, foreign]).tolist()  # one transfer
-    img_low, img_high, img_outside, img_inside, cam_min, cam_max, not_binary = facts
+    facts = torch.stack([low, high, outside, inside, cam_low, cam_high, soft]).tolist()  # one transfer
+    img_low, img_high, img_outside, img_inside, cam_min, cam_max, any_soft = facts
     for name, lowest, highest in (("cam", cam_min, cam_max), ("img", img_low, img_high)):
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             raise ValueError(
                 f"`{name}` must be finite; got NaN or inf. "
                 + ("Look for sqrt at 0 or a division in your CAM." if name == "cam" else "Look at your data pipeline.")
             )
-    if not_binary:
-        raise ValueError(f"`labels` must hold only 0 and 1; got values such as {_example(labels)}. {_NOT_BINARY}")
+    if any_soft:
+        raise ValueError(_soft_labels(labels))
     if img_outside > 0.1:
         expected = "in [0, 1]" if stats is None else f"normalised with mean {stats[0]} and std {stats[1]}"
         raise ValueError(
@@ -176,18 +234,56 @@ def _check_values(img: Tensor, cam: Tensor, labels: Tensor, stats: Stats, normal
             "'imagenet', or None for none."
         )
     if stats is not None and img_inside:
-        warnings.warn(
+        warn(
             f"`img` should be normalised with mean {stats[0]} and std {stats[1]}, but all its values are in [0, 1]. If your "
-            "images are not normalised, build PromptRefiner(..., image_stats=None).",
-            stacklevel=9,
+            "images are not normalised, build PromptRefiner(..., image_stats=None)."
         )
-    if normalised and (cam_min < -1e-3 or cam_max > 1 + 1e-3):
+    if normalized and (cam_min < -1e-3 or cam_max > 1 + 1e-3):
         raise ValueError(
-            f"`cam` must be in [0, 1] with normalise=None; got values from {cam_min:.3g} to {cam_max:.3g}. "
-            "Use normalise='minmax'."
+            f"`cam` must be in [0, 1] with normalize=None; got values from {cam_min:.3g} to {cam_max:.3g}. "
+            "Use normalize='minmax'."
         )
 
 
-def _example(labels: Tensor) -> str:
-    wrong = labels[(labels != 0) & (labels != 1)]
-    return f"{wrong.flatten()[0].item():g}"
+def partition_faults(clusters: Any, classes: Sequence[str], max_clusters: Optional[int] = None) -> List[str]:
+    """What keeps `clusters` from being a partition of `classes`, one sentence each; none if all is well.
+
+    Args:
+        clusters: anything; expected is a mapping cluster name -> list of class names.
+        classes: the class names.
+        max_clusters: the most clusters allowed.
+    """
+    if not isinstance(clusters, Mapping):
+        return [f"Expected a mapping cluster name -> list of classes; got {type(clusters).__name__}."]
+    faults: List[str] = []
+    where: Dict[str, List[str]] = {}
+    for name, members in clusters.items():
+        if not isinstance(name, str) or not name.strip():
+            faults.append(f"Every cluster needs a name; got {name!r}.")
+        if isinstance(members, str) or not isinstance(members, Sequence):
+            faults.append(f"Cluster {name!r} must be a list of class names; got {members!r:.80}.")
+            continue
+        if not members:
+            faults.append(f"Cluster {name!r} is empty.")
+        for member in members:
+            if not isinstance(member, str):
+                kind = type(member).__name__
+                faults.append(
+                    f"Cluster {name!r} must hold class names; got {member!r:.80} of type {kind}. Quote names such as 'no'."
+                )
+            else:
+                where.setdefault(member, []).append(str(name))
+    known = set(classes)
+    for member, owners in where.items():
+        if member not in known:
+            near = difflib.get_close_matches(member[:80], list(known), 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            faults.append(f"{member!r:.80} in cluster {owners[0]!r} is not one of the classes{hint}.")
+        elif len(owners) > 1:
+            faults.append(f"{member!r} is there {len(owners)} times, in {', '.join(map(repr, dict.fromkeys(owners)))}.")
+    missing = [name for name in classes if name not in where]
+    if missing:
+        faults.append(f"In no cluster: {', '.join(map(repr, missing))}.")
+    if max_clusters is not None and len(clusters) > max_clusters:
+        faults.append(f"{len(clusters)} clusters are too many; at most {max_clusters} are allowed.")
+    return faults

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Dict, Tuple
+import json
+from pathlib import Path
+from typing import Dict, List, Tuple, Union
 
-__all__ = ["COCO_CATEGORY_IDS", "COCO_CLASSES", "VOC_CLASSES"]
+from ._checks import check_classes
+
+__all__ = ["COCO_CATEGORY_IDS", "COCO_CLASSES", "VOC_CLASSES", "read_class_names"]
 
 _SPELLED = {
     "aeroplane": "airplane",
@@ -39,3 +43,33 @@ COCO_CLASSES: Dict[str, str] = {
 
 COCO_CATEGORY_IDS: Tuple[int, ...] = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
 """Category id in COCO's annotation files (1 to 90) of each of the 80 label columns."""
+
+
+def read_class_names(text: str) -> Union[List[str], Dict[str, str]]:
+    """Class names from `voc`, `coco`, or a file: one name per line, a JSON list, or a JSON mapping name -> name for CLIP.
+
+    Raises:
+        TypeError, ValueError: if the file cannot be read or does not hold class names.
+    """
+    names = _read(text)
+    check_classes(names)
+    return names
+
+
+def _read(text: str) -> Union[List[str], Dict[str, str]]:
+    if text.lower() in ("voc", "coco"):
+        return dict(VOC_CLASSES if text.lower() == "voc" else COCO_CLASSES)
+    path = Path(text)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--classes must be voc, coco or a readable file; got {text!r} ({error}).") from error
+    if path.suffix != ".json":
+        return [line.strip() for line in content.splitlines() if line.strip()]
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable JSON: {error}.") from error
+    if not isinstance(found, (list, dict)):
+        raise ValueError(f"{path} must hold a list of names or a mapping name -> name for CLIP; got {type(found).__name__}.")
+    return found

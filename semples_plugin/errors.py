@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any, Dict, Optional
+
 __all__ = [
+    "CamFileError",
     "ClipError",
     "ClusterError",
     "DetachedCamError",
@@ -34,8 +37,24 @@ class HostError(SemplesError, RuntimeError):
 
 
 class LanguageModelError(SemplesError, RuntimeError):
-    """A language model could not be reached, refused, or gave no usable clusters."""
+    """Raised when a language model cannot be reached, refuses, or gives no usable clusters.
+
+    Attributes:
+        record: all questions and answers until then, or None.
+        clusters: the last valid clusters, or None.
+        answer: the answer that caused the error, or None.
+    """
+
+    def __init__(
+        self, message: str, answer: Optional[str] = None, record: Optional[Dict[str, Any]] = None, clusters: Any = None
+    ):
+        super().__init__(message)
+        self.answer, self.record, self.clusters = answer, record, clusters
 
 
 class PromptFileError(SemplesError, ValueError):
     """A prompt file is damaged, foreign, or made for other classes or another CLIP."""
+
+
+class CamFileError(SemplesError, ValueError):
+    """A CAM or label file is damaged, of an unknown layout, or holds something other than numbers."""

@@ -1,6 +1,7 @@
 """Refined masks and pseudo labels from a CAM, without training: CLIP-guided suppression, edge alignment, background, argmax.
 
-Used by `PromptRefiner.refine`. Each step is a function of its own and can be left out. Flow: `refiner` -> **masks** -> files.
+`cam_to_masks` is the one way from a CAM to masks; `PromptRefiner.refine_masks` and `files.refine_folder` call it. Each further
+step is a function of its own and can be left out. Flow: `regions` -> **masks** -> `refiner`, files.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .clip_encoder import full_precision
+from . import regions
+from ._torch import full_precision
 
-__all__ = ["RefinedMasks", "align_maps", "pamr", "pseudo_labels", "suppression"]
+__all__ = ["MASK_EPS", "RefinedMasks", "align_masks", "cam_to_masks", "pamr", "pseudo_labels", "suppression"]
+
+MASK_EPS = 1e-6  # of the normalization here: masks must not depend on the scale of the CAM
 
 Align = Callable[[Tensor, Tensor], Tensor]
 
@@ -94,35 +98,65 @@ def pamr(img: Tensor, masks: Tensor, iterations: int = 10, dilations: Sequence[i
     return masks
 
 
-def align_maps(img: Tensor, maps: Tensor, pairs: Tensor, align: Union[None, str, Align]) -> Tensor:
-    """Maps (P, H, W) of the positive pairs, aligned to the edges of their images, all classes of an image together.
+def align_masks(img: Tensor, masks: Tensor, pairs: Tensor, align: Union[None, str, Align]) -> Tensor:
+    """Masks (P, H, W) of the positive pairs, aligned to the edges of their images, all classes of an image together.
 
     Args:
         img: (B, 3, H, W) in [0, 1].
-        maps: (P, H, W) in [0, 1].
-        pairs: (P, 2) image and class of each map.
-        align: `"pamr"`, None for the maps as they are, or a callable (img (3, H, W), maps (K, H, W)) -> (K, H, W).
+        masks: (P, H, W) in [0, 1].
+        pairs: (P, 2) image and class of each mask.
+        align: `"pamr"`, None for the masks as they are, or a callable (img (3, H, W), masks (K, H, W)) -> (K, H, W).
     """
     if align is None:
-        return maps
-    result = maps.clone()
+        return masks
+    result = masks.clone()
     for i in pairs[:, 0].unique().tolist():
         own = pairs[:, 0] == i
         if align == "pamr":
-            result[own] = pamr(img[i : i + 1], maps[own][None])[0]
+            result[own] = pamr(img[i : i + 1], masks[own][None])[0]
         else:
-            result[own] = align(img[i], maps[own]).to(result)  # type: ignore[operator]
+            result[own] = align(img[i], masks[own]).to(result)  # type: ignore[operator]
     return result
 
 
-def pseudo_labels(masks: Tensor, threshold: float, background_power: Optional[float] = None) -> Tensor:
+def cam_to_masks(
+    img: Tensor,
+    cam: Tensor,
+    pairs: Tensor,
+    *,
+    normalize: Optional[str] = "minmax",
+    align: Union[None, str, Align] = "pamr",
+    weight: Optional[Tensor] = None,
+) -> Tensor:
+    """Masks at image size: the normalized CAM of every positive pair, weighted and aligned to the edges of the image.
+
+    Args:
+        img: (B, 3, H, W) in [0, 1].
+        cam: (B, C, h, w), any resolution and range.
+        pairs: (P, 2) image and class index, see `regions.positive_pairs`.
+        normalize: as in `regions.pair_masks`.
+        align: as in `align_masks`.
+        weight: (P, g, g) factor per pair, see `suppression`; None for none.
+
+    Returns:
+        (B, C, H, W) float32 in [0, 1], 0 for absent classes.
+    """
+    height, width = img.shape[2:]
+    result = torch.zeros(len(img), cam.shape[1], height, width, device=img.device)
+    if len(pairs):
+        masks = regions.pair_masks(cam, pairs, (height, width), normalize, MASK_EPS).float()  # (P, H, W)
+        if weight is not None:
+            masks = masks * F.interpolate(weight[:, None], size=(height, width), mode="bilinear", align_corners=False)[:, 0]
+        result[pairs[:, 0], pairs[:, 1]] = align_masks(img, masks, pairs, align)
+    return result
+
+
+def pseudo_labels(masks: Tensor, threshold: float) -> Tensor:
     """Label map (B, H, W): argmax over background and classes; 0 background, 1 + class index.
 
     Args:
         masks: (B, C, H, W) in [0, 1].
         threshold: background score of every pixel; a class needs more than this.
-        background_power: if given, the background score is (1 - max_k M_k) ** power instead of the threshold.
     """
     best, index = masks.max(dim=1)  # (B, H, W)
-    background = torch.full_like(best, threshold) if background_power is None else (1 - best) ** background_power
-    return torch.where(best > background, index + 1, torch.zeros_like(index))
+    return torch.where(best > threshold, index + 1, torch.zeros_like(index))

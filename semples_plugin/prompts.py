@@ -11,21 +11,40 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import losses
-from ._safetensors import read_tensors, write_tensors
+from ._checks import partition_faults
+from ._files import PathLike, read_tensors, write_tensors
+from ._torch import full_precision
 from .clip_encoder import ClipEncoder
-from .errors import PromptFileError
+from .config import VOC, RefinerConfig
+from .errors import ClusterError, PromptFileError
 
-__all__ = ["BackgroundPrompts", "PromptFit", "PromptReading", "default_vocabulary", "learn", "read_file", "write_file"]
+__all__ = [
+    "BackgroundPrompts",
+    "NearestWords",
+    "PromptFile",
+    "PromptFit",
+    "broadcast_context",
+    "default_vocabulary",
+    "gather_pairs",
+    "hand_written_prompts",
+    "learn",
+    "nearest_words",
+    "read_file",
+    "read_vocabulary",
+    "related_classes",
+    "same_or_error",
+    "write_file",
+]
 
 FORMAT = "semples-plugin prompts"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class PromptFit(NamedTuple):
@@ -44,7 +63,7 @@ class PromptFit(NamedTuple):
     num_pairs: int
 
 
-class PromptReading(NamedTuple):
+class NearestWords(NamedTuple):
     """A prompt in words: the class, cos(u_f, u_b), and the nearest vocabulary entries with their cosine to u_b."""
 
     name: str
@@ -63,15 +82,12 @@ class BackgroundPrompts(nn.Module):
         num_classes: C.
         length: L, context vectors per prompt.
         dim: Dt, size of a token embedding of the CLIP in use.
-        init: `"uniform"`, U[0, 1) as in the reference recipe, or `"normal"`, N(0, 0.02) as CLIP's own token embeddings.
-        seed: of the initial values, drawn on the CPU, so they are the same on every device.
+        seed: of the initial values, U[0, 1) as in the reference recipe; drawn on the CPU, so they are the same on every device.
     """
 
-    def __init__(self, num_classes: int, length: int, dim: int, init: str = "uniform", seed: int = 0):
+    def __init__(self, num_classes: int, length: int, dim: int, seed: int = 0):
         super().__init__()
-        if init not in ("uniform", "normal"):
-            raise ValueError(f"`prompt_init` must be 'uniform' or 'normal'; got {init!r}.")
-        self.init, self.seed = init, seed
+        self.seed = seed
         self.context = nn.Parameter(torch.empty(num_classes, length, dim), requires_grad=False)  # (C, L, Dt)
         self.register_buffer("learned", torch.zeros((), dtype=torch.bool))
         self.learned: Tensor
@@ -81,31 +97,20 @@ class BackgroundPrompts(nn.Module):
     def reset(self) -> None:
         """Back to the initial values of the seed."""
         generator = torch.Generator().manual_seed(self.seed)
-        if self.init == "uniform":
-            values = torch.rand(self.context.shape, generator=generator)
-        else:
-            values = 0.02 * torch.randn(self.context.shape, generator=generator)
-        self.context.copy_(values)
+        self.context.copy_(torch.rand(self.context.shape, generator=generator))
         self.learned.fill_(False)
 
 
 def learn(
     prompts: BackgroundPrompts,
     encoder: ClipEncoder,
-    template: str,
+    config: RefinerConfig,
     text_features: Tensor,
     features: Tensor,
     pairs: Tensor,
     *,
-    lambda_t: float,
-    form: str,
-    epochs: int,
-    batch_size: int,
-    rate: float,
-    weight_decay: float,
-    related: Optional[Tensor],
-    seed: int,
-    progress: bool,
+    related: Optional[Tensor] = None,
+    progress: bool = True,
 ) -> PromptFit:
     """Stage (b): L_prompt = < -log c(v_b, u_b) > + lambda_T T(u_f, u_b) (SemPLeS, L_prompt); only p is trained.
 
@@ -115,48 +120,50 @@ def learn(
     Args:
         prompts: trained in place (AdamW, cosine schedule to 0 over all steps).
         encoder: the frozen CLIP.
-        template: layout of the prompt, with one `{}`.
+        config: template, lambda_t, repel, epochs, prompt_batch_size (images), prompt_lr, weight_decay, seed are used.
         text_features: (C, D), u_f.
         features: (P, D), v_b of every positive pair of the data.
         pairs: (P, 2) image number and class of each row of `features`.
-        lambda_t: weight of T.
-        form: of T, "log" or "log1m".
-        epochs, batch_size, rate, weight_decay: of the optimisation; `batch_size` counts images.
-        related: (C, C) bool, whether two classes are in one cluster: T then holds every class of the cluster; or None.
-        seed: of the order of the images.
+        related: (C, C) bool, see `related_classes`: T then holds every class of the cluster; or None.
         progress: show a progress bar.
 
     Returns:
         `PromptFit`.
+
+    Raises:
+        FloatingPointError: if the loss is no longer finite.
     """
+    from tqdm import tqdm
+
+    epochs, batch_size = config.epochs, config.prompt_batch_size
     images, image_of = torch.unique(pairs[:, 0], return_inverse=True)
     classes = pairs[:, 1].to(text_features.device)
     steps_per_epoch = math.ceil(len(images) / batch_size)
     history: List[float] = []
     context = prompts.context
     context.requires_grad_(True)
-    optimizer = torch.optim.AdamW([context], lr=rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW([context], lr=config.prompt_lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * steps_per_epoch)
-    generator = torch.Generator().manual_seed(seed)
-    bar = progress_bar(range(epochs), "learning prompts", progress)
+    generator = torch.Generator().manual_seed(config.seed)
+    bar = tqdm(range(epochs), desc="learning prompts", disable=not progress)
     try:
         with torch.enable_grad():  # also when called under no_grad
             for _ in bar:
                 order = torch.randperm(len(images), generator=generator)
                 rank = torch.empty_like(order)
                 rank[order] = torch.arange(len(order))
-                step_of = (rank[image_of.cpu()] // batch_size).to(features.device)  # (P,) step in which each pair is seen
+                step_of = (rank[image_of.cpu()] // batch_size).to(features.device)  # (P,) step in which each pair is used
                 total = 0.0
                 for step in range(steps_per_epoch):
                     chosen = (step_of == step).nonzero()[:, 0]
-                    seen, index = torch.unique(classes[chosen], return_inverse=True)
-                    u_b = encoder.encode_prompt(context[seen], template)[index]  # (P', D)
+                    present, index = torch.unique(classes[chosen], return_inverse=True)
+                    u_b = encoder.encode_prompt(context[present], config.prompt_template)[index]  # (P', D)
                     loss = losses.prompt_background(features[chosen], u_b)
                     if related is None:
-                        repel = losses.prompt_repel(text_features[classes[chosen]], u_b, form)
+                        repel = losses.prompt_repel(text_features[classes[chosen]], u_b, config.repel)
                     else:
-                        repel = losses.prompt_repel_cluster(text_features, u_b, related[classes[chosen]], form)
-                    loss = loss + lambda_t * repel
+                        repel = losses.prompt_repel_cluster(text_features, u_b, related[classes[chosen]], config.repel)
+                    loss = loss + config.lambda_t * repel
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     optimizer.step()
@@ -164,7 +171,7 @@ def learn(
                     total += loss.item()
                 if not math.isfinite(total):
                     raise FloatingPointError(
-                        f"The prompts diverged (loss {total}). Use a smaller `rate`, or clip_dtype=torch.float32."
+                        f"The prompts diverged (loss {total}). Use a smaller `lr`, or clip_dtype=torch.float32."
                     )
                 history.append(total / steps_per_epoch)
                 bar.set_postfix(loss=f"{history[-1]:.3f}")
@@ -173,17 +180,117 @@ def learn(
         context.grad = None
     prompts.learned.fill_(True)
     with torch.no_grad():
-        u_b = encoder.encode_prompt(context, template)
+        u_b = encoder.encode_prompt(context, config.prompt_template)
         similarity = F.cosine_similarity(features, u_b[classes]).mean().item()
         class_similarity = F.cosine_similarity(text_features, u_b).mean().item()
     return PromptFit(history, similarity, class_similarity, len(features))
 
 
-def progress_bar(items: Any, title: str, show: bool) -> Any:
-    """`items` with a progress bar on stderr (rate and time left)."""
-    from tqdm import tqdm
+def related_classes(clusters: Mapping[str, Sequence[str]], classes: Sequence[str]) -> Tensor:
+    """(C, C) bool: whether two classes are in one cluster; true on the diagonal.
 
-    return tqdm(items, desc=title, disable=not show)
+    Args:
+        clusters: cluster name -> its classes; every class in exactly one cluster.
+        classes: C class names.
+
+    Raises:
+        ClusterError: if the clusters are no partition of the classes; all faults are listed.
+    """
+    faults = partition_faults(clusters, classes)
+    if faults:
+        raise ClusterError(
+            f"`clusters` must put each of the {len(classes)} classes into exactly one cluster; " + " ".join(faults)
+        )
+    number = {name: k for k, members in enumerate(clusters.values()) for name in members}
+    index = torch.tensor([number[name] for name in classes])
+    return index[:, None] == index
+
+
+def hand_written_prompts(
+    texts: Union[None, Sequence[str], Mapping[str, Sequence[str]]], classes: Sequence[str]
+) -> Tuple[List[str], Tensor]:
+    """All hand-written background prompts (K), and which class has which, (C, K) float of 0 and 1.
+
+    Args:
+        texts: a list for all classes, a mapping class name -> list, or None.
+        classes: C class names.
+    """
+    if isinstance(texts, str):
+        raise TypeError(f"`background_texts` must be a list or a mapping class name -> list; got the string {texts!r}.")
+    if isinstance(texts, Mapping):
+        unknown = sorted(set(texts) - set(classes))
+        if unknown:
+            raise ValueError(f"`background_texts` must name known classes; got {', '.join(map(repr, unknown))}.")
+        given = dict(texts)
+    else:
+        given = dict.fromkeys(classes, list(texts or ()))
+    for name, own in given.items():
+        if isinstance(own, str):
+            raise TypeError(
+                f"`background_texts` must hold a list of texts for every class; got the string {own!r} for {name!r}."
+            )
+    table = {name: list(given.get(name, ())) for name in classes}
+    every = list(dict.fromkeys(text for own in table.values() for text in own))
+    owner = torch.zeros(len(classes), len(every))
+    for k, name in enumerate(classes):
+        for text in table[name]:
+            owner[k, every.index(text)] = 1
+    return every, owner
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+
+def gather_pairs(features: Tensor, pairs: Tensor) -> Tuple[Tensor, Tensor]:
+    """Features and pairs of all processes, images numbered through, in rank order; unchanged without `torch.distributed`."""
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return features, pairs
+    shares: List[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, (features, pairs))
+    start, numbered = 0, []
+    for _, share in shares:
+        numbered.append(share + torch.tensor([start, 0]))
+        start += int(share[:, 0].max()) + 1 if len(share) else 0
+    return torch.cat([f for f, _ in shares]), torch.cat(numbered)
+
+
+def broadcast_context(context: Tensor) -> None:
+    """Rank 0's prompts to all processes: the same data and seed give the same prompts up to the machines' rounding."""
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        shared = context.detach().cuda() if dist.get_backend() == "nccl" else context.detach().clone()
+        dist.broadcast(shared, 0)
+        with torch.no_grad():
+            context.copy_(shared)
+
+
+# -------------------------------------------------------------------------------------------------- in words
+
+
+def nearest_words(
+    classes: Sequence[str],
+    text_features: Tensor,
+    prompt_features: Tensor,
+    words: Sequence[str],
+    word_features: Tensor,
+    top: int,
+) -> List[NearestWords]:
+    """The `top` words with the highest cosine to each background prompt.
+
+    Args:
+        classes: C class names.
+        text_features, prompt_features: (C, D), u_f and u_b.
+        words: N words.
+        word_features: (N, D), their text features.
+        top: words per class.
+    """
+    u_b = F.normalize(prompt_features, dim=-1)
+    own = F.cosine_similarity(text_features, u_b, dim=-1).tolist()
+    with full_precision(u_b.device):
+        nearest = (u_b @ F.normalize(word_features, dim=-1).T).topk(min(top, len(words)), dim=1)
+    rows = zip(classes, own, nearest.indices.tolist(), nearest.values.tolist())
+    return [NearestWords(name, cosine, [(words[i], c) for i, c in zip(*found)]) for name, cosine, *found in rows]
 
 
 def default_vocabulary() -> List[str]:
@@ -191,7 +298,7 @@ def default_vocabulary() -> List[str]:
     return read_vocabulary(Path(__file__).with_name("vocabulary.txt"))
 
 
-def read_vocabulary(path: Union[str, "os.PathLike[str]"]) -> List[str]:
+def read_vocabulary(path: PathLike) -> List[str]:
     """Words of a text file: one per line; blank lines and lines that begin with # are passed over."""
     lines = (line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
     return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
@@ -200,52 +307,74 @@ def read_vocabulary(path: Union[str, "os.PathLike[str]"]) -> List[str]:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def write_file(path: Union[str, "os.PathLike[str]"], context: Tensor, facts: Dict[str, Any]) -> None:
-    """Write context vectors and what belongs to them as safetensors; the file appears complete or not at all."""
-    write_tensors(path, {"context": context}, FORMAT, FORMAT_VERSION, facts)
+class PromptFile(NamedTuple):
+    """What a prompt file holds: everything that `PromptRefiner.load` needs but the CLIP weights.
+
+    Attributes:
+        context: (C, L, Dt) context vectors.
+        classes: C class names.
+        prompt_names: C names that CLIP is prompted with.
+        clip: name of the CLIP, as it was asked for.
+        clip_fingerprint: of its weights, see `ClipEncoder.fingerprint`.
+        config: the whole configuration of the refiner.
+    """
+
+    context: Tensor
+    classes: List[str]
+    prompt_names: List[str]
+    clip: str
+    clip_fingerprint: str
+    config: RefinerConfig
 
 
-def read_file(path: Union[str, "os.PathLike[str]"]) -> Tuple[Tensor, Dict[str, Any]]:
-    """Context vectors (C, L, Dt) and facts of a prompt file.
+def write_file(path: PathLike, content: PromptFile) -> None:
+    """Write learned prompts as safetensors; the file appears complete or not at all."""
+    facts = {**content._asdict(), "config": content.config.as_dict()}
+    write_tensors(path, {"context": facts.pop("context")}, FORMAT, FORMAT_VERSION, facts)
+
+
+def read_file(path: PathLike) -> PromptFile:
+    """The content of a prompt file.
 
     Raises:
         FileNotFoundError: if there is no such file.
         PromptFileError: if the file is damaged or is not a prompt file.
     """
+    name = os.fspath(path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"No prompt file at {os.fspath(path)}. Write one with refiner.save_prompts(path).")
+        raise FileNotFoundError(f"No prompt file at {name}. Write one with refiner.save(path).")
     try:
         tensors, metadata = read_tensors(path)
     except ValueError as error:
         raise PromptFileError(
-            f"{os.fspath(path)} is damaged or no safetensors file ({error}). Expected a file of refiner.save_prompts(path)."
+            f"{name} is damaged or no safetensors file ({error}). Expected a file of refiner.save(path)."
         ) from error
     context = tensors.get("context")
     if metadata.get("format") != FORMAT or context is None:
         raise PromptFileError(
-            f"{os.fspath(path)} is a safetensors file, but not one of prompts: expected format {FORMAT!r} and a tensor "
-            f"`context`; got format {metadata.get('format')!r}. Write one with refiner.save_prompts(path)."
+            f"{name} is a safetensors file, but not one of prompts: expected format {FORMAT!r} and a tensor "
+            f"`context`; got format {metadata.get('format')!r}. Write one with refiner.save(path)."
         )
     if metadata.get("version") != str(FORMAT_VERSION):
         raise PromptFileError(
-            f"{os.fspath(path)} has prompt format {metadata.get('version')!r}; this version reads {FORMAT_VERSION}. "
+            f"{name} has prompt format {metadata.get('version')!r}; this version reads {FORMAT_VERSION}. "
             "Use the version of semples-plugin that wrote it, or learn the prompts again."
         )
     try:
         facts = json.loads(metadata["facts"])
-        shape_fits = context.ndim == 3 and context.shape[0] == len(facts["classes"]) == len(facts["prompt_names"])
-        complete = all(key in facts for key in ("clip", "clip_fingerprint", "template", "prompt_template"))
+        content = PromptFile(context=context, **{**facts, "config": VOC.replace(**facts["config"])})
     except (KeyError, TypeError, ValueError) as error:
-        raise PromptFileError(f"{os.fspath(path)} lacks its class names or settings ({error}); it is damaged.") from error
-    if not (shape_fits and complete) or not bool(torch.isfinite(context).all()):
+        raise PromptFileError(f"{name} lacks its class names or settings ({error}); it is damaged.") from error
+    shape_fits = context.ndim == 3 and context.shape[0] == len(content.classes) == len(content.prompt_names)
+    if not shape_fits or not bool(torch.isfinite(context).all()):
         raise PromptFileError(
-            f"{os.fspath(path)} is damaged: context {tuple(context.shape)} for {len(facts['classes'])} classes, or values "
+            f"{name} is damaged: context {tuple(context.shape)} for {len(content.classes)} classes, or values "
             "that are not finite. Learn the prompts again."
         )
-    return context, facts
+    return content
 
 
-def same_or_error(path: Any, what: str, expected: Sequence[str], got: Sequence[str]) -> None:
+def same_or_error(path: PathLike, what: str, expected: Sequence[str], got: Sequence[str]) -> None:
     """Raise `PromptFileError` that names the first difference between two lists."""
     if list(expected) == list(got):
         return

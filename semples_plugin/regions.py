@@ -21,31 +21,31 @@ def positive_pairs(labels: Tensor) -> Tensor:
     return labels.nonzero()
 
 
-def pair_masks(cam: Tensor, pairs: Tensor, size: Sequence[int], normalise: Optional[str], eps: float) -> Tensor:
+def pair_masks(cam: Tensor, pairs: Tensor, size: Sequence[int], normalize: Optional[str], eps: float) -> Tensor:
     """Soft masks M_k of the positive pairs.
 
-    The pair's map is enlarged bilinearly (align_corners=True), then with `normalise="minmax"`
+    The pair's map is enlarged bilinearly (align_corners=True), then with `normalize="minmax"`
     (cam - min) / (max - min + eps), min and max over the map; gradients flow through both.
 
     Args:
         cam: (B, C, h, w) of any real range and float dtype.
         pairs: (P, 2).
         size: (height, width) of the masks in pixels.
-        normalise: `"minmax"`, or None for a CAM that is in [0, 1] already.
+        normalize: `"minmax"`, or None for a CAM that is in [0, 1] already.
         eps: keeps flat maps finite (and near 0); also softens maps with a small range.
 
     Returns:
         (P, height, width) in [0, 1], float32 (float64 for a float64 CAM), attached to `cam`.
     """
-    maps = cam[pairs[:, 0], pairs[:, 1]]  # (P, h, w)
-    maps = maps if maps.dtype == torch.float64 else maps.float()
-    if maps.shape[0] == 0:  # interpolate refuses empty batches
-        return maps.new_zeros((0, size[0], size[1])) + 0 * maps.sum()
-    maps = F.interpolate(maps[:, None], size=tuple(size), mode="bilinear", align_corners=True)[:, 0]
-    if normalise is None:
-        return maps
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return (maps - low) / (high - low + eps)
+    raw = cam[pairs[:, 0], pairs[:, 1]]  # (P, h, w)
+    raw = raw if raw.dtype == torch.float64 else raw.float()
+    if raw.shape[0] == 0:  # interpolate refuses empty batches
+        return raw.new_zeros((0, size[0], size[1])) + 0 * raw.sum()
+    raw = F.interpolate(raw[:, None], size=tuple(size), mode="bilinear", align_corners=True)[:, 0]  # (P, height, width)
+    if normalize is None:
+        return raw
+    low, high = raw.amin((1, 2), keepdim=True), raw.amax((1, 2), keepdim=True)
+    return (raw - low) / (high - low + eps)
 
 
 def resize_image(img: Tensor, size: int) -> Tensor:

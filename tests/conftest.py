@@ -11,8 +11,8 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from semples_plugin import PromptRefiner
-from semples_plugin.clip_encoder import openai_clip_module
-from semples_plugin.clusters import CategoryClusters
+from semples_plugin.clip_backends import openai_clip_module
+from semples_plugin.clusters.categories import CategoryClusters
 from tests.adapters.toy_hosts import CLASSES, ToyViT, make_loader
 
 settings.register_profile("semples", deadline=None, derandomize=True, database=None, max_examples=30)
@@ -101,7 +101,7 @@ def make_refiner(aligned_clip: nn.Module, classes: List[str], make_batch: Callab
             img, cam, labels = make_batch([[1] * len(names)] * 2, len(names), extra_channels=extra, seed=9)
             if refiner.normalise is None:
                 cam = cam.sigmoid()
-            refiner.fit_prompts([(img, labels)], lambda _: cam.detach(), epochs=2, rate=0.1, progress=False)
+            refiner.fit_prompts([(img, labels)], lambda _: cam.detach(), epochs=2, lr=0.1, progress=False)
         return refiner
 
     return make

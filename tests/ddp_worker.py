@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from semples_plugin import PromptRefiner
-from semples_plugin.clip_encoder import openai_clip_module
+from semples_plugin.clip_backends import openai_clip_module
 
 
 def main(rank: int, folder: Path) -> None:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semples_plugin import ClipError, PromptRefiner
-from semples_plugin.clip_encoder import CLIP_MEAN, CLIP_STD, ClipEncoder, OpenAIClip, load_clip, openai_clip_module
+from semples_plugin.clip_backends import CLIP_MEAN, CLIP_STD, OpenAIClip, load_clip, openai_clip_module
+from semples_plugin.clip_encoder import ClipEncoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 TEXTS = ["a photo of a boat.", "water"]
@@ -91,7 +92,7 @@ def test_refiner_from_a_file_learns_and_reloads(tiny_clip: nn.Module, tmp_path: 
     img, cam, labels = make_batch()
     refiner = PromptRefiner(["boat", "train", "bird"], clip=tmp_path / "tiny.pt", image_stats=None, prompt_length=4)
     refiner.fit_prompts([(img, labels)], lambda _: cam, epochs=1, progress=False)
-    refiner.save_prompts(tmp_path / "p.safetensors")
+    refiner.save(tmp_path / "p.safetensors")
     other = PromptRefiner(["boat", "train", "bird"], clip=in_half(tiny_clip), image_stats=None)
     assert other.load_prompts(tmp_path / "p.safetensors")(img, cam, labels).item() == pytest.approx(
         refiner(img, cam, labels).item(), rel=1e-5
@@ -243,7 +244,7 @@ def test_open_clip_object(views: Tensor) -> None:
 def test_open_clip_trains_a_host(make_batch: Any) -> None:
     refiner = PromptRefiner(["boat", "train", "bird"], clip=tiny_open_clip(), image_stats=None, prompt_length=4)
     img, cam, labels = make_batch()
-    fit = refiner.fit_prompts([(img, labels)], lambda _: cam, epochs=3, rate=0.1, progress=False)
+    fit = refiner.fit_prompts([(img, labels)], lambda _: cam, epochs=3, lr=0.1, progress=False)
     assert fit.losses[-1] < fit.losses[0]
     refiner(img, cam, labels).backward()
     assert cam.grad.isfinite().all()

@@ -34,7 +34,7 @@ def test_the_stages_run_on_the_device_of_the_cam(make_refiner: Any, make_batch: 
     refiner, (img, cam, labels) = make_refiner(), on_gpu(make_batch())
     fit = refiner.fit_prompts([(img.cpu(), labels.cpu())], lambda x: cam.detach(), epochs=3, progress=False)
     assert refiner.prompts.context.is_cuda and fit.losses[-1] < fit.losses[0]
-    result = refiner.refine(img, cam, labels, suppress=True)
+    result = refiner.refine_masks(img, cam, labels, suppress=True)
     assert result.masks.is_cuda and result.masks.isfinite().all()
 
 

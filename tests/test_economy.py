@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semples_plugin import PromptRefiner
-from semples_plugin.clip_encoder import load_clip
+from semples_plugin.clip_backends import load_clip
 
 
 class Counts(NamedTuple):
@@ -94,7 +94,7 @@ def test_fit_prompts_encodes_one_image_per_pair_in_all(epochs: int, make_refiner
     assert counts.images == 12 == fit.num_pairs
     assert counts.text_batches == [3] * (epochs + 1)  # each class once per step, and once for the report
     with counting(refiner.encoder.model) as counts:
-        refiner.prompt_features(), refiner.read_prompts(["water"])
+        refiner.prompt_features(), refiner.nearest_words(["water"])
     assert counts.images == 0
 
 
@@ -110,9 +110,9 @@ def test_refined_masks_encode_every_image_once(make_refiner: Any, make_batch: An
     refiner = make_refiner()
     img, cam, labels = make_batch()
     with counting(refiner.encoder.model) as counts:
-        refiner.refine(img, cam, labels, align=None, suppress=True)
+        refiner.refine_masks(img, cam, labels, align=None, suppress=True)
         assert counts.images == len(img)
-        refiner.refine(img, cam, labels, align=None, suppress=False)
+        refiner.refine_masks(img, cam, labels, align=None, suppress=False)
     assert counts.images == len(img)
 
 

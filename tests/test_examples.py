@@ -18,7 +18,7 @@ from examples.demo import experiment, host, world
 from examples.demo.figure import draw_figure
 from examples.demo.seeds import summary
 from semples_plugin import PromptRefiner
-from semples_plugin.clip_encoder import load_clip
+from semples_plugin.clip_backends import load_clip
 from semples_plugin.regions import change_stats
 
 
@@ -110,7 +110,7 @@ def test_the_trainer_takes_a_folder_with_captions(tower: str, tmp_path: Path) ->
     cam = torch.rand(1, 2, 4, 4, requires_grad=True)
     loss = refiner(torch.rand(1, 3, 64, 64), cam, torch.tensor([[1, 1]]))
     assert torch.isfinite(loss) and loss > 0
-    assert refiner.refine(torch.rand(1, 3, 64, 64), cam, torch.tensor([[1, 1]])).masks.shape == (1, 2, 64, 64)
+    assert refiner.refine_masks(torch.rand(1, 3, 64, 64), cam, torch.tensor([[1, 1]])).masks.shape == (1, 2, 64, 64)
 
 
 def test_the_same_seed_writes_the_same_clip(tmp_path: Path) -> None:

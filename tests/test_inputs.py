@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from semples_plugin import ClipError, DetachedCamError, PromptRefiner, SemplesError
-from semples_plugin.clip_encoder import load_clip
+from semples_plugin.clip_backends import load_clip
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
@@ -127,7 +127,7 @@ def test_bad_batch(name: str, make_refiner: Any, make_batch: Any) -> None:
         with pytest.raises(kind, match=message):
             refiner.compute(*batch)
         with pytest.raises(kind, match=message):
-            refiner.refine(*batch)
+            refiner.refine_masks(*batch)
 
 
 @pytest.mark.parametrize("name", [n for n in BATCHES if not ("img" in n or "device" in n or n == "detached cam")])
@@ -166,10 +166,10 @@ def test_cam_that_is_not_normalised_as_announced(
     shift: float, scale: float, found: str, make_refiner: Any, make_batch: Any
 ) -> None:
     img, cam, labels = make_batch()
-    refiner = make_refiner(normalise=None)
+    refiner = make_refiner(normalize=None)
     cam = cam.detach().sigmoid().requires_grad_(True)
     assert refiner(img, cam, labels) > 0
-    with pytest.raises(ValueError, match=rf"`cam` must be in \[0, 1\] with normalise=None; got values from {found}.*'minmax'"):
+    with pytest.raises(ValueError, match=rf"`cam` must be in \[0, 1\] with normalize=None; got values from {found}.*'minmax'"):
         refiner(img, shift + scale * cam, labels)
 
 

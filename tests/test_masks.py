@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from semples_plugin import masks
-from semples_plugin.clip_encoder import load_clip
+from semples_plugin.clip_backends import load_clip
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -169,7 +169,7 @@ LABELS = [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
 @pytest.mark.parametrize("options", [{}, {"suppress": False}, {"align": None}, {"suppress": False, "align": None}])
 def test_refine_shapes_and_absent_classes(options: Dict[str, Any], learned: bool, make_refiner: Any, make_batch: Any) -> None:
     img, cam, labels = make_batch(LABELS)
-    got = make_refiner(learned=learned).refine(img[..., :36], cam, labels, **options)
+    got = make_refiner(learned=learned).refine_masks(img[..., :36], cam, labels, **options)
     assert got.masks.shape == (3, 3, 40, 36) and got.masks.dtype == torch.float32 and not got.masks.requires_grad
     assert got.labels.shape == (3, 40, 36) and got.labels.dtype == torch.int64
     assert got.masks.min() >= 0 and got.masks.max() <= 1 + 1e-5
@@ -183,7 +183,7 @@ def test_refine_shapes_and_absent_classes(options: Dict[str, Any], learned: bool
 
 def test_refine_without_steps_is_the_normalised_cam(make_refiner: Any, make_batch: Any) -> None:
     img, cam, labels = make_batch(LABELS)
-    got = make_refiner().refine(img, cam, labels, suppress=False, align=None)
+    got = make_refiner().refine_masks(img, cam, labels, suppress=False, align=None)
     for b, k in labels.nonzero().tolist():
         up = F.interpolate(cam[b, k][None, None], size=(40, 40), mode="bilinear", align_corners=True)[0, 0]
         assert torch.allclose(got.masks[b, k], (up - up.min()) / (up.max() - up.min() + 1e-6), atol=1e-6)
@@ -193,8 +193,8 @@ def test_refine_without_steps_is_the_normalised_cam(make_refiner: Any, make_batc
 def test_refine_suppresses_with_dense_features(learned: bool, make_refiner: Any, make_batch: Any) -> None:
     refiner = make_refiner(learned=learned)
     img, cam, labels = make_batch(LABELS)
-    plain = refiner.refine(img, cam, labels, suppress=False, align=None).masks
-    got = refiner.refine(img, cam, labels, suppress=True, align=None).masks
+    plain = refiner.refine_masks(img, cam, labels, suppress=False, align=None).masks
+    got = refiner.refine_masks(img, cam, labels, suppress=True, align=None).masks
     mean, std = (torch.tensor(s).reshape(3, 1, 1) for s in (refiner.encoder.mean, refiner.encoder.std))
     small = F.interpolate(img, size=(32, 32), mode="bilinear", antialias=True)
     dense = refiner.encoder.encode_dense((small - mean) / std)
@@ -213,8 +213,8 @@ def test_refine_aligns_with_pamr(make_refiner: Any, make_batch: Any) -> None:
     refiner = make_refiner(image_stats=((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
     img, cam, labels = make_batch(LABELS)
     host_img = (img - 0.5) / 0.25
-    plain = refiner.refine(host_img, cam, labels, align=None).masks
-    got = refiner.refine(host_img, cam, labels).masks
+    plain = refiner.refine_masks(host_img, cam, labels, align=None).masks
+    got = refiner.refine_masks(host_img, cam, labels).masks
     for b, k in labels.nonzero().tolist():
         assert torch.allclose(got[b, k], masks.pamr(img[b : b + 1], plain[b : b + 1, k : k + 1])[0, 0], atol=1e-4)
 
@@ -229,8 +229,8 @@ def test_refine_with_a_callable(make_refiner: Any, make_batch: Any) -> None:
     refiner = make_refiner(image_stats=((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
     img, cam, labels = make_batch(LABELS)
     host_img = (img - 0.5) / 0.25
-    plain = refiner.refine(host_img, cam, labels, align=None)
-    got = refiner.refine(host_img, cam, labels, align=halve, threshold=0.2)
+    plain = refiner.refine_masks(host_img, cam, labels, align=None)
+    got = refiner.refine_masks(host_img, cam, labels, align=halve, threshold=0.2)
     assert [shape for _, shape in seen] == [(2, 40, 40), (1, 40, 40)]  # present classes only; no call without any
     assert torch.allclose(seen[0][0], img[0], atol=1e-6) and torch.allclose(seen[1][0], img[2], atol=1e-6)
     assert torch.allclose(got.masks, plain.masks / 2)
@@ -239,29 +239,29 @@ def test_refine_with_a_callable(make_refiner: Any, make_batch: Any) -> None:
 
 def test_refine_threshold_and_power(make_refiner: Any, make_batch: Any) -> None:
     refiner, batch = make_refiner(), make_batch(LABELS)
-    low, high = (refiner.refine(*batch, threshold=t) for t in (0.1, 0.8))
+    low, high = (refiner.refine_masks(*batch, threshold=t) for t in (0.1, 0.8))
     assert (low.labels > 0).sum() > 2 * (high.labels > 0).sum()
-    power = refiner.refine(*batch, background_power=3)
+    power = refiner.refine_masks(*batch, background_power=3)
     assert torch.equal(power.labels, masks.pseudo_labels(power.masks, 0.0, 3))
 
 
 def test_refine_of_a_batch_without_labels(make_refiner: Any, make_batch: Any) -> None:
-    got = make_refiner().refine(*make_batch([[0, 0, 0]]))
+    got = make_refiner().refine_masks(*make_batch([[0, 0, 0]]))
     assert got.masks.abs().max() == 0 and got.labels.max() == 0
 
 
 def test_refine_in_chunks(make_refiner: Any, make_batch: Any) -> None:
     batch = make_batch(LABELS)
-    whole, chunked = (make_refiner(max_views=n).refine(*batch).masks for n in (None, 1))
+    whole, chunked = (make_refiner(max_views=n).refine_masks(*batch).masks for n in (None, 1))
     assert torch.allclose(whole, chunked, atol=1e-5)
 
 
 def test_refine_takes_detached_cams_and_unknown_align_is_an_error(make_refiner: Any, make_batch: Any) -> None:
     refiner = make_refiner()
     img, cam, labels = make_batch()
-    assert torch.equal(refiner.refine(img, cam.detach(), labels).masks, refiner.refine(img, cam, labels).masks)
+    assert torch.equal(refiner.refine_masks(img, cam.detach(), labels).masks, refiner.refine_masks(img, cam, labels).masks)
     with pytest.raises(ValueError, match="`align` must be 'pamr', None or a callable; got 'crf'"):
-        refiner.refine(img, cam, labels, align="crf")
+        refiner.refine_masks(img, cam, labels, align="crf")
 
 
 # ------------------------------------------------------------------------------------------------ dense features
@@ -313,6 +313,6 @@ def test_dense_features_leave_no_hook(aligned_clip: nn.Module, tiny_resnet_clip:
 @pytest.mark.parametrize("align", [None, "pamr"])
 def test_refined_masks_do_not_depend_on_the_scale_of_the_cam(align: Any, make_refiner: Any, make_batch: Any) -> None:
     refiner, (img, cam, labels) = make_refiner(), make_batch()
-    one, thousandth = (refiner.refine(img, scale * cam, labels, align=align) for scale in (1.0, 1e-3))
+    one, thousandth = (refiner.refine_masks(img, scale * cam, labels, align=align) for scale in (1.0, 1e-3))
     assert torch.allclose(one.masks, thousandth.masks, atol=2e-3)
     assert (one.labels == thousandth.labels).float().mean() > 0.999

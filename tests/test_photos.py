@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from examples import train_clip
 from examples.photos import experiment
 from examples.photos import squeezenet as net
-from semples_plugin.cam_files import read_cam_file
-from semples_plugin.clip_encoder import CLIP_MEAN, CLIP_STD
-from semples_plugin.scores import read_label_png
+from semples_plugin.clip_backends import CLIP_MEAN, CLIP_STD
+from semples_plugin.files.cams import read_cam_file
+from semples_plugin.files.images import read_label_png
 
 SETTINGS = experiment.Settings(size=64, host_steps=2, stage_steps=2, batch_size=2, prompt_length=4, prompt_epochs=2)
 

@@ -21,7 +21,7 @@ from semples_plugin.prompts import BackgroundPrompts, default_vocabulary, read_v
 @pytest.fixture
 def saved(make_refiner: Any, tmp_path: Path) -> Path:
     path = tmp_path / "prompts.safetensors"
-    make_refiner(learned=True).save_prompts(path)
+    make_refiner(learned=True).save(path)
     return path
 
 
@@ -57,7 +57,7 @@ def rewrite(path: Path, **changes: Any) -> None:
 def test_round_trip(as_text: bool, make_refiner: Any, make_batch: Any, tmp_path: Path) -> None:
     learned, fresh = make_refiner(learned=True), make_refiner()
     path: Any = str(tmp_path / "p.safetensors") if as_text else tmp_path / "p.safetensors"
-    learned.save_prompts(path)
+    learned.save(path)
     assert fresh.stage == "match"
     assert fresh.load_prompts(path) is fresh and fresh.stage == "refine"
     assert torch.equal(fresh.prompts.context, learned.prompts.context)
@@ -79,7 +79,7 @@ def test_load_restores_prompt_names_and_templates(make_refiner: Any, aligned_cli
     names = {"boat": "boat", "person": "player", "naïve café": "coffee house"}
     options = {"text_template": "a picture of the {}", "prompt_template": "seen with {}"}
     first = make_refiner(names, learned=True, **options)
-    first.save_prompts(tmp_path / "p.safetensors")
+    first.save(tmp_path / "p.safetensors")
     second = PromptRefiner.load(tmp_path / "p.safetensors", clip=aligned_clip)
     assert (second.classes, second.prompt_names) == (list(names), list(names.values()))
     assert (second.text_template, second.prompt_template) == tuple(options.values())
@@ -112,7 +112,7 @@ def test_file_holds_prompts_and_facts_but_no_clip_weight(saved: Path, make_refin
 
 def test_nothing_to_save_yet(make_refiner: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no prompts to save yet. Call fit_prompts\(...\) first"):
-        make_refiner().save_prompts(tmp_path / "p.safetensors")
+        make_refiner().save(tmp_path / "p.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,13 +120,13 @@ def test_failed_save_leaves_no_partial_file(make_refiner: Any, tmp_path: Path) -
     refiner = make_refiner(learned=True)
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError):  # a folder cannot be replaced by a file
-        refiner.save_prompts(tmp_path / "folder")
+        refiner.save(tmp_path / "folder")
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
 def test_save_replaces_an_older_file(saved: Path, make_refiner: Any) -> None:
     second = make_refiner(learned=True, seed=5)
-    second.save_prompts(saved)
+    second.save(saved)
     assert torch.equal(make_refiner().load_prompts(saved).prompts.context, second.prompts.context)
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
 
@@ -295,7 +295,7 @@ def test_unknown_initial_values() -> None:
 def test_reading_equals_direct_computation(make_refiner: Any, padded_text: Callable, padded_prompt: Callable) -> None:
     refiner = make_refiner(learned=True)
     model, words = refiner.encoder.model, ["water", "railway", "sky", "snow", "a small pier", "sand"]
-    readings = refiner.read_prompts(words, top=4)
+    readings = refiner.nearest_words(words, top=4)
     assert [r.name for r in readings] == ["boat", "train", "bird"]
     for k, reading in enumerate(readings):
         u_b = padded_prompt(model, refiner.prompts.context[k]).detach()
@@ -308,13 +308,13 @@ def test_reading_equals_direct_computation(make_refiner: Any, padded_text: Calla
 
 
 def test_reading_prints_as_a_line(make_refiner: Any) -> None:
-    reading = make_refiner(learned=True).read_prompts(["water"], top=3)[0]
+    reading = make_refiner(learned=True).nearest_words(["water"], top=3)[0]
     ((word, similarity),) = reading.words
     assert str(reading) == f"boat (cos to class {reading.class_similarity:.2f}): water {similarity:.2f}"
 
 
 def test_reading_with_the_default_vocabulary(make_refiner: Any) -> None:
-    for reading in make_refiner(learned=True).read_prompts():
+    for reading in make_refiner(learned=True).nearest_words():
         similarities = [s for _, s in reading.words]
         assert len(reading.words) == 5 and {w for w, _ in reading.words} <= set(default_vocabulary())
         assert similarities == sorted(similarities, reverse=True)
@@ -322,9 +322,9 @@ def test_reading_with_the_default_vocabulary(make_refiner: Any) -> None:
 
 def test_nothing_to_read(make_refiner: Any) -> None:
     with pytest.raises(ValueError, match=r"no prompts to read yet. Call fit_prompts\(...\) or load_prompts\(path\) first"):
-        make_refiner().read_prompts()
+        make_refiner().nearest_words()
     with pytest.raises(ValueError, match="`vocabulary` must hold at least one word; got none"):
-        make_refiner(learned=True).read_prompts([])
+        make_refiner(learned=True).nearest_words([])
 
 
 def test_default_vocabulary() -> None:
@@ -347,6 +347,6 @@ def test_vocabulary_from_a_file(tmp_path: Path) -> None:
 
 
 def test_prompts_learned_on_other_views_are_refused(make_refiner: Any, tmp_path: Path) -> None:
-    make_refiner(learned=True, clip_stats=False).save_prompts(tmp_path / "p.safetensors")
+    make_refiner(learned=True, clip_stats=False).save(tmp_path / "p.safetensors")
     with pytest.raises(PromptFileError, match="image statistics for CLIP: number 0 is 'clip_stats=False' in the file"):
         make_refiner().load_prompts(tmp_path / "p.safetensors")

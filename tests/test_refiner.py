@@ -177,7 +177,7 @@ def test_published_recipes() -> None:
         prompt_eps=1e-4,
         prompt_length=30,
         prompt_init="uniform",
-        prompt_rate=2.5e-2,
+        prompt_lr=2.5e-2,
         prompt_batch_size=128,
         epochs=60,
         weight_decay=0.03,
@@ -188,7 +188,7 @@ def test_published_recipes() -> None:
         lambda_b=0.75,
         lambda_t=0.01,
         lambda_refine=0.2,
-        prompt_rate=2.5e-3,
+        prompt_lr=2.5e-3,
         host_rates=(3.2e-7, 2.4e-7),
         host_batch_sizes=(32, 24),
     )
@@ -222,11 +222,11 @@ def test_mapping_of_classes(make_refiner: Any, make_batch: Any) -> None:
 def test_one_class(make_refiner: Any, make_batch: Any) -> None:
     refiner = make_refiner(["boat"])
     img, cam, labels = make_batch([[1], [0], [1]], num_classes=1)
-    fit = refiner.fit_prompts([(img, labels)], lambda _: cam, epochs=3, rate=0.1, progress=False)
+    fit = refiner.fit_prompts([(img, labels)], lambda _: cam, epochs=3, lr=0.1, progress=False)
     assert fit.num_pairs == 2 and fit.losses[-1] < fit.losses[0]
     refiner(img, cam, labels).backward()
     assert cam.grad[0].abs().max() > 0 and cam.grad[1].abs().max() == 0
-    assert refiner.refine(img, cam, labels).masks.shape == (3, 1, 40, 40)
+    assert refiner.refine_masks(img, cam, labels).masks.shape == (3, 1, 40, 40)
 
 
 def test_three_hundred_classes(make_refiner: Any, make_batch: Any, padded_text: Any) -> None:
@@ -302,8 +302,8 @@ def test_text_and_prompt_features_are_exact_under_autocast(make_refiner: Any) ->
 def test_reading_is_exact_under_autocast(make_refiner: Any) -> None:
     refiner = make_refiner(learned=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = refiner.read_prompts(["water", "sky"])
-    for reading, expected in zip(cast, refiner.read_prompts(["water", "sky"])):
+        cast = refiner.nearest_words(["water", "sky"])
+    for reading, expected in zip(cast, refiner.nearest_words(["water", "sky"])):
         assert reading.class_similarity == pytest.approx(expected.class_similarity, abs=1e-5)
         assert dict(reading.words) == pytest.approx(dict(expected.words), abs=1e-5)
 
@@ -346,7 +346,7 @@ def test_use_under_inference_mode_does_not_break_training(make_refiner: Any, mak
     refiner = make_refiner(learned=True)
     img, cam, labels = make_batch()
     with torch.inference_mode():
-        refiner.refine(img, cam, labels)
+        refiner.refine_masks(img, cam, labels)
         inside = refiner(img, cam, labels).item()
     loss = refiner(img, cam, labels)
     loss.backward()
@@ -364,9 +364,9 @@ def data_of(make_batch: Any, count: int = 3) -> Tuple[List[Tuple[Tensor, Tensor]
 def test_fit_lowers_the_loss(make_refiner: Any, make_batch: Any) -> None:
     refiner = make_refiner()
     data, host = data_of(make_batch)
-    fit = refiner.fit_prompts(data, host, epochs=15, rate=0.1, progress=False)
+    fit = refiner.fit_prompts(data, host, epochs=15, lr=0.1, progress=False)
     assert len(fit.losses) == 15 and fit.losses[-1] < fit.losses[0] - 0.1
-    untrained = make_refiner().fit_prompts(data, host, epochs=1, rate=0.0, progress=False)
+    untrained = make_refiner().fit_prompts(data, host, epochs=1, lr=0.0, progress=False)
     assert fit.similarity > untrained.similarity + 0.1
     assert fit.num_pairs == untrained.num_pairs == sum(int(labels.sum()) for _, labels in data)
 
@@ -374,7 +374,7 @@ def test_fit_lowers_the_loss(make_refiner: Any, make_batch: Any) -> None:
 def test_repel_keeps_prompts_away_from_their_class(make_refiner: Any, make_batch: Any) -> None:
     data, host = data_of(make_batch)
     free, repelled = (
-        make_refiner(lambda_t=weight).fit_prompts(data, host, epochs=15, rate=0.1, progress=False) for weight in (0.0, 3.0)
+        make_refiner(lambda_t=weight).fit_prompts(data, host, epochs=15, lr=0.1, progress=False) for weight in (0.0, 3.0)
     )
     assert repelled.class_similarity < free.class_similarity - 0.05
 
@@ -383,7 +383,7 @@ def test_reported_similarities_are_those_of_the_result(make_refiner: Any, make_b
     refiner = make_refiner()
     data, host = data_of(make_batch)
     fit = refiner.fit_prompts(data, host, epochs=2, progress=False)
-    own = [reading.class_similarity for reading in refiner.read_prompts(["water"])]
+    own = [reading.class_similarity for reading in refiner.nearest_words(["water"])]
     assert fit.class_similarity == pytest.approx(sum(own) / 3, abs=1e-5)
 
 
@@ -419,7 +419,7 @@ def test_global_random_state_is_left_alone(action: str, make_refiner: Any, make_
     elif action == "step":
         refiner(*batch).backward()
     elif action == "refine":
-        refiner.refine(*batch)
+        refiner.refine_masks(*batch)
     else:
         refiner.fit_prompts(data, host, epochs=2, progress=False)
     assert torch.equal(torch.get_rng_state(), state)
@@ -546,7 +546,7 @@ def test_deep_copy_is_independent(make_refiner: Any, make_batch: Any) -> None:
     second = copy.deepcopy(first)
     assert second(*batch).item() == expected
     img, cam, labels = batch
-    second.fit_prompts([(img, labels)], lambda _: cam, epochs=3, rate=0.5, progress=False)
+    second.fit_prompts([(img, labels)], lambda _: cam, epochs=3, lr=0.5, progress=False)
     assert first(*batch).item() == expected and second(*batch).item() != expected
     assert not any(p.requires_grad for p in second.encoder.model.parameters())
 
@@ -603,5 +603,5 @@ def test_diverged_prompts_do_not_pass_for_learned(make_refiner: Any, make_batch:
     before = refiner.prompts.context.clone()
     img, cam, labels = make_batch()
     with pytest.raises(FloatingPointError, match="The prompts diverged .* smaller `rate`"):
-        refiner.fit_prompts([(img, labels)], lambda _: cam.detach(), epochs=3, rate=1e30, progress=False)
+        refiner.fit_prompts([(img, labels)], lambda _: cam.detach(), epochs=3, lr=1e30, progress=False)
     assert torch.equal(refiner.prompts.context, before) and refiner.stage == "refine"

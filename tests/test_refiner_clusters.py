@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semples_plugin import PromptFileError, PromptRefiner, prompts
-from semples_plugin.clusters import CategoryClusters
+from semples_plugin.clusters.categories import CategoryClusters
 from semples_plugin.errors import ClusterError
 from tests.test_losses import clamped_cosine, log
 
@@ -158,7 +158,7 @@ def test_first_step_follows_the_gradient_of_the_formula(
             total = total + (repulsion - log(clamped_cosine(v_b, u_b))) / 7
     gradient = torch.autograd.grad(total, context)[0]
     before = refiner.prompts.context.clone()
-    rate, decay = 0.01, refiner.recipe.weight_decay
+    rate, decay = 0.01, refiner.config.weight_decay
     fit(refiner, make_batch, epochs=1, batch_size=100, rate=rate)
     step = (before * (1 - rate * decay) - refiner.prompts.context) / rate
     clear = gradient.abs() > 0.01 * gradient.abs().max()
@@ -212,7 +212,7 @@ def header(path: Path) -> Dict[str, Any]:
 def test_a_file_says_which_clusters(make_refiner: Any, make_batch: Any, tmp_path: Path) -> None:
     refiner = make_refiner(clusters=CategoryClusters(GROUPS, ["bird", "boat", "train"], {"source": "test"}))
     fit(refiner, make_batch)
-    refiner.save_prompts(tmp_path / "p.safetensors")
+    refiner.save(tmp_path / "p.safetensors")
     context, facts = prompts.read_file(tmp_path / "p.safetensors")
     assert facts["clusters"] == GROUPS and list(facts["clusters"]) == list(GROUPS)
     assert torch.equal(context, refiner.prompts.context)
@@ -224,7 +224,7 @@ def test_a_file_with_clusters_loads_with_and_without_them(
     path = tmp_path / "p.safetensors"
     refiner = make_refiner(clusters=GROUPS)
     fit(refiner, make_batch)
-    refiner.save_prompts(path)
+    refiner.save(path)
     batch = make_batch()
     expected = refiner(*batch).item()
     for given in (None, GROUPS, ALONE):
@@ -247,7 +247,7 @@ def test_a_file_with_clusters_loads_with_and_without_them(
 def test_a_file_without_clusters_has_the_bytes_it_always_had(make_refiner: Any, make_batch: Any, tmp_path: Path) -> None:
     refiner = make_refiner()
     fit(refiner, make_batch)
-    refiner.save_prompts(tmp_path / "p.safetensors")
+    refiner.save(tmp_path / "p.safetensors")
     facts = {
         "classes": ["boat", "train", "bird"],
         "prompt_names": ["boat", "train", "bird"],
@@ -271,7 +271,7 @@ def test_clusters_of_one_class_change_the_facts_alone(make_refiner: Any, make_ba
     for name, given in (("plain", None), ("alone", ALONE)):
         refiner = make_refiner(clusters=given)
         fit(refiner, make_batch)
-        refiner.save_prompts(tmp_path / name)
+        refiner.save(tmp_path / name)
     plain, alone = header(tmp_path / "plain"), header(tmp_path / "alone")
     facts, more = (json.loads(part["__metadata__"].pop("facts")) for part in (plain, alone))
     assert "clusters" not in facts and more == {**facts, "clusters": ALONE}

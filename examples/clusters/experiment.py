@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from semples_plugin import PromptRefiner, adapters
-from semples_plugin.cluster_branch import ClusterBranch
-from semples_plugin.clusters import CategoryClusters
+from semples_plugin.clusters.branch import ClusterBranch
+from semples_plugin.clusters.categories import CategoryClusters
+from semples_plugin.clusters.text_features import clusters_from_text_features
 from semples_plugin.masks import pseudo_labels
 
 from ..demo.experiment import Row, best_row, prompt_loader
@@ -62,10 +63,10 @@ class Settings(NamedTuple):
     val: int = 150
     test: int = 300
     host_steps: int = 500
-    host_rate: float = 2e-3
+    host_lr: float = 2e-3
     host_batch_size: int = 16
     stage_steps: int = 150
-    stage_rate: float = 1e-3
+    stage_lr: float = 1e-3
     branch_rate: float = 3e-3
     batch_size: int = 24
     lambda_tokens: float = 1.0
@@ -78,7 +79,7 @@ class Settings(NamedTuple):
     lambda_area: float = 1.0
     prompt_length: int = 8
     prompt_epochs: int = 60
-    prompt_rate: float = 2.5e-2
+    prompt_lr: float = 2.5e-2
 
 
 class Figures(NamedTuple):
@@ -107,10 +108,10 @@ class Result(NamedTuple):
 def find_clusters(refiner: PromptRefiner, route: str) -> CategoryClusters:
     """The clusters of a route; a language model's are a file too, once `semples clusters` has written it."""
     if route == FILE:
-        return CategoryClusters.from_file(CLUSTER_FILE, KIN.things)
+        return CategoryClusters.load(CLUSTER_FILE, KIN.things)
     if route == CONTROL:
         return CategoryClusters(MISMATCHED, KIN.things, {"source": "control: no two that share looks"})
-    return CategoryClusters.from_text_features(refiner.classes, refiner.text_features, clip=refiner.encoder.id)
+    return clusters_from_text_features(refiner.classes, refiner.text_features, clip=refiner.encoder.id)
 
 
 def new_refiner(settings: Settings, seed: int, clusters: Optional[CategoryClusters] = None) -> PromptRefiner:
@@ -168,21 +169,21 @@ def train(
     host, branch = copy.deepcopy((host, branch))
 
     def loop() -> None:
-        train_host(host, split, settings.stage_steps, settings.stage_rate, settings.batch_size, seed, title)
+        train_host(host, split, settings.stage_steps, settings.stage_lr, settings.batch_size, seed, title)
 
     if refiner is None and branch is None:
         loop()
         return Trained(host, None)
     torch.manual_seed(seed)  # of the dropout in HV-BiLSTM
     optimizer = None if branch is None else torch.optim.AdamW(branch.parameters(), lr=settings.branch_rate)
-    with adapters.attach("generic", host, refiner, clusters=branch, cluster_optimizer=optimizer, cam="head"):
+    with adapters.attach("generic", host, refiner, branch=branch, branch_optimizer=optimizer, cam="head"):
         loop()
     return Trained(host, branch)
 
 
 def fit_prompts(refiner: PromptRefiner, matched: Trained, split: Split, settings: Settings) -> None:
     refiner.fit_prompts(
-        prompt_loader(split), lambda img: matched.maps(img)[0], epochs=settings.prompt_epochs, rate=settings.prompt_rate
+        prompt_loader(split), lambda img: matched.maps(img)[0], epochs=settings.prompt_epochs, lr=settings.prompt_lr
     )
 
 
@@ -204,7 +205,7 @@ def score(trained: Trained, refiner: PromptRefiner, val: Split, test: Split, kin
     maps = [(split, trained.maps(split.images)) for split in (val, test)]
 
     def row(which: int, align: Optional[str]) -> Tuple[Row, Tensor]:
-        found = [refiner.refine(split.images, cams[which], split.labels, align=align).masks for split, cams in maps]
+        found = [refiner.refine_masks(split.images, cams[which], split.labels, align=align).masks for split, cams in maps]
         return best_row(found[0], val, found[1], test, KIN), found[1]
 
     (cam, masks), (aligned, _) = row(0, None), row(0, "pamr")
@@ -219,7 +220,7 @@ def run(settings: Settings, seed: int) -> Result:
     val, test = make_split(settings.val, 20_000 + seed, KIN), make_split(settings.test, 30_000 + seed, KIN)
     host = ViTHost()
     train_host(
-        host, train_split, settings.host_steps, settings.host_rate, settings.host_batch_size, seed, "host: classification only"
+        host, train_split, settings.host_steps, settings.host_lr, settings.host_batch_size, seed, "host: classification only"
     )
     plain = new_refiner(settings, seed)
     clusters = {route: find_clusters(plain, route) for route in (FILE, TEXT, CONTROL)}

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from semples_plugin import PromptRefiner
-from semples_plugin.evaluation import confusion_matrix, iou_per_class, mean_iou
 from semples_plugin.masks import pseudo_labels
-from semples_plugin.prompts import PromptFit, PromptReading
+from semples_plugin.metrics import confusion_matrix, iou_per_class, mean_iou
+from semples_plugin.prompts import NearestWords, PromptFit
 
 from .host import HostCam, Split, make_split, train_host
 from .world import HOME, STUFF, THINGS, WORLD, World
@@ -50,9 +50,9 @@ class Settings(NamedTuple):
     val: int = 150
     test: int = 300
     host_steps: int = 300
-    host_rate: float = 2e-3
+    host_lr: float = 2e-3
     stage_steps: int = 150
-    stage_rate: float = 2e-3
+    stage_lr: float = 2e-3
     batch_size: int = 24
     lambda_refine: float = 2.0
     lambda_t: float = 0.1
@@ -61,7 +61,7 @@ class Settings(NamedTuple):
     text_threshold: float = 0.25
     prompt_length: int = 8
     prompt_epochs: int = 60
-    prompt_rate: float = 2.5e-2
+    prompt_lr: float = 2.5e-2
     optimise_steps: int = 10
 
 
@@ -89,7 +89,7 @@ class Result(NamedTuple):
     test: Split
     histories: Dict[str, List[Dict[str, float]]]
     fit: PromptFit
-    readings: List[PromptReading]
+    readings: List[NearestWords]
 
 
 @torch.no_grad()
@@ -140,7 +140,7 @@ def add_refiner(host: HostCam, refiner: PromptRefiner, split: Split, settings: S
         out = refiner.compute(img, cam, labels)
         return out.loss, out.terms
 
-    history = train_host(trained, split, settings.stage_steps, settings.stage_rate, settings.batch_size, seed, title, extra)
+    history = train_host(trained, split, settings.stage_steps, settings.stage_lr, settings.batch_size, seed, title, extra)
     return trained, history
 
 
@@ -154,11 +154,11 @@ def run(settings: Settings, seed: int) -> Result:
     train = make_split(settings.train, 10_000 + seed)
     val, test = make_split(settings.val, 20_000 + seed), make_split(settings.test, 30_000 + seed)
     host = HostCam()
-    histories = {HOST: train_host(host, train, settings.host_steps, settings.host_rate, 32, seed, "host: classification only")}
+    histories = {HOST: train_host(host, train, settings.host_steps, settings.host_lr, 32, seed, "host: classification only")}
     # Every other row trains on from this checkpoint, so "host alone" gets the same steps, without the refiner.
     longer = copy.deepcopy(host)
     histories[HOST] += train_host(
-        longer, train, settings.stage_steps, settings.stage_rate, settings.batch_size, seed, "host: as long as the others"
+        longer, train, settings.stage_steps, settings.stage_lr, settings.batch_size, seed, "host: as long as the others"
     )
     hosts = {HOST: longer}
 
@@ -173,7 +173,7 @@ def run(settings: Settings, seed: int) -> Result:
 
     refiner = new_refiner(settings, seed)
     matched = hosts[MATCH]
-    fit = refiner.fit_prompts(prompt_loader(train), matched.cam, epochs=settings.prompt_epochs, rate=settings.prompt_rate)
+    fit = refiner.fit_prompts(prompt_loader(train), matched.cam, epochs=settings.prompt_epochs, lr=settings.prompt_lr)
     hosts[LEARNED], histories[LEARNED] = add_refiner(host, refiner, train, settings, seed, "stage c: match + refine")
 
     table: Dict[str, Row] = {}
@@ -188,17 +188,17 @@ def run(settings: Settings, seed: int) -> Result:
         (HOST_SUPPRESSED, HOST, "pamr", True),  # what `semples refine --suppress --prompts FILE` does with the host's CAM files
     ):
         val_masks, masks[name] = (
-            refiner.refine(s.images, cam, s.labels, align=align, suppress=suppress).masks for s, cam in cams[source]
+            refiner.refine_masks(s.images, cam, s.labels, align=align, suppress=suppress).masks for s, cam in cams[source]
         )
         table[name] = best_row(val_masks, val, masks[name], test)
     optimised = []
-    for s, cam in cams[HOST]:  # what `semples refine --optimise N --prompts FILE` does
+    for s, cam in cams[HOST]:  # what `semples refine --optimize N --prompts FILE` does
         parts = zip(s.images.split(50), cam.split(50), s.labels.split(50))
-        better = torch.cat([refiner.optimise_cam(*part, steps=settings.optimise_steps) for part in parts])
-        optimised.append(refiner.refine(s.images, better, s.labels, align="pamr").masks)
+        better = torch.cat([refiner.optimize_cam(*part, steps=settings.optimise_steps) for part in parts])
+        optimised.append(refiner.refine_masks(s.images, better, s.labels, align="pamr").masks)
     masks[HOST_OPTIMISED] = optimised[1]
     table[HOST_OPTIMISED] = best_row(optimised[0], val, optimised[1], test)
-    return Result(table, masks, test, histories, fit, refiner.read_prompts(world_vocabulary(), top=3))
+    return Result(table, masks, test, histories, fit, refiner.nearest_words(world_vocabulary(), top=3))
 
 
 def world_vocabulary() -> List[str]:

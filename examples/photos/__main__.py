@@ -82,7 +82,7 @@ def main() -> None:
             experiment.write_cams(host, test, args.photos, folder / "cams" / name)
 
         refiner = experiment.stages(high, clip, data, settings, seed, folder, write)
-        print("\n".join(f"  {reading}" for reading in refiner.read_prompts()))
+        print("\n".join(f"  {reading}" for reading in refiner.nearest_words()))
         records.append({name: row(args.out, folder, args.photos, source, aligned) for name, source, aligned in ROWS})
         (folder / "rows.json").write_text(json.dumps(records[-1], indent=1) + "\n", encoding="utf-8")
     last = args.out / f"seed_{args.seeds}"

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from semples_plugin import PromptRefiner
-from semples_plugin.cam_files import CamFile, write_cam_file
-from semples_plugin.folders import read_image
+from semples_plugin.files.cams import CamFile, write_cam_file
+from semples_plugin.files.images import read_image
 
 from .squeezenet import load_squeezenet
 
@@ -32,9 +32,9 @@ class Settings(NamedTuple):
 
     size: int = 192
     host_steps: int = 200
-    host_rate: float = 3e-4
+    host_lr: float = 3e-4
     stage_steps: int = 100
-    stage_rate: float = 3e-4
+    stage_lr: float = 3e-4
     batch_size: int = 12
     lambda_refine: float = 2.0
     lambda_t: float = 0.1
@@ -144,8 +144,8 @@ def write_masks(photos: Photos, root: Path, folder: Path) -> None:
     """Ground truth of the six classes as label maps 0 to 6; other classes of VOC count as background, void as void."""
     from PIL import Image
 
-    from semples_plugin.cam_files import write_label_png
     from semples_plugin.class_names import VOC_CLASSES
+    from semples_plugin.files.images import write_label_png
 
     table = np.zeros(256, np.uint8)
     table[255] = 255
@@ -206,10 +206,10 @@ def stages(
         return host.state_dict()
 
     s = settings
-    base = part("base", None, lambda h: train(h, data, s.host_steps, s.host_rate, s.batch_size, seed, "host"))
-    part("host", base, lambda h: train(h, data, s.stage_steps, s.stage_rate, s.batch_size, seed, "host, as long as the others"))
+    base = part("base", None, lambda h: train(h, data, s.host_steps, s.host_lr, s.batch_size, seed, "host"))
+    part("host", base, lambda h: train(h, data, s.stage_steps, s.stage_lr, s.batch_size, seed, "host, as long as the others"))
     refiner = new_refiner(clip, s, seed)
-    matched = part("match", base, lambda h: train(h, data, s.stage_steps, s.stage_rate, s.batch_size, seed, "match", refiner))
+    matched = part("match", base, lambda h: train(h, data, s.stage_steps, s.stage_lr, s.batch_size, seed, "match", refiner))
     prompts = out / "prompts.safetensors"
     if prompts.exists():
         refiner.load_prompts(prompts)
@@ -222,8 +222,8 @@ def stages(
         ]
         pairs = torch.cat([p + torch.tensor([32 * i, 0]) for i, (_, p) in enumerate(rows)])
         refiner.fit_prompts_on(torch.cat([f for f, _ in rows]), pairs, epochs=s.prompt_epochs)
-        refiner.save_prompts(prompts)
-    part("refine", base, lambda h: train(h, data, s.stage_steps, s.stage_rate, s.batch_size, seed, "match + refine", refiner))
+        refiner.save(prompts)
+    part("refine", base, lambda h: train(h, data, s.stage_steps, s.stage_lr, s.batch_size, seed, "match + refine", refiner))
     return refiner
 
 

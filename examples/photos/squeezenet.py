@@ -12,7 +12,7 @@ from typing import Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from semples_plugin.clip_encoder import CLIP_MEAN, CLIP_STD
+from semples_plugin.clip_backends import CLIP_MEAN, CLIP_STD
 
 CAFFE_MEAN = (103.939, 116.779, 123.68)  # of B, G, R in 0..255
 

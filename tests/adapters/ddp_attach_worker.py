@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from toy_hosts import CLASSES, TOYS, Toy, make_loader  # this script's folder is on the path
 
 from semples_plugin import PromptRefiner, adapters
-from semples_plugin.clip_encoder import openai_clip_module
+from semples_plugin.clip_backends import openai_clip_module
 
 RUNS = [(toy, mode) for toy in ("mctformer", "cnn") for mode in ("add", "replace")]
 

@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from toy_hosts import CLASSES, WIDTH, Scaler, ToyMCTformer, make_loader, train_mctformer  # this script's folder is on the path
 
 from semples_plugin import PromptRefiner, adapters
-from semples_plugin.clip_encoder import openai_clip_module
-from semples_plugin.cluster_branch import ClusterBranch
-from semples_plugin.clusters import CategoryClusters
+from semples_plugin.clip_backends import openai_clip_module
+from semples_plugin.clusters.branch import ClusterBranch
+from semples_plugin.clusters.categories import CategoryClusters
 
 CLUSTERS = CategoryClusters({"vehicles": ["boat", "train"], "animals": ["bird"]}, CLASSES)
 
@@ -48,7 +48,7 @@ def joint(rank: int, scale: float) -> Dict[str, Any]:
     optimizer = torch.optim.SGD(host.parameters(), lr=0.1)
     own = torch.optim.AdamW(branch.parameters(), lr=0.01)
     found: Dict[str, Any] = {"start": snapshot(branch)}
-    with adapters.attach("mctformer", host, None, clusters=branch, cluster_optimizer=own) as attached:
+    with adapters.attach("mctformer", host, None, branch=branch, branch_optimizer=own) as attached:
         train_mctformer(host, batches(rank), optimizer, loss_scaler=Scaler(scale))
     return {**found, "branch": snapshot(branch), "host": snapshot(adapters._attachment.unwrap(host)), "steps": attached.steps}
 
@@ -66,7 +66,7 @@ def everything(rank: int, clip: nn.Module) -> Dict[str, Any]:
         loader[1][1].zero_()
     terms: List[Dict[str, float]] = []
     attached = adapters.attach(
-        "mctformer", host, refiner, clusters=branch, cluster_optimizer=own, on_step=lambda step, values: terms.append(values)
+        "mctformer", host, refiner, branch=branch, branch_optimizer=own, on_step=lambda step, values: terms.append(values)
     )
     found: Dict[str, Any] = {"start": snapshot(branch)}
     for _ in range(2):
@@ -85,7 +85,7 @@ def overflow(rank: int) -> Dict[str, Any]:
     branch = ClusterBranch(CLUSTERS, WIDTH, lambda_contrast=0.0, dropout=0.0, top_k=3)
     own = torch.optim.AdamW(branch.parameters(), lr=0.01)
     found = []
-    with adapters.attach("mctformer", host, None, clusters=branch, cluster_optimizer=own):
+    with adapters.attach("mctformer", host, None, branch=branch, branch_optimizer=own):
         for i, (img, labels) in enumerate(batches(rank)):
             logits, stages, patch_logits = host(img)
             loss = F.multilabel_soft_margin_loss(logits + patch_logits, labels) + 0 * stages.sum()

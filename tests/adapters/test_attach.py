@@ -541,9 +541,7 @@ def test_data_parallel_without_gpus(toy: Toy, what: str, refiner: PromptRefiner,
 def test_replicas_of_data_parallel(refiner: PromptRefiner) -> None:
     img, labels = make_loader(1)[0]
     network = ToyMCTformer().train()
-    with pytest.raises(
-        adapters.AdapterError, match="runs as a replica of torch.nn.DataParallel. Give `attach` the DataParallel"
-    ):
+    with pytest.raises(adapters.HostError, match="runs as a replica of torch.nn.DataParallel. Give `attach` the DataParallel"):
         with adapters.attach("mctformer", network, refiner):
             network._replicate_for_data_parallel()(img)
 
@@ -559,9 +557,7 @@ def test_replicas_of_data_parallel(refiner: PromptRefiner) -> None:
     wrapper = Parallel.__new__(Parallel)
     nn.Module.__init__(wrapper)
     wrapper.module = network
-    with pytest.raises(
-        adapters.AdapterError, match=r"made inside the network \('head'\).*Use DistributedDataParallel .* one GPU"
-    ):
+    with pytest.raises(adapters.HostError, match=r"made inside the network \('head'\).*Use DistributedDataParallel .* one GPU"):
         with adapters.attach("mctformer", wrapper, refiner, cam="patch"):
             wrapper(img)
     assert_nothing_left(wrapper)
@@ -639,9 +635,9 @@ def test_records(refiner: PromptRefiner) -> None:
 
     def cam(img: Tensor, output: Tensor, records: adapters.Records) -> Tensor:
         seen.append((records.names(), len(records.all("cam")), records.all("unused"), output.shape))
-        with pytest.raises(adapters.AdapterError, match="'unused', which did not run in this forward pass; .* 'cam' ran"):
+        with pytest.raises(adapters.HostError, match="'unused', which did not run in this forward pass; .* 'cam' ran"):
             records["unused"]
-        with pytest.raises(adapters.AdapterError, match="'other' is not watched; watched are 'cam', 'unused'"):
+        with pytest.raises(adapters.HostError, match="'other' is not watched; watched are 'cam', 'unused'"):
             records["other"]
         return records["cam"]
 
@@ -660,7 +656,7 @@ def unknown_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def test_the_wrong_object(refiner: PromptRefiner, cnn: ToyCNN) -> None:
     other = ToyCNN()
     with pytest.raises(
-        adapters.AdapterError,
+        adapters.HostError,
         match="label loss multilabel_soft_margin_loss was computed, but no CAM .* ToyCNN ran 0 times .* the very object",
     ):
         with adapters.attach("generic", other, refiner, **CNN):
@@ -671,24 +667,24 @@ def test_label_loss_never_seen(refiner: PromptRefiner, cnn: ToyCNN) -> None:
     losses = "multilabel_soft_margin_loss, binary_cross_entropy_with_logits, binary_cross_entropy; losses seen"
     for count, steps in ((1, 1), (3, 1)):  # at the end of the `with`, or at the next forward pass
         done: List[int] = []
-        with pytest.raises(adapters.AdapterError, match=rf"no label loss over 3 classes was seen. Looked for {losses}: none"):
+        with pytest.raises(adapters.HostError, match=rf"no label loss over 3 classes was seen. Looked for {losses}: none"):
             with adapters.attach("generic", cnn, refiner, **CNN):
                 for batch in make_loader(count):
                     train_plain(cnn, [batch], still(cnn), criterion=unknown_loss)
                     done.append(1)
         assert len(done) == steps
-    with pytest.raises(adapters.AdapterError, match=r"losses seen: mse_loss with targets tensor \(2, 3\) \(1x\)") as caught:
+    with pytest.raises(adapters.HostError, match=r"losses seen: mse_loss with targets tensor \(2, 3\) \(1x\)") as caught:
         with adapters.attach("generic", cnn, refiner, **CNN):
             train_plain(cnn, make_loader(1), still(cnn), criterion=F.mse_loss)
     assert "label_loss=criterion" in str(caught.value) and isinstance(caught.value, (SemplesError, RuntimeError))
-    with pytest.raises(adapters.AdapterError, match="Looked for Quadratic; losses seen: binary_cross_entropy_with_logits"):
+    with pytest.raises(adapters.HostError, match="Looked for Quadratic; losses seen: binary_cross_entropy_with_logits"):
         with adapters.attach("generic", cnn, refiner, label_loss=QUADRATIC, **CNN):
             train_plain(cnn, make_loader(1), still(cnn), criterion=F.binary_cross_entropy_with_logits)
     assert_nothing_left(cnn, QUADRATIC)
 
 
 def test_label_loss_no_longer_seen(refiner: PromptRefiner, cnn: ToyCNN) -> None:
-    with pytest.raises(adapters.AdapterError, match="no label loss over 3 classes was seen"):
+    with pytest.raises(adapters.HostError, match="no label loss over 3 classes was seen"):
         with adapters.attach("generic", cnn, refiner, **CNN) as attached:
             train_plain(cnn, make_loader(2), still(cnn))
             train_plain(cnn, make_loader(2), still(cnn), criterion=unknown_loss)
@@ -696,10 +692,10 @@ def test_label_loss_no_longer_seen(refiner: PromptRefiner, cnn: ToyCNN) -> None:
 
 
 def test_training_without_the_host(refiner: PromptRefiner, cnn: ToyCNN) -> None:
-    with pytest.raises(adapters.AdapterError, match=r"backward\(\) ran 2 times, but ToyCNN never ran in training mode"):
+    with pytest.raises(adapters.HostError, match=r"backward\(\) ran 2 times, but ToyCNN never ran in training mode"):
         with adapters.attach("generic", ToyCNN(), refiner, **CNN):
             train_plain(cnn, make_loader(2), still(cnn), criterion=unknown_loss)
-    with pytest.raises(adapters.AdapterError, match=r"never ran in training mode with gradients.* call model.train\(\)"):
+    with pytest.raises(adapters.HostError, match=r"never ran in training mode with gradients.* call model.train\(\)"):
         with adapters.attach("generic", cnn.eval(), refiner, **CNN):
             for img, labels in make_loader(2):
                 F.multilabel_soft_margin_loss(cnn(img), labels).backward()
@@ -709,7 +705,7 @@ def test_a_second_with_is_checked_like_the_first(refiner: PromptRefiner, cnn: To
     attached = adapters.attach("generic", cnn, refiner, **CNN)
     with attached:
         train_plain(cnn, make_loader(1), still(cnn))
-    with pytest.raises(adapters.AdapterError, match="never ran in training mode"):
+    with pytest.raises(adapters.HostError, match="never ran in training mode"):
         with attached:
             for img, labels in make_loader(2):
                 F.multilabel_soft_margin_loss(cnn.eval()(img), labels).backward()
@@ -723,7 +719,7 @@ def test_a_with_without_training_is_no_error(refiner: PromptRefiner, cnn: ToyCNN
 
 @pytest.mark.parametrize("criterion", [nn.BCEWithLogitsLoss(reduction="none"), nn.MultiLabelSoftMarginLoss(reduction="none")])
 def test_an_unreduced_label_loss(criterion: nn.Module, refiner: PromptRefiner, cnn: ToyCNN) -> None:
-    with pytest.raises(adapters.AdapterError, match=r"must be a scalar .* gave shape \(2.* \(reduction='none'\)"):
+    with pytest.raises(adapters.HostError, match=r"must be a scalar .* gave shape \(2.* \(reduction='none'\)"):
         with adapters.attach("generic", cnn, refiner, **CNN):
             train_plain(cnn, make_loader(1), still(cnn), criterion=lambda logits, labels: criterion(logits, labels).mean())
     assert_nothing_left(cnn, criterion)
@@ -732,14 +728,14 @@ def test_an_unreduced_label_loss(criterion: nn.Module, refiner: PromptRefiner, c
 def test_models_of_another_kind(refiner: PromptRefiner) -> None:
     cnn = ToyCNN()
     message = r"no MCTformer model: expected the module 'head' \(Conv2d\), which is missing in ToyCNN. Its modules are 'body'"
-    with pytest.raises(adapters.AdapterError, match=message + r".* use attach\(\"generic\""):
+    with pytest.raises(adapters.HostError, match=message + r".* use attach\(\"generic\""):
         adapters.attach("mctformer", cnn, refiner)
     assert_nothing_left(cnn)
-    with pytest.raises(adapters.AdapterError, match=r"'head' \(Conv2d\), which is a Linear in ToyViT"):
+    with pytest.raises(adapters.HostError, match=r"'head' \(Conv2d\), which is a Linear in ToyViT"):
         adapters.attach("mctformer", ToyViT(), refiner)
-    with pytest.raises(adapters.AdapterError, match="no WeakTr model: .*'adaptive_attention_fusion.attn_head_ffn'"):
+    with pytest.raises(adapters.HostError, match="no WeakTr model: .*'adaptive_attention_fusion.attn_head_ffn'"):
         adapters.attach("weaktr", ToyMCTformer(), refiner)
-    with pytest.raises(adapters.AdapterError, match="no TransCAM model: .*'conv_cls_head'.* missing in ToyWeakTr"):
+    with pytest.raises(adapters.HostError, match="no TransCAM model: .*'conv_cls_head'.* missing in ToyWeakTr"):
         adapters.attach("transcam", ToyWeakTr(), refiner)
     with pytest.raises(TypeError, match="`model` must be the host's torch.nn.Module; got str"):
         adapters.attach("mctformer", "model.pth", refiner)  # type: ignore[arg-type]
@@ -764,12 +760,12 @@ def test_outputs_of_another_kind(refiner: PromptRefiner) -> None:
     }
     for host, message in expected.items():
         model = Bare()
-        with pytest.raises(adapters.AdapterError, match=message):
+        with pytest.raises(adapters.HostError, match=message):
             with adapters.attach(host, model, refiner):
                 train_plain(model, make_loader(1), still(model))
         assert_nothing_left(model)
     for cam, message in ((lambda *parts: [1], "must be a tensor .* got list"), (lambda *parts: None, "got NoneType")):
-        with pytest.raises(adapters.AdapterError, match=message):
+        with pytest.raises(adapters.HostError, match=message):
             with adapters.attach(OwnSource(("head",), cam), Bare().train(), refiner) as attached:
                 train_plain(attached._model, make_loader(1), still(attached._model))
 
@@ -777,13 +773,13 @@ def test_outputs_of_another_kind(refiner: PromptRefiner) -> None:
 def test_another_number_of_classes(make_refiner: Any, cnn: ToyCNN) -> None:
     five = make_refiner(["boat", "train", "bird", "dog", "cat"], image_stats="imagenet")
     with pytest.raises(
-        adapters.AdapterError,
+        adapters.HostError,
         match=r"no label loss over 5 classes was seen.*multilabel_soft_margin_loss with targets tensor \(2, 3\) \(1x\).*number",
     ):
         with adapters.attach("generic", cnn, five, **CNN):
             train_plain(cnn, make_loader(1), still(cnn))
     two = make_refiner(["boat", "train"], image_stats="imagenet")  # the first of three columns is no background: not all ones
-    with pytest.raises(adapters.AdapterError, match="no label loss over 2 classes was seen"):
+    with pytest.raises(adapters.HostError, match="no label loss over 2 classes was seen"):
         with adapters.attach("generic", cnn, two, **CNN):
             train_plain(cnn, make_loader(1), still(cnn))
     assert_nothing_left(cnn)
@@ -845,7 +841,7 @@ def test_unknown_hosts_and_options(refiner: PromptRefiner, cnn: ToyCNN) -> None:
 def test_entering_twice(refiner: PromptRefiner, cnn: ToyCNN) -> None:
     attached = adapters.attach("generic", cnn, refiner, **CNN)
     with attached:
-        with pytest.raises(adapters.AdapterError, match="entered already; use one `with` at a time"):
+        with pytest.raises(adapters.HostError, match="entered already; use one `with` at a time"):
             with attached:
                 pass
         train_plain(cnn, make_loader(1), still(cnn))
@@ -860,14 +856,12 @@ def test_entering_twice(refiner: PromptRefiner, cnn: ToyCNN) -> None:
 def test_a_call_without_images(refiner: PromptRefiner) -> None:
     model = DictHost().train()
     img, labels = make_loader(1)[0]
-    with pytest.raises(
-        adapters.AdapterError, match="DictHost was called without an image batch: .* got dict. Give a CamSource"
-    ):
+    with pytest.raises(adapters.HostError, match="DictHost was called without an image batch: .* got dict. Give a CamSource"):
         with adapters.attach("generic", model, refiner, cam="cam"):
             model({"image": img})
     plain = ToyCNN().train()
     plain.body[0] = nn.Conv2d(4, 8, 4, stride=4)
-    with pytest.raises(adapters.AdapterError, match=r"called without an image batch: .* got tensor \(2, 4, 32, 32\)"):
+    with pytest.raises(adapters.HostError, match=r"called without an image batch: .* got tensor \(2, 4, 32, 32\)"):
         with adapters.attach("generic", plain, refiner, **CNN):
             plain(torch.rand(2, 4, 32, 32))
     assert_nothing_left(model, plain)
@@ -905,13 +899,13 @@ def _log_that_stops(step: int, terms: Dict[str, float]) -> None:
 ENDS: Dict[str, Tuple[Any, Dict[str, Any]]] = {
     "normal": (None, {}),
     "replace": (None, {"mode": "replace"}),
-    "criterion": (adapters.AdapterError, {"label_loss": QUADRATIC}),
+    "criterion": (adapters.HostError, {"label_loss": QUADRATIC}),
     "loop": (Stop, {}),
     "host": (Stop, {}),
     "log": (Stop, {"on_step": _log_that_stops}),
     "keyboard": (KeyboardInterrupt, {}),
-    "label loss": (adapters.AdapterError, {}),
-    "cam": (adapters.AdapterError, {"features": "dropout", "classifier": "fc"}),
+    "label loss": (adapters.HostError, {}),
+    "cam": (adapters.HostError, {"features": "dropout", "classifier": "fc"}),
     "detached": (DetachedCamError, {"cam": lambda output, records: torch.rand(2, 3, 4, 4)}),
 }
 
@@ -1037,7 +1031,7 @@ def test_cam_of_serves_the_refiner(toy: Toy, refiner: PromptRefiner) -> None:
     expected = refiner.fit_prompts(loader, lambda img: toy.cam(model, img), epochs=2, progress=False)
     assert fit.num_pairs == 6 and fit.losses == pytest.approx(expected.losses, rel=1e-4) and refiner.stage == "refine"
     assert torch.allclose(context, refiner.prompts.context, atol=1e-4)
-    assert refiner.refine(loader[0][0], function(loader[0][0]), loader[0][1]).masks.shape == (2, 3, 32, 32)
+    assert refiner.refine_masks(loader[0][0], function(loader[0][0]), loader[0][1]).masks.shape == (2, 3, 32, 32)
     assert not model.training and gradients(model) == {}
     assert_nothing_left(model)
 
@@ -1054,7 +1048,7 @@ def test_cam_of_inside_an_attachment(refiner: PromptRefiner, cnn: ToyCNN) -> Non
 
 
 def test_cam_of_goes_wrong(cnn: ToyCNN) -> None:
-    with pytest.raises(adapters.AdapterError, match="no MCTformer model"):
+    with pytest.raises(adapters.HostError, match="no MCTformer model"):
         adapters.cam_of("mctformer", cnn)
     function = adapters.cam_of("generic", cnn, **CNN)
     with pytest.raises(RuntimeError):

@@ -1,4 +1,4 @@
-"""`attach(..., clusters=)` around the loops of toy transformers: loss, steps of the branch's own optimiser, nothing left."""
+"""`attach(..., branch=)` around the loops of toy transformers: loss, steps of the branch's own optimiser, nothing left."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semples_plugin import PromptRefiner, adapters
-from semples_plugin.cluster_branch import ClusterBranch
-from semples_plugin.clusters import CategoryClusters
+from semples_plugin.clusters.branch import ClusterBranch
+from semples_plugin.clusters.categories import CategoryClusters
 from semples_plugin.errors import HostError
 from tests.adapters.test_attach import (
     CNN,
@@ -158,7 +158,7 @@ def test_the_first_loss_holds_both(toy: Toy, weight: float, refiner: PromptRefin
     model, branch = toy.build(), make_branch()
     log: List[Dict[str, float]] = []
     with adapters.attach(
-        toy.host, model, refiner, weight=weight, clusters=branch, cluster_optimizer=own_optimizer(branch),
+        toy.host, model, refiner, weight=weight, branch=branch, branch_optimizer=own_optimizer(branch),
         on_step=lambda step, terms: log.append(terms), **toy.options,
     ) as attached:  # fmt: skip
         seen = toy.train(model, loader, still(model))
@@ -181,7 +181,7 @@ def test_tokens_that_give_nothing_back_leave_the_hosts_loss(toy: Toy, refiner: P
     with adapters.attach(toy.host, model, refiner, **toy.options) as alone:
         (refined,) = toy.train(model, loader, still(model))
     with adapters.attach(
-        toy.host, model, refiner, clusters=branch, cluster_optimizer=own_optimizer(branch), **toy.options
+        toy.host, model, refiner, branch=branch, branch_optimizer=own_optimizer(branch), **toy.options
     ) as both:
         (seen,) = toy.train(model, loader, still(model))
     own = both.loss - alone.loss
@@ -199,7 +199,7 @@ def test_one_forward_pass_per_step(toy: Toy, refiner: PromptRefiner) -> None:
 
     watched = [("model", model), ("embed", model.patch_embed), *((f"block {i}", b) for i, b in enumerate(model.blocks))]
     handles = [module.register_forward_hook(functools.partial(count, name)) for name, module in watched]
-    with adapters.attach(toy.host, model, refiner, clusters=branch, cluster_optimizer=own_optimizer(branch), **toy.options):
+    with adapters.attach(toy.host, model, refiner, branch=branch, branch_optimizer=own_optimizer(branch), **toy.options):
         toy.train(model, make_loader(3), moving(model))
     assert counts == {name: 3 for name, _ in watched}
     for handle in handles:
@@ -233,7 +233,7 @@ def test_the_cam_source_sees_the_hosts_own_tokens(toy: Toy, refiner: PromptRefin
         source = adapters.source(toy.host, **toy.options)
         watch(source, key)
         optimizer = None if clusters is None else own_optimizer(branch, 0.0)
-        with adapters.attach(source, model, refiner, clusters=clusters, cluster_optimizer=optimizer):
+        with adapters.attach(source, model, refiner, branch=clusters, branch_optimizer=optimizer):
             toy.train(model, [(img, labels)], still(model))
             with torch.no_grad():
                 inside = toy.cam(model, img)
@@ -255,7 +255,7 @@ def test_training_equals_a_loop_written_by_hand(toy: Toy, contrast: float, refin
     model, branch = toy.build(), make_branch(lambda_contrast=contrast)
     start = values(branch)
     with adapters.attach(
-        toy.host, model, refiner, clusters=branch, cluster_optimizer=own_optimizer(branch), **toy.options
+        toy.host, model, refiner, branch=branch, branch_optimizer=own_optimizer(branch), **toy.options
     ) as attached:
         seen = toy.train(model, loader, moving(model))
     assert attached.steps == 4 and seen == pytest.approx(expected, rel=1e-5)
@@ -272,7 +272,7 @@ def test_the_branch_alone(toy: Toy) -> None:
     expected = train_by_hand(toy, a_model, None, a, loader, moving(a_model), own_optimizer(a))
     model, branch = toy.build(), make_branch()
     with adapters.attach(
-        toy.host, model, None, clusters=branch, cluster_optimizer=own_optimizer(branch), **toy.options
+        toy.host, model, None, branch=branch, branch_optimizer=own_optimizer(branch), **toy.options
     ) as attached:
         seen = toy.train(model, loader, moving(model))
     assert attached.steps == 4 and seen == pytest.approx(expected, rel=1e-5)
@@ -290,7 +290,7 @@ def test_replace(toy: Toy, refiner: PromptRefiner) -> None:
         rest = regulariser(model(loader[0][0])[1]).item() if toy.name == "mctformer" else 0.0
     start = values(branch)
     with adapters.attach(
-        toy.host, model, refiner, mode="replace", clusters=branch, cluster_optimizer=own_optimizer(branch), **toy.options
+        toy.host, model, refiner, mode="replace", branch=branch, branch_optimizer=own_optimizer(branch), **toy.options
     ) as attached:
         seen = toy.train(model, loader, still(model))
     assert attached.steps == 1
@@ -316,7 +316,7 @@ def test_two_forward_passes_per_step(passes: int, refiner: PromptRefiner) -> Non
                 own.step()
         else:
             with adapters.attach(
-                "generic", model, refiner, passes=passes, clusters=branch, cluster_optimizer=own, **VIT
+                "generic", model, refiner, passes=passes, branch=branch, branch_optimizer=own, **VIT
             ) as attached:
                 loss = F.multilabel_soft_margin_loss(model(first) + model(second), labels)
                 loss.backward()
@@ -329,7 +329,7 @@ def test_two_forward_passes_per_step(passes: int, refiner: PromptRefiner) -> Non
 
 def test_without_clusters_it_is_as_before(refiner: PromptRefiner) -> None:
     runs = []
-    for options in ({}, {"clusters": None, "cluster_optimizer": None}):
+    for options in ({}, {"clusters": None, "branch_optimizer": None}):
         model = ToyMCTformer()
         with adapters.attach("mctformer", model, refiner, **options) as attached:
             seen = train_mctformer(model, make_loader(2), moving(model))
@@ -341,7 +341,7 @@ def test_without_clusters_it_is_as_before(refiner: PromptRefiner) -> None:
 def test_a_batch_without_positive_labels(refiner: PromptRefiner) -> None:
     model, branch = ToyMCTformer(), make_branch()
     start = values(branch)
-    with adapters.attach("mctformer", model, refiner, clusters=branch, cluster_optimizer=own_optimizer(branch)) as attached:
+    with adapters.attach("mctformer", model, refiner, branch=branch, branch_optimizer=own_optimizer(branch)) as attached:
         seen = train_mctformer(model, [(make_loader(1)[0][0], torch.zeros(2, 3))], moving(model))
     assert attached.steps == 1 and all(x < 100 for x in seen)
     assert attached.terms["match_foreground"] == 0 and attached.terms["cluster_tokens"] > 0
@@ -356,7 +356,7 @@ def test_autocast(toy: Toy, refiner: PromptRefiner) -> None:
         model, branch = toy.build(), make_branch()
         optimizer = torch.optim.SGD(branch.parameters(), lr=1.0)
         start = values(branch)
-        with adapters.attach(toy.host, model, refiner, clusters=branch, cluster_optimizer=optimizer) as attached:
+        with adapters.attach(toy.host, model, refiner, branch=branch, branch_optimizer=optimizer) as attached:
             losses = toy.train(model, make_loader(1), still(model), autocast=on)
         moved = torch.cat([(value - start[name]).flatten() for name, value in values(branch).items()])
         found.append((losses, attached.terms, moved))
@@ -371,7 +371,7 @@ def test_as_many_clusters_as_classes_are_not_taken_for_labels(refiner: PromptRef
     a_model, a = ToyMCTformer(), make_branch(SINGLES)
     expected = train_by_hand(MCT, a_model, refiner, a, loader, moving(a_model), own_optimizer(a))
     model, branch = ToyMCTformer(), make_branch(SINGLES)
-    with adapters.attach("mctformer", model, refiner, clusters=branch, cluster_optimizer=own_optimizer(branch)) as attached:
+    with adapters.attach("mctformer", model, refiner, branch=branch, branch_optimizer=own_optimizer(branch)) as attached:
         seen = train_mctformer(model, loader, moving(model))
     assert attached.steps == 2 and seen == pytest.approx(expected, rel=1e-5)
 
@@ -395,10 +395,10 @@ def test_a_branch_in_a_loop_of_ones_own(mode: str, clusters: CategoryClusters, r
 def test_a_refiner_and_a_branch_attached_one_by_one(refiner: PromptRefiner) -> None:
     loader = make_loader(2)
     model, branch = ToyMCTformer(), make_branch()
-    with adapters.attach("mctformer", model, refiner, clusters=branch, cluster_optimizer=own_optimizer(branch)):
+    with adapters.attach("mctformer", model, refiner, branch=branch, branch_optimizer=own_optimizer(branch)):
         expected = train_mctformer(model, loader, moving(model))
     other_model, other = ToyMCTformer(), make_branch()
-    with adapters.attach("mctformer", other_model, None, clusters=other, cluster_optimizer=own_optimizer(other)) as pcc:
+    with adapters.attach("mctformer", other_model, None, branch=other, branch_optimizer=own_optimizer(other)) as pcc:
         with adapters.attach("mctformer", other_model, refiner) as attached:
             seen = train_mctformer(other_model, loader, moving(other_model))
     assert pcc.steps == attached.steps == 2 and seen == pytest.approx(expected, rel=1e-5)
@@ -417,7 +417,7 @@ def test_a_gradient_scaler(toy: Toy, refiner: PromptRefiner) -> None:
         model, branch = toy.build(), make_branch()
         # One whose step grows with the gradient; Adam's hardly would.
         optimizer = torch.optim.SGD(branch.parameters(), lr=0.1)
-        with adapters.attach(toy.host, model, refiner, clusters=branch, cluster_optimizer=optimizer):
+        with adapters.attach(toy.host, model, refiner, branch=branch, branch_optimizer=optimizer):
             toy.train(model, make_loader(3), moving(model), loss_scaler=Scaler(scale))
         found.append(values(branch))
     assert distance(found[0], found[1]) <= 1e-5 and distance(found[0], found[2]) <= 1e-5
@@ -430,7 +430,7 @@ def test_gradient_accumulation(refiner: PromptRefiner) -> None:
     for parts in (1, 2):
         model, branch = ToyViT().train(), make_branch()
         optimizer = own_optimizer(branch)
-        with adapters.attach("generic", model, refiner, clusters=branch, cluster_optimizer=optimizer, **VIT) as attached:
+        with adapters.attach("generic", model, refiner, branch=branch, branch_optimizer=optimizer, **VIT) as attached:
             for img, labels in make_loader(2):
                 (F.multilabel_soft_margin_loss(model(img), labels) / parts).backward()
         assert attached.steps == 2 and all(int(state["step"]) == 2 for state in optimizer.state.values())
@@ -456,7 +456,7 @@ def test_a_step_whose_gradient_is_not_finite_is_left_out(where: str, factor: flo
     for batches in ((0, 1, 2), (0, 2)):
         model, branch = ToyViT().train(), make_branch()
         optimizer, own = moving(model), own_optimizer(branch)
-        with adapters.attach("generic", model, refiner, clusters=branch, cluster_optimizer=own, **VIT):
+        with adapters.attach("generic", model, refiner, branch=branch, branch_optimizer=own, **VIT):
             for i in batches:
                 img, labels = loader[i]
                 loss = F.multilabel_soft_margin_loss(model(img), labels)
@@ -480,7 +480,7 @@ def test_a_step_whose_gradient_is_not_finite_is_left_out(where: str, factor: flo
 
 
 def test_in_the_hosts_optimizer(refiner: PromptRefiner) -> None:
-    """`cluster_optimizer=None`: the host's own steps them, once per step."""
+    """`branch_optimizer=None`: the host's own steps them, once per step."""
     loader = make_loader(4)
     a_model, a = ToyMCTformer(), make_branch()
     both = torch.optim.AdamW([*a_model.parameters(), *a.parameters()], lr=0.01)
@@ -488,7 +488,7 @@ def test_in_the_hosts_optimizer(refiner: PromptRefiner) -> None:
     model, branch = ToyMCTformer(), make_branch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     optimizer.add_param_group({"params": branch.parameters()})
-    with adapters.attach("mctformer", model, refiner, clusters=branch) as attached:
+    with adapters.attach("mctformer", model, refiner, branch=branch) as attached:
         seen = train_mctformer(model, loader, optimizer)
     assert attached.steps == 4 and seen == pytest.approx(expected, rel=1e-4)
     assert {int(optimizer.state[p]["step"]) for p in branch.parameters()} == {4}
@@ -500,11 +500,11 @@ def test_nobody_trains_the_branch(refiner: PromptRefiner) -> None:
     model, branch = ToyMCTformer(), make_branch()
     start = values(branch)
     with pytest.raises(
-        adapters.AdapterError,
-        match=r"cluster branch was not trained: .*cluster_optimizer=torch.optim.AdamW\(branch.parameters\(\).*"
+        adapters.HostError,
+        match=r"cluster branch was not trained: .*branch_optimizer=torch.optim.AdamW\(branch.parameters\(\).*"
         r"optimizer.add_param_group\(\{\"params\": branch.parameters\(\)\}\)",
     ):
-        with adapters.attach("mctformer", model, refiner, clusters=branch):
+        with adapters.attach("mctformer", model, refiner, branch=branch):
             train_mctformer(model, make_loader(2), moving(model))
     assert distance(values(branch), start) == 0
     assert_branch_let_go(branch, model)
@@ -512,7 +512,7 @@ def test_nobody_trains_the_branch(refiner: PromptRefiner) -> None:
     again = make_branch()
     for one in (branch, again):
         host = ToyMCTformer()
-        with adapters.attach("mctformer", host, refiner, clusters=one, cluster_optimizer=own_optimizer(one)):
+        with adapters.attach("mctformer", host, refiner, branch=one, branch_optimizer=own_optimizer(one)):
             train_mctformer(host, make_loader(2), moving(host))
     assert distance(values(branch), values(again)) == 0 and distance(values(branch), start) > 0
 
@@ -526,7 +526,7 @@ def test_a_with_without_training_is_no_error(refiner: PromptRefiner) -> None:
         if not own:
             optimizer.add_param_group({"params": branch.parameters()})
         attached = adapters.attach(
-            "mctformer", model, refiner, clusters=branch, cluster_optimizer=own_optimizer(branch) if own else None
+            "mctformer", model, refiner, branch=branch, branch_optimizer=own_optimizer(branch) if own else None
         )
         with attached:
             pass
@@ -545,7 +545,7 @@ def test_one_with_per_epoch_is_one_long_with(toy: Toy, refiner: PromptRefiner) -
     for epochs in (1, 3):
         model, branch = toy.build(), make_branch()
         optimizer, own = torch.optim.AdamW(model.parameters(), lr=0.01), own_optimizer(branch)
-        attached = adapters.attach(toy.host, model, refiner, clusters=branch, cluster_optimizer=own, **toy.options)
+        attached = adapters.attach(toy.host, model, refiner, branch=branch, branch_optimizer=own, **toy.options)
         seen = []
         for _ in range(epochs):
             before = values(branch)
@@ -565,7 +565,7 @@ def test_new_attachments_per_epoch(refiner: PromptRefiner) -> None:
     optimizer, own = moving(model), own_optimizer(branch)
     for stage in ("match", "refine"):
         assert refiner.stage == stage
-        with adapters.attach("mctformer", model, refiner, clusters=branch, cluster_optimizer=own) as attached:
+        with adapters.attach("mctformer", model, refiner, branch=branch, branch_optimizer=own) as attached:
             train_mctformer(model, loader, optimizer)
         if stage == "match":
             with branch.insert(model.eval()):
@@ -595,7 +595,7 @@ def test_evaluation_in_the_middle(toy: Toy, refiner: PromptRefiner) -> None:
     for evaluating in (False, True):
         model, branch = toy.build(), make_branch()
         own = own_optimizer(branch)
-        with adapters.attach(toy.host, model, refiner, clusters=branch, cluster_optimizer=own, **toy.options) as attached:
+        with adapters.attach(toy.host, model, refiner, branch=branch, branch_optimizer=own, **toy.options) as attached:
             toy.train(model, loader[:1], moving(model))
             if evaluating:
                 before = attached.loss
@@ -629,7 +629,7 @@ def test_evaluation_in_inference_mode(kind: str, refiner: PromptRefiner) -> None
         options = {"momentum": 0.9} if kind == "SGD" else {}
         own = getattr(torch.optim, kind)(branch.parameters(), lr=0.01, **options)
         optimizer = moving(model)
-        with adapters.attach("generic", model, refiner, clusters=branch, cluster_optimizer=own, **VIT):
+        with adapters.attach("generic", model, refiner, branch=branch, branch_optimizer=own, **VIT):
             train_plain(model, make_loader(1), optimizer)
             if evaluating:
                 with torch.inference_mode():
@@ -642,9 +642,7 @@ def test_evaluation_in_inference_mode(kind: str, refiner: PromptRefiner) -> None
 def test_the_graph_is_let_go(refiner: PromptRefiner) -> None:
     img, labels = make_loader(1)[0]
     model, branch = ToyViT().train(), make_branch()
-    with adapters.attach(
-        "generic", model, refiner, clusters=branch, cluster_optimizer=own_optimizer(branch), **VIT
-    ) as attached:
+    with adapters.attach("generic", model, refiner, branch=branch, branch_optimizer=own_optimizer(branch), **VIT) as attached:
         F.multilabel_soft_margin_loss(model(img), labels).backward()
         (capture,) = attached._captures
         assert capture.seen is None and branch._seen is None and branch.tokens.output is None
@@ -657,20 +655,20 @@ def test_no_refiner_and_no_clusters() -> None:
     with pytest.raises(TypeError, match="`refiner` must be a PromptRefiner, or None together with `clusters`; got NoneType"):
         adapters.attach("mctformer", ToyMCTformer(), None)
     with pytest.raises(TypeError, match="or None together with `clusters`; got str"):
-        adapters.attach("mctformer", ToyMCTformer(), "refiner", clusters=make_branch())  # type: ignore[arg-type]
+        adapters.attach("mctformer", ToyMCTformer(), "refiner", branch=make_branch())  # type: ignore[arg-type]
 
 
 def test_other_arguments(refiner: PromptRefiner) -> None:
     model, branch = ToyMCTformer(), make_branch()
     with pytest.raises(TypeError, match=r"`clusters` must be a ClusterBranch; got CategoryClusters.*ClusterBranch\(clusters"):
-        adapters.attach("mctformer", model, refiner, clusters=CLUSTERS)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="`cluster_optimizer` is for the parameters of `clusters`; got no `clusters`"):
-        adapters.attach("mctformer", model, refiner, cluster_optimizer=moving(model))
+        adapters.attach("mctformer", model, refiner, branch=CLUSTERS)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`branch_optimizer` is for the parameters of `clusters`; got no `clusters`"):
+        adapters.attach("mctformer", model, refiner, branch_optimizer=moving(model))
     with pytest.raises(ValueError, match=r"it lacks 'tokens.tokens'.*torch.optim.AdamW\(branch.parameters\(\)"):
-        adapters.attach("mctformer", model, refiner, clusters=branch, cluster_optimizer=moving(model))
+        adapters.attach("mctformer", model, refiner, branch=branch, branch_optimizer=moving(model))
     with pytest.raises(ValueError, match="it lacks 'classifier.weight.weight'. "):
         some = [p for name, p in branch.named_parameters() if name != "classifier.weight.weight"]
-        adapters.attach("mctformer", model, refiner, clusters=branch, cluster_optimizer=torch.optim.SGD(some, lr=1.0))
+        adapters.attach("mctformer", model, refiner, branch=branch, branch_optimizer=torch.optim.SGD(some, lr=1.0))
 
 
 def test_classes_in_another_order(refiner: PromptRefiner) -> None:
@@ -679,10 +677,10 @@ def test_classes_in_another_order(refiner: PromptRefiner) -> None:
         ValueError,
         match=r"the same order; got 'boat', 'train', 'bird' and 'train', 'boat', 'bird'. Use clusters.ordered\(refiner.classes",
     ):
-        adapters.attach("mctformer", ToyMCTformer(), refiner, clusters=other)
+        adapters.attach("mctformer", ToyMCTformer(), refiner, branch=other)
     more = make_branch(CategoryClusters({"all": [*CLASSES, "dog"]}, [*CLASSES, "dog"]))
     with pytest.raises(ValueError, match="must have the same classes"):
-        adapters.attach("mctformer", ToyMCTformer(), refiner, clusters=more)
+        adapters.attach("mctformer", ToyMCTformer(), refiner, branch=more)
 
 
 @pytest.mark.parametrize(
@@ -691,7 +689,7 @@ def test_classes_in_another_order(refiner: PromptRefiner) -> None:
 def test_no_transformer(host: str, build: Any, options: Dict[str, Any], refiner: PromptRefiner) -> None:
     model, branch = build(), make_branch()
     attached = adapters.attach(
-        host, model, refiner, clusters=branch, cluster_optimizer=own_optimizer(branch), **options
+        host, model, refiner, branch=branch, branch_optimizer=own_optimizer(branch), **options
     )  # fmt: skip
     with pytest.raises(HostError, match=r"a list of transformer blocks 'blocks' in Toy\w+, but there is none. .*blocks='"):
         with attached:
@@ -707,7 +705,7 @@ def test_a_branch_that_is_in_the_host_already(refiner: PromptRefiner) -> None:
         with pytest.raises(
             HostError, match="ToyMCTformer holds cluster tokens or a cluster branch already; leave that `with` first"
         ):
-            with adapters.attach("mctformer", model, refiner, clusters=branch, cluster_optimizer=own_optimizer(branch)):
+            with adapters.attach("mctformer", model, refiner, branch=branch, branch_optimizer=own_optimizer(branch)):
                 pass
         model(make_loader(1)[0][0])
         assert branch.take().tokens.shape == (2, 2, WIDTH)
@@ -748,8 +746,8 @@ ENDS: Dict[str, Any] = {
     "block": Stop,
     "log": Stop,
     "keyboard": KeyboardInterrupt,
-    "label loss": adapters.AdapterError,
-    "not trained": adapters.AdapterError,
+    "label loss": adapters.HostError,
+    "not trained": adapters.HostError,
 }
 
 
@@ -763,7 +761,7 @@ def test_nothing_is_left_after(end: str, refiner: PromptRefiner) -> None:
     expected = train_mctformer(first, make_loader(3), moving(first))
     model.fail = end == "host"
     broken = model.blocks[1].mlp.register_forward_hook(lambda *_: _log_that_stops(0, {})) if end == "block" else None
-    options: Dict[str, Any] = {"cluster_optimizer": None if end == "not trained" else own_optimizer(branch)}
+    options: Dict[str, Any] = {"branch_optimizer": None if end == "not trained" else own_optimizer(branch)}
     if end == "log":
         options["on_step"] = _log_that_stops
     if end == "replace":
@@ -777,7 +775,7 @@ def test_nothing_is_left_after(end: str, refiner: PromptRefiner) -> None:
         if end == "keyboard":
             raise KeyboardInterrupt
 
-    attached = adapters.attach("mctformer", model, refiner, clusters=branch, **options)
+    attached = adapters.attach("mctformer", model, refiner, branch=branch, **options)
     if error is None:
         with attached:
             loop()
@@ -795,7 +793,7 @@ def test_nothing_is_left_after(end: str, refiner: PromptRefiner) -> None:
     model.fail = False
     assert train_mctformer(model, make_loader(3), moving(model)) == expected
     assert all(torch.equal(value, first.state_dict()[name]) for name, value in model.state_dict().items())
-    with adapters.attach("mctformer", model, refiner, clusters=branch, cluster_optimizer=own_optimizer(branch)) as again:
+    with adapters.attach("mctformer", model, refiner, branch=branch, branch_optimizer=own_optimizer(branch)) as again:
         train_mctformer(model, make_loader(2), moving(model))
     assert again.steps == 2
 
@@ -807,7 +805,7 @@ def test_nothing_is_left_after(end: str, refiner: PromptRefiner) -> None:
 def test_the_hosts_checkpoints_stay_its_own(toy: Toy, refiner: PromptRefiner) -> None:
     model, branch = toy.build(), make_branch()
     keys = list(model.state_dict())
-    with adapters.attach(toy.host, model, refiner, clusters=branch, cluster_optimizer=own_optimizer(branch), **toy.options):
+    with adapters.attach(toy.host, model, refiner, branch=branch, branch_optimizer=own_optimizer(branch), **toy.options):
         toy.train(model, make_loader(1), moving(model))
         saved = {name: value.clone() for name, value in model.state_dict().items()}
         assert list(saved) == keys == [*dict(model.named_parameters())]
@@ -822,7 +820,7 @@ def test_the_hosts_checkpoints_stay_its_own(toy: Toy, refiner: PromptRefiner) ->
 
 def test_a_trained_branch_is_saved_and_loaded(refiner: PromptRefiner) -> None:
     model, branch = ToyViT(), make_branch()
-    with adapters.attach("generic", model, refiner, clusters=branch, cluster_optimizer=own_optimizer(branch), **VIT):
+    with adapters.attach("generic", model, refiner, branch=branch, branch_optimizer=own_optimizer(branch), **VIT):
         train_plain(model, make_loader(2), moving(model))
     other = make_branch(seed=7)
     other.load_state_dict(branch.state_dict(), strict=True)
@@ -840,18 +838,18 @@ def test_a_trained_branch_is_saved_and_loaded(refiner: PromptRefiner) -> None:
 def test_the_hosts_own_optimiser_is_no_cluster_optimizer(refiner: PromptRefiner) -> None:
     model, branch = ToyMCTformer(), make_branch()
     both = torch.optim.SGD([*model.parameters(), *branch.parameters()], lr=0.1)
-    with pytest.raises(ValueError, match="alone; it holds [0-9]+ more, .* pass cluster_optimizer=None"):
-        adapters.attach("mctformer", model, refiner, clusters=branch, cluster_optimizer=both)
+    with pytest.raises(ValueError, match="alone; it holds [0-9]+ more, .* pass branch_optimizer=None"):
+        adapters.attach("mctformer", model, refiner, branch=branch, branch_optimizer=both)
     some = torch.optim.SGD(list(branch.parameters())[1:], lr=0.1)
     with pytest.raises(ValueError, match="it lacks 'tokens.tokens'"):
-        adapters.attach("mctformer", model, refiner, clusters=branch, cluster_optimizer=some)
+        adapters.attach("mctformer", model, refiner, branch=branch, branch_optimizer=some)
 
 
 def test_the_branch_is_stepped_when_backward_is_over() -> None:
     model, branch = ToyViT(), make_branch()
     own = own_optimizer(branch)
     (img, labels) = make_loader()[0]
-    with adapters.attach("generic", model, None, clusters=branch, cluster_optimizer=own, **VIT):
+    with adapters.attach("generic", model, None, branch=branch, branch_optimizer=own, **VIT):
         before = values(branch)
         loss = F.multilabel_soft_margin_loss(model(img), labels)
         assert distance(values(branch), before) == 0
@@ -868,7 +866,7 @@ def test_steps_that_were_left_out_are_told() -> None:
     model, branch = ToyViT(), make_branch()
     (img, labels) = make_loader()[0]
     with pytest.warns(UserWarning, match="2 steps of the cluster branch were left out"):
-        with adapters.attach("generic", model, None, clusters=branch, cluster_optimizer=own_optimizer(branch), **VIT):
+        with adapters.attach("generic", model, None, branch=branch, branch_optimizer=own_optimizer(branch), **VIT):
             for _ in range(2):
                 (F.multilabel_soft_margin_loss(model(img), labels) * float("inf")).backward()
                 model.zero_grad()
@@ -880,7 +878,7 @@ def test_a_copy_of_the_host_in_the_with_trains_nobody(refiner: PromptRefiner) ->
     model, branch = ToyMCTformer(), make_branch()
     own = own_optimizer(branch)
     (img, labels) = make_loader()[0]
-    with adapters.attach("mctformer", model, refiner, clusters=branch, cluster_optimizer=own) as attached:
+    with adapters.attach("mctformer", model, refiner, branch=branch, branch_optimizer=own) as attached:
         train_mctformer(model, make_loader(1), torch.optim.SGD(model.parameters(), lr=0.1))
         average, before = copy.deepcopy(model).eval(), values(branch)
         with torch.no_grad():
@@ -892,8 +890,8 @@ def test_a_copy_of_the_host_in_the_with_trains_nobody(refiner: PromptRefiner) ->
 
 def test_a_branch_alone_asks_for_no_cam() -> None:
     model, branch = ToyViT(), make_branch()
-    with adapters.attach("generic", model, None, clusters=branch, cluster_optimizer=own_optimizer(branch)) as attached:
+    with adapters.attach("generic", model, None, branch=branch, branch_optimizer=own_optimizer(branch)) as attached:
         train_plain(model, make_loader(2), torch.optim.SGD(model.parameters(), lr=0.1))
     assert attached.steps == 2 and set(attached.terms) == BRANCH_TERMS
     with pytest.raises(ValueError, match="Say where the CAM comes from"):
-        adapters.attach("generic", model, None, clusters=branch, relu=True)
+        adapters.attach("generic", model, None, branch=branch, relu=True)

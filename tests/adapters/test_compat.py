@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from semples_plugin.adapters import _compat
+from semples_plugin.adapters.runner import compat
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Pillow 10:DeprecationWarning")
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*Pillow 10:DeprecationWarning")
 def test_replaced_restores_and_removes() -> None:
     owner = types.ModuleType("owner")
     owner.kept = before = object()  # type: ignore[attr-defined]
-    with _compat.replaced(owner, kept=1, new=2):
+    with compat.replaced(owner, kept=1, new=2):
         assert (owner.kept, owner.new) == (1, 2)  # type: ignore[attr-defined]
     assert owner.kept is before and not hasattr(owner, "new")  # type: ignore[attr-defined]
 
@@ -36,7 +36,7 @@ def test_replaced_leaves_inherited_attributes_to_the_parent() -> None:
     class Child(Parent):
         pass
 
-    with _compat.replaced(Child, name=lambda self: "replaced"):
+    with compat.replaced(Child, name=lambda self: "replaced"):
         assert Child().name() == "replaced" and Parent().name() == "parent"
     assert Child().name() == "parent" and "name" not in vars(Child)
 
@@ -52,7 +52,7 @@ def test_replaced_keeps_the_kind_of_a_method() -> None:
             return cls.__name__
 
     before = dict(vars(Owner))
-    with pytest.raises(KeyError), _compat.replaced(Owner, plain=None, own=None):
+    with pytest.raises(KeyError), compat.replaced(Owner, plain=None, own=None):
         raise KeyError
     assert Owner.plain() == 1 and Owner().plain() == 1 and Owner.own() == "Owner"
     assert all(vars(Owner)[name] is before[name] for name in ("plain", "own"))
@@ -97,14 +97,14 @@ def untouched() -> Iterator[None]:
     ],
 )
 def test_tensors_stay_on_the_cpu(make: Any, untouched: None) -> None:
-    with _compat.on_cpu():
+    with compat.on_cpu():
         made = make()
     assert made.device.type == "cpu" and made.tolist() == [1, 1]
 
 
 def test_other_moves_keep_their_meaning(untouched: None) -> None:
     x = torch.ones(2)
-    with _compat.on_cpu():
+    with compat.on_cpu():
         assert x.to("cuda", torch.float64).dtype == torch.float64
         assert x.to(torch.float16).dtype == x.to(dtype=torch.float16).dtype == torch.float16
         assert x.to(torch.zeros(1, dtype=torch.int64)).dtype == torch.int64
@@ -117,7 +117,7 @@ def test_other_moves_keep_their_meaning(untouched: None) -> None:
 def test_modules_stay_on_the_cpu(untouched: None) -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     weights = list(model.parameters())
-    with _compat.on_cpu():
+    with compat.on_cpu():
         wrapped = nn.DataParallel(model.cuda()).cuda()
         model.to("cuda").to(torch.device("cuda:0"))
         loss = wrapped(torch.ones(4, 2, device="cuda")).square().sum() + nn.Linear(2, 1, device="cuda")(torch.ones(2)).sum()
@@ -132,7 +132,7 @@ def test_modules_stay_on_the_cpu(untouched: None) -> None:
 
 def test_module_to_a_device_number_stays_on_the_cpu(untouched: None) -> None:
     model = nn.Linear(2, 1)
-    with _compat.on_cpu():
+    with compat.on_cpu():
         assert model.to(0) is model.to(device=1, dtype=torch.float64) is model
     assert model.weight.device.type == "cpu" and model.weight.dtype == torch.float64
 
@@ -140,7 +140,7 @@ def test_module_to_a_device_number_stays_on_the_cpu(untouched: None) -> None:
 @pytest.mark.parametrize("where", ["cuda", "cuda:1", torch.device("cuda"), None, "cpu", lambda storage, location: storage])
 def test_checkpoints_are_loaded_on_the_cpu(where: Any, tmp_path: Path, untouched: None) -> None:
     torch.save({"weight": torch.arange(3)}, tmp_path / "host.pt")
-    with _compat.on_cpu():
+    with compat.on_cpu():
         by_name = torch.load(tmp_path / "host.pt", map_location=where)["weight"]
         by_place = torch.load(str(tmp_path / "host.pt"), where)["weight"]
         from_file = torch.load(io.BytesIO((tmp_path / "host.pt").read_bytes()), map_location=where, weights_only=True)["weight"]
@@ -148,7 +148,7 @@ def test_checkpoints_are_loaded_on_the_cpu(where: Any, tmp_path: Path, untouched
 
 
 def test_autocast_is_off(untouched: None) -> None:
-    with _compat.on_cpu(), warnings.catch_warnings():
+    with compat.on_cpu(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that CUDA is not there
         scaler = torch.cuda.amp.GradScaler()
         model = nn.Linear(2, 1)
@@ -159,7 +159,7 @@ def test_autocast_is_off(untouched: None) -> None:
 
 
 def test_on_cpu_ends_with_an_exception(untouched: None) -> None:
-    with pytest.raises(ZeroDivisionError), _compat.on_cpu():
+    with pytest.raises(ZeroDivisionError), compat.on_cpu():
         raise ZeroDivisionError
 
 
@@ -170,11 +170,11 @@ def test_on_cpu_ends_with_an_exception(untouched: None) -> None:
 def old() -> Iterator[Any]:
     """`old_libraries`, where the installed ones can be had at all."""
     try:
-        with _compat.old_libraries():
+        with compat.old_libraries():
             pass
     except (ImportError, RuntimeError) as error:
         pytest.skip(f"the installed libraries do not go with this torch: {error}")
-    yield _compat.old_libraries
+    yield compat.old_libraries
 
 
 def test_pillow_has_its_old_names(old: Any) -> None:
@@ -283,6 +283,6 @@ def test_libraries_that_are_not_installed_are_left_alone(monkeypatch: Any) -> No
     loaded = set(sys.modules)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    with _compat.old_libraries() as notes:
+    with compat.old_libraries() as notes:
         assert notes == []
     assert not {"timm", "PIL", "torchvision"} & (set(sys.modules) - loaded)

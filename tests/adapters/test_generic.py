@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from semples_plugin import PromptRefiner, adapters
+from semples_plugin.adapters.runner import compat
 from tests.adapters.toy_hosts import CLASSES, PATCH, PatchEmbed, ToyCNN, ToyViT, make_loader, train_plain, vit_cam
 
 
@@ -222,20 +223,20 @@ def test_the_classifier_of_a_wrapped_host_is_trained(refiner: PromptRefiner, mon
         ({"camera": "body"}, TypeError, "camera"),
         (
             {"cam": "bodies"},
-            adapters.AdapterError,
+            adapters.HostError,
             "module 'bodies' .* Its modules are 'body', 'dropout', 'fc'",
         ),
-        ({"cam": "body.9"}, adapters.AdapterError, "module 'body.9' .* missing"),
-        ({"features": "bodies", "classifier": "fc"}, adapters.AdapterError, "module 'bodies'"),
-        ({"features": "body", "classifier": "head"}, adapters.AdapterError, "module 'head'"),
-        ({"cam": print, "modules": ["body", "bodies"]}, adapters.AdapterError, "module 'bodies'"),
+        ({"cam": "body.9"}, adapters.HostError, "module 'body.9' .* missing"),
+        ({"features": "bodies", "classifier": "fc"}, adapters.HostError, "module 'bodies'"),
+        ({"features": "body", "classifier": "head"}, adapters.HostError, "module 'head'"),
+        ({"cam": print, "modules": ["body", "bodies"]}, adapters.HostError, "module 'bodies'"),
         (
             {"features": "body", "classifier": "body.3"},
-            adapters.AdapterError,
+            adapters.HostError,
             "must be an nn.Linear .* got Conv2d",
         ),
-        ({"features": "body", "classifier": "dropout"}, adapters.AdapterError, "must be an nn.Linear .* got Dropout"),
-        ({"features": "body", "classifier": "body.1"}, adapters.AdapterError, "must be an nn.Linear .* got BatchNorm2d"),
+        ({"features": "body", "classifier": "dropout"}, adapters.HostError, "must be an nn.Linear .* got Dropout"),
+        ({"features": "body", "classifier": "body.1"}, adapters.HostError, "must be an nn.Linear .* got BatchNorm2d"),
     ],
 )
 def test_options_that_do_not_go_together(options: Any, error: Any, message: str, refiner: PromptRefiner) -> None:
@@ -248,25 +249,25 @@ def test_options_that_do_not_go_together(options: Any, error: Any, message: str,
 def test_outputs_that_are_no_maps() -> None:
     img = make_loader(1)[0][0]
     cnn, vit = ToyCNN().eval(), ToyViT().eval()
-    with pytest.raises(adapters.AdapterError, match="'fc' takes 8 features, but 'body.0' gives 5. Name the last"):
+    with pytest.raises(adapters.HostError, match="'fc' takes 8 features, but 'body.0' gives 5. Name the last"):
         wide = ToyCNN().eval()
         wide.body[0], wide.body[1] = nn.Conv2d(3, 5, 4, stride=4), nn.Conv2d(5, 8, 1)
         adapters.cam_of("generic", wide, features="body.0", classifier="fc")(img[:, :, :24, :24])
-    with pytest.raises(adapters.AdapterError, match=r"Expected 'dropout' to give a map .* or tokens .* got tensor \(2, 8\)"):
+    with pytest.raises(adapters.HostError, match=r"Expected 'dropout' to give a map .* or tokens .* got tensor \(2, 8\)"):
         adapters.cam_of("generic", cnn, features="dropout", classifier="fc")(img)
-    with pytest.raises(adapters.AdapterError, match=r"Expected 'fc' to give a map .* got tensor \(2, 3\)"):
+    with pytest.raises(adapters.HostError, match=r"Expected 'fc' to give a map .* got tensor \(2, 3\)"):
         adapters.cam_of("generic", cnn, cam="fc")(img)
-    with pytest.raises(adapters.AdapterError, match=r"'norm' gives 17 tokens, fewer than the 8 x 8 patches of size \(4, 4\)"):
+    with pytest.raises(adapters.HostError, match=r"'norm' gives 17 tokens, fewer than the 8 x 8 patches of size \(4, 4\)"):
         adapters.cam_of("generic", vit, features="norm", classifier="head", patch_size=4)(img)
     plain = Layout("tokens", nn.Linear(6, 3), 1)
-    with pytest.raises(adapters.AdapterError, match=r"'features' gives tokens \(2, 17, 6\); say how large a patch is"):
+    with pytest.raises(adapters.HostError, match=r"'features' gives tokens \(2, 17, 6\); say how large a patch is"):
         adapters.cam_of("generic", plain, features="features", classifier="classifier")(img)
 
 
 def test_a_module_that_does_not_run(refiner: PromptRefiner) -> None:
     model = ToyCNN()
     model.unused = nn.Conv2d(3, 3, 1)
-    with pytest.raises(adapters.AdapterError, match="needs the output of 'unused', which did not run in this forward pass"):
+    with pytest.raises(adapters.HostError, match="needs the output of 'unused', which did not run in this forward pass"):
         with adapters.attach("generic", model, refiner, cam="unused"):
             train_plain(model, make_loader(1), torch.optim.SGD(model.parameters(), lr=0.0))
 
@@ -277,12 +278,11 @@ def test_a_module_that_does_not_run(refiner: PromptRefiner) -> None:
 @pytest.fixture(scope="module")
 def timm() -> Iterator[Any]:
     """timm if it can be imported here, also with a torchvision that was built for another torch."""
-    from semples_plugin.adapters import _compat
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with _compat.old_libraries():
+            with compat.old_libraries():
                 pass
         module = importlib.import_module("timm")
     except (ImportError, RuntimeError, OSError) as error:

@@ -352,7 +352,7 @@ def test_refusals(refiner: PromptRefiner, make_refiner: Any) -> None:
         adapters.probe("mctformer", model, refiner, img, torch.zeros(2, 3))
     with pytest.raises(ValueError, match="must be one of 'generic'"):
         adapters.probe("toco", model, refiner, img, labels)
-    with pytest.raises(adapters.AdapterError, match="This is no MCTformer model"):
+    with pytest.raises(adapters.HostError, match="This is no MCTformer model"):
         adapters.probe("mctformer", ToyViT(), refiner, img, labels)
     with pytest.raises(ValueError, match="background_channel=True, but the CAM of MCTformer has none"):
         adapters.probe("mctformer", model, make_refiner(CLASSES, image_stats="imagenet", background_channel=True), img, labels)

@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from semples_plugin import PromptRefiner, __version__
-from semples_plugin.adapters import AdapterError, _runner, source
 from semples_plugin.adapters import __main__ as command
+from semples_plugin.adapters import source
+from semples_plugin.adapters.runner import stages
+from semples_plugin.errors import HostError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Pillow 10:DeprecationWarning")
 
@@ -182,7 +184,7 @@ def in_this_process(*folders: Path) -> Iterator[Callable[..., int]]:
             return SimpleNamespace(returncode=1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_runner, "subprocess", SimpleNamespace(run=stage, TimeoutExpired=subprocess.TimeoutExpired))
+        patch.setattr(stages, "subprocess", SimpleNamespace(run=stage, TimeoutExpired=subprocess.TimeoutExpired))
         clean_environment(patch)
         yield call
 
@@ -500,13 +502,13 @@ def test_damaged_record(content: bytes, copied: Run, start: Any, capsys: Any) ->
 
 
 def test_record_is_whole_or_as_before(tmp_path: Path) -> None:
-    record = _runner.Record(tmp_path / "new")
+    record = stages.Record(tmp_path / "new")
     record.stage("match", state="running")
     before = digest(record.path)
     with pytest.raises(TypeError):
         record.stage("match", state=object())  # fails while it is being written
     assert digest(record.path) == before and os.listdir(record.path.parent) == ["record.json"]
-    assert _runner.Record(tmp_path / "new").state("match") == "running"
+    assert stages.Record(tmp_path / "new").state("match") == "running"
 
 
 # ------------------------------------------------------------------------------------------------ the stages
@@ -634,7 +636,7 @@ def test_prompt_stage_stills_dropout_in_attention(make_refiner: Any, make_batch:
     """torch's MultiheadAttention holds a layer, and drops by itself."""
     model, refiner = Attentive().train(), make_refiner()
     img, _, labels = make_batch()
-    with _runner._Collector(source("generic", cam="head"), None, refiner) as collector:
+    with stages._Collector(source("generic", cam="head"), None, refiner) as collector:
         collector.bind(model)
         for _ in range(2):
             torch.nn.functional.multilabel_soft_margin_loss(model(img), labels.float()).backward()
@@ -732,7 +734,7 @@ def test_checkpoints_that_are_none(write: Any, message: str, run: Run, start: An
     assert start(run.arguments("--stage", "prompt", "--checkpoint", str(path))) == 1
     found = capsys.readouterr().err
     assert message in found and str(path) in found and "Traceback" not in found
-    assert read_record(run.out)["stages"]["prompt"]["state"].startswith("failed: AdapterError")
+    assert read_record(run.out)["stages"]["prompt"]["state"].startswith("failed: HostError")
 
 
 def test_prompt_stage_without_trained_weights(run: Run, start: Any, capsys: Any) -> None:
@@ -791,7 +793,7 @@ def test_script_that_trains_another_model(stage: str, run: Run, start: Any, comp
     assert start(run.arguments(*ours, script=["variants.py", "unknown"])) == 1
     message = capsys.readouterr().err
     assert "variants.py" in message and "'generic'" in message and "Headless, Linear" in message and "Traceback" not in message
-    assert read_record(run.out)["stages"][stage]["state"].startswith("failed: AdapterError")
+    assert read_record(run.out)["stages"][stage]["state"].startswith("failed: HostError")
 
 
 def test_script_that_trains_nothing(run: Run, start: Any, capsys: Any) -> None:
@@ -1012,18 +1014,18 @@ def test_process_is_as_before(
     with monkeypatch.context() as patch:
         patch.setattr(command, "run_stage", lambda *job: jobs.append(job))
         command.main(run.arguments(*ours, script=script))
-    with _runner._compat.old_libraries():
+    with stages.compat.old_libraries():
         pass  # loads the libraries that it is about
     before = surroundings()
     went = "well"
     try:
-        _runner.run_stage(*jobs[0])
-    except (SystemExit, ZeroDivisionError, KeyboardInterrupt, AdapterError) as error:
+        stages.run_stage(*jobs[0])
+    except (SystemExit, ZeroDivisionError, KeyboardInterrupt, HostError) as error:
         went = type(error).__name__
     finally:
         forget_host(tmp_path)
     assert surroundings() == before
-    expected = {"exit": "SystemExit", "raise": "ZeroDivisionError", "interrupt": "KeyboardInterrupt", "no_loss": "AdapterError"}
+    expected = {"exit": "SystemExit", "raise": "ZeroDivisionError", "interrupt": "KeyboardInterrupt", "no_loss": "HostError"}
     assert went == expected.get(script[-1], "well")
     assert not list(run.repo.rglob("__pycache__"))
 
@@ -1053,12 +1055,12 @@ def test_seed_reaches_every_generator(run: Run, start: Any) -> None:
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_record_names_the_hosts_commit(run: Run, monkeypatch: Any) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(run.repo.parent))
-    assert _runner._commit(run.repo) == {"commit": None, "changed_files": None}
+    assert stages._commit(run.repo) == {"commit": None, "changed_files": None}
     git = ["git", "-C", str(run.repo), "-c", "user.name=toy", "-c", "user.email=toy@example.org", "-c", "commit.gpgsign=false"]
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "toy"]):
         subprocess.run([*git, *arguments], check=True, capture_output=True)
-    found = _runner._commit(run.repo)
+    found = stages._commit(run.repo)
     assert re.fullmatch("[0-9a-f]{40,64}", found["commit"]) and found["changed_files"] == []
     (run.repo / "utils.py").write_text("changed = True\n")
     (run.repo / "log.txt").write_text("the host's own output is no change\n")
-    assert _runner._commit(run.repo) == {"commit": found["commit"], "changed_files": [" M utils.py"]}
+    assert stages._commit(run.repo) == {"commit": found["commit"], "changed_files": [" M utils.py"]}

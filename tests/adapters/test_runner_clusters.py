@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from semples_plugin.adapters import __main__ as command
-from semples_plugin.cluster_branch import ClusterBranch
+from semples_plugin.clusters.branch import ClusterBranch
 
 TOY = Path(__file__).parent / "toy_repo"
 CLUSTERS = {"vehicles": ["boat", "train"], "animals": ["bird"]}
@@ -62,7 +62,7 @@ def folder(aligned_clip: nn.Module, tmp_path_factory: Any) -> Path:
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Run:
     """All three stages, each in a process of its own."""
-    done = start(folder, "--clusters", str(folder / "clusters.json"), "--cluster-option", "top_k=3", "--cluster-prompts")
+    done = start(folder, "--clusters", str(folder / "clusters.json"), "--branch-option", "top_k=3", "--cluster-prompts")
     assert done.returncode == 0, done.stderr[-4000:]
     return Run(folder, done.stderr)
 
@@ -98,7 +98,7 @@ def test_the_record_says_what_was_attached(run: Run) -> None:
 def test_other_clusters_are_another_run(run: Run, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"one": ["boat", "bird"], "two": ["train"]}), encoding="utf-8")
-    done = start(run.folder, "--clusters", str(other), "--cluster-option", "top_k=3", "--cluster-prompts")
+    done = start(run.folder, "--clusters", str(other), "--branch-option", "top_k=3", "--cluster-prompts")
     assert done.returncode == 1 and "holds another run: clusters was" in done.stderr
 
 
@@ -123,7 +123,7 @@ def test_plain_with_the_branch_gives_the_cams_of_the_trained_network(run: Run) -
         spec = importlib.util.spec_from_file_location("semples_toy_vit", run.folder / "host" / "vit.py")
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        from semples_plugin.adapters._compat import on_cpu
+        from semples_plugin.adapters.runner.compat import on_cpu
 
         with on_cpu():
             spec.loader.exec_module(module)
@@ -141,7 +141,7 @@ def test_plain_with_the_branch_gives_the_cams_of_the_trained_network(run: Run) -
 def test_tokens_that_only_read(folder: Path, tmp_path: Path) -> None:
     """`attention_bias=-inf` by the command line, and its branch in a script that is told nothing of a CAM."""
     line = arguments(
-        folder, "--clusters", str(folder / "clusters.json"), "--stage", "match", "--cluster-option", "attention_bias=-inf"
+        folder, "--clusters", str(folder / "clusters.json"), "--stage", "match", "--branch-option", "attention_bias=-inf"
     )
     line[line.index("--out") + 1] = str(tmp_path / "out")
     start = [sys.executable, "-W", "ignore", "-m", "semples_plugin.adapters"]
@@ -175,19 +175,19 @@ def test_a_network_without_blocks_is_refused(folder: Path, tmp_path: Path) -> No
     [
         (["--branch", "FOLDER/clusters.json"], "--branch is for --stage plain"),
         (["--cluster-prompts"], "need --clusters FILE"),
-        (["--cluster-option", "top_k=2"], "need --clusters FILE"),
+        (["--branch-option", "top_k=2"], "need --clusters FILE"),
         (["--clusters", "FOLDER/none.json"], "No cluster file at"),
         (["--clusters", "FOLDER/classes.txt"], "must end in .json, .yaml or .yml"),
         (["--clusters", "FOLDER/clusters.json", "--classes", "voc"], "In no cluster: 'aeroplane'"),
         (["--clusters", "voc"], "'aeroplane' in cluster 'vehicles' is not one of the classes"),
         (["--clusters", "FOLDER/clusters.json", "--stage", "plain"], "--stage plain trains nothing"),
         (
-            ["--clusters", "FOLDER/clusters.json", "--cluster-option", "lamda_mce=0"],
+            ["--clusters", "FOLDER/clusters.json", "--branch-option", "lamda_mce=0"],
             "must name one of lambda_tokens, .*got 'lamda_mce'",
         ),
-        (["--clusters", "FOLDER/clusters.json", "--cluster-option", "lambda_mce=0"], "`lambda_contrast` needs `lambda_mce`"),
-        (["--clusters", "FOLDER/clusters.json", "--cluster-option", "bilstm=false"], "`bilstm` must be True or False"),
-        (["--clusters", "FOLDER/clusters.json", "--cluster-rate", "-1"], "cluster-rate"),
+        (["--clusters", "FOLDER/clusters.json", "--branch-option", "lambda_mce=0"], "`lambda_contrast` needs `lambda_mce`"),
+        (["--clusters", "FOLDER/clusters.json", "--branch-option", "bilstm=false"], "`bilstm` must be True or False"),
+        (["--clusters", "FOLDER/clusters.json", "--branch-lr", "-1"], "cluster-rate"),
     ],
 )
 def test_wrong_options(folder: Path, capsys: Any, ours: List[str], message: str) -> None:

@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader
 from worker_parts import photos, seed
 
 from semples_plugin import PromptRefiner, adapters
-from semples_plugin.adapters import _compat
+from semples_plugin.adapters.runner import compat
 from semples_plugin.class_names import VOC_CLASSES
-from semples_plugin.cluster_branch import ClusterBranch
-from semples_plugin.clusters import CategoryClusters
+from semples_plugin.clusters.branch import ClusterBranch
+from semples_plugin.clusters.categories import CategoryClusters
 
 NEVER = float("-inf")
 
@@ -170,14 +170,14 @@ class ClusterChecks(Checks):
             tokens = self.run(Short)
             with adapters.attach(self.name, self.bench.model, self.refiner) as refiner:
                 refined = self.run(Short)
-        options = {"clusters": branch, "cluster_optimizer": make_optimizer(branch)}
+        options = {"clusters": branch, "branch_optimizer": make_optimizer(branch)}
         with adapters.attach(self.name, self.bench.model, None, **options) as alone:
             pcc = self.run(Short)
         plain = self.run()
         branch = make_branch(self.inner)  # as it was
         before = {name: value.detach().clone() for name, value in branch.named_parameters()}
         terms: List[Dict[str, float]] = []
-        options = {"clusters": branch, "cluster_optimizer": make_optimizer(branch)}
+        options = {"clusters": branch, "branch_optimizer": make_optimizer(branch)}
         with adapters.attach(
             self.name, self.bench.model, self.refiner, on_step=lambda step, values: terms.append(values), **options
         ) as attachment:
@@ -285,8 +285,8 @@ def timm_training(model: nn.Module, refiner: PromptRefiner) -> Dict[str, Any]:
     before = {name: value.detach().clone() for name, value in branch.named_parameters()}
     terms: List[Dict[str, float]] = []
     with adapters.attach(
-        "generic", model.train(), refiner, features="norm", classifier="head", clusters=branch,
-        cluster_optimizer=make_optimizer(branch), on_step=lambda step, values: terms.append(values),
+        "generic", model.train(), refiner, features="norm", classifier="head", branch=branch,
+        branch_optimizer=make_optimizer(branch), on_step=lambda step, values: terms.append(values),
     ) as attached:  # fmt: skip
         for _ in range(5):
             loss = F.multilabel_soft_margin_loss(model(img), labels)
@@ -308,7 +308,7 @@ def timm_checks(clip: str) -> Dict[str, Any]:
 
 
 def main(name: str, repo: str, clip: str, out: str) -> None:
-    with _compat.old_libraries(), _compat.on_cpu():
+    with compat.old_libraries(), compat.on_cpu():
         if name == "timm":
             found = timm_checks(clip)
         else:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from worker_parts import PHOTOS, photos, seed  # of this folder
 
 from semples_plugin import PromptRefiner, adapters
-from semples_plugin.adapters import _compat
+from semples_plugin.adapters.runner import compat
 from semples_plugin.class_names import VOC_CLASSES
 
 SIZE, BATCH = 64, 2
@@ -318,7 +318,7 @@ class Checks:
 
 def main(name: str, repo: str, clip: str, out: str) -> None:
     sys.path.insert(0, repo)
-    with _compat.old_libraries(), _compat.on_cpu():
+    with compat.old_libraries(), compat.on_cpu():
         checks = Checks(name, clip)
         kinds = ("fused", "raw", "patch") if name == "transcam" else ("fused", "patch", "refined")
         found = {**checks.loops(), "probes": checks.probes(kinds), "cams": checks.cams()}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from worker_parts import photos, seed  # of this folder
 
 from semples_plugin import PromptRefiner, adapters
-from semples_plugin.adapters import _compat
+from semples_plugin.adapters.runner import compat
 from semples_plugin.class_names import VOC_CLASSES
 
 Step = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -146,7 +146,7 @@ def seam(refiner: PromptRefiner) -> Dict[str, Any]:
     try:
         adapters.cam_of("generic", model, features="b7", classifier="fc8")(img)
         error = ""
-    except adapters.AdapterError as hint:
+    except adapters.HostError as hint:
         error = str(hint)
     return {**found, "output": difference(ours, its), "fc8": difference(enlarged, its), "error": error}
 
@@ -188,7 +188,7 @@ def toco(refiner: PromptRefiner) -> Dict[str, Any]:
 def main(name: str, repo: str, clip: str, out: str) -> None:
     sys.path.insert(0, repo)
     refiner = PromptRefiner(VOC_CLASSES, clip=clip, prompt_length=4)
-    with _compat.old_libraries(), _compat.on_cpu():
+    with compat.old_libraries(), compat.on_cpu():
         found = {"irn": irn, "seam": seam, "toco": toco}[name](refiner)
     Path(out).write_text(json.dumps(found, indent=2), encoding="utf-8")
 

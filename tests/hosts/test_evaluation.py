@@ -12,10 +12,11 @@ import cv2
 import numpy as np
 import pytest
 
-from semples_plugin.cam_files import read_cam_file
 from semples_plugin.class_names import VOC_CLASSES
-from semples_plugin.evaluation import Curve, iou_per_class
-from semples_plugin.scores import evaluate_cams, read_label_png
+from semples_plugin.files.cams import read_cam_file
+from semples_plugin.files.evaluate_folder import evaluate_cams
+from semples_plugin.files.images import read_label_png
+from semples_plugin.metrics import Curve, iou_per_class
 
 WORKER = Path(__file__).with_name("evaluation_worker.py")
 NAMES = ["background", *VOC_CLASSES]

@@ -1,0 +1,62 @@
+"""What one run of the runner is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
+
+from torch import nn
+
+from ...clusters.branch import ClusterBranch
+from ...refiner import PromptRefiner
+from ..sources import CamSource
+
+__all__ = ["Job", "STAGES"]
+
+STAGES = ("match", "prompt", "refine")
+
+
+class Job(NamedTuple):
+    """What one run of the runner is asked for; paths are absolute.
+
+    Attributes:
+        host: name of the adapter.
+        source: the adapter.
+        script: the host's script and its arguments.
+        repo: folder of the host; `script` is relative to it.
+        cwd: where the script runs.
+        out: folder of the run.
+        refiner: makes the `PromptRefiner`.
+        facts: what identifies the run, for its record.
+        prompts: prompt file, read by the refine stage and written by the prompt stage.
+        checkpoint: the host's own checkpoint, from which match and refine start; by default what the script starts from.
+        prompt_epochs: epochs of the prompt stage, or None for the recipe's.
+        mode, weight, passes: as for `attach`.
+        seed: of Python, NumPy and torch before the script starts.
+        cpu: run a host with hard-coded `.cuda()` on the CPU.
+        log_every: steps between two lines of the log of terms.
+        clusters: makes the cluster branch that is trained with a host, or None.
+        branch_lr: learning rate of its own parameters.
+        branch: file of a trained branch that the plain stage puts into the host, or None.
+    """
+
+    host: str
+    source: CamSource
+    script: List[str]
+    repo: Path
+    cwd: Path
+    out: Path
+    refiner: Callable[[], PromptRefiner]
+    facts: Dict[str, Any]
+    prompts: Path
+    checkpoint: Optional[Path]
+    prompt_epochs: Optional[int]
+    mode: str
+    weight: float
+    passes: int
+    seed: int
+    cpu: bool
+    log_every: int
+    clusters: Optional[Callable[[nn.Module], ClusterBranch]] = None
+    branch_lr: float = 1e-3
+    branch: Optional[Path] = None

@@ -1,0 +1,173 @@
+"""CAM files of the ecosystem, read as what they are: untrusted pickles.
+
+`.npy` files of MCTformer, WeakTr, TransCAM and SEAM hold a pickled dict {class index: (H, W) array}; IRN's hold
+{"keys": class indices, "cam": (K, h, w), "high_res": (K, H, W)}; others are plain arrays (C, H, W) or `.npz` archives. Reading
+admits arrays, tensors and plain scalars, and refuses everything else by name, so that no file runs code.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, NamedTuple, Optional, Tuple
+
+import numpy as np
+
+from .._files import PathLike, write_atomically
+from ..errors import CamFileError
+from .pickles import LARGEST, read_npy
+
+__all__ = ["CamFile", "read_cam_file", "write_cam_file"]
+
+
+class CamFile(NamedTuple):
+    """The CAMs of one image.
+
+    Attributes:
+        cams: class index (from 0, without background) -> (H, W) float32, all of one shape.
+        layout: `"dict"`, `"irn"`, `"array"` or `"npz"`; `write_cam_file` writes the same again.
+        low: for `"irn"`, shape (h, w) of its `cam` entry.
+    """
+
+    cams: Dict[int, np.ndarray]
+    layout: str
+    low: Optional[Tuple[int, int]] = None
+
+
+def read_cam_file(path: PathLike, num_classes: int) -> CamFile:
+    """The CAMs of one image from a file of any known layout.
+
+    Args:
+        path: a `.npy` or `.npz` file.
+        num_classes: C, without background.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CamFileError: if it is damaged, names a class that does not exist, or holds maps that are not finite or differ in shape.
+    """
+    path = Path(path)
+    try:
+        return _read_cams(path, num_classes)
+    except (CamFileError, FileNotFoundError):
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        raise CamFileError(f"{path} must hold a dict of CAMs or an array (C, H, W) ({type(error).__name__}: {why}).") from error
+
+
+def _read_cams(path: Path, num_classes: int) -> CamFile:
+    if path.suffix == ".npz":
+        content: Any = _read_npz(path)
+        layout = "npz"
+    else:
+        content = read_npy(path)
+        layout = "dict"
+    if isinstance(content, np.ndarray):
+        return _from_array(path, content, num_classes)
+    if not isinstance(content, dict):
+        raise CamFileError(f"{path} must hold a dict of CAMs or an array (C, H, W); it holds a {type(content).__name__}.")
+    if "keys" in content and ("high_res" in content or "cam" in content):
+        return _from_keys(path, content, num_classes, "irn" if layout == "dict" else "npz")
+    cams = {_class_index(path, key, num_classes): _map(path, key, value) for key, value in content.items()}
+    if len(cams) < len(content):
+        raise CamFileError(f"{path} names a class twice.")
+    return CamFile(_same_shape(path, cams), layout)
+
+
+def _read_npz(path: Path) -> Dict[str, np.ndarray]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > LARGEST:
+                raise CamFileError(f"{path} unpacks to more than {LARGEST / 2**30:.0f} GiB.")
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except CamFileError:
+        raise
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise CamFileError(f"{path} is no readable .npz archive of arrays ({type(error).__name__}: {error}).") from error
+
+
+def _from_array(path: Path, content: np.ndarray, num_classes: int) -> CamFile:
+    if content.ndim != 3 or len(content) != num_classes:
+        raise CamFileError(f"{path} must hold an array (C, H, W) with C = {num_classes}; it has shape {content.shape}.")
+    return CamFile(_same_shape(path, {k: _map(path, k, value) for k, value in enumerate(content)}), "array")
+
+
+def _from_keys(path: Path, content: Dict[str, Any], num_classes: int, layout: str) -> CamFile:
+    keys = np.asarray(content["keys"]).reshape(-1)
+    maps = np.asarray(content["high_res"] if "high_res" in content else content["cam"])
+    if maps.ndim != 3 or len(maps) != len(keys):
+        raise CamFileError(f"{path} must hold one map (H, W) per key; it has {len(keys)} keys and maps {maps.shape}.")
+    low = tuple(np.asarray(content["cam"]).shape[1:]) if "cam" in content and "high_res" in content else None
+    if low is not None and (len(low) != 2 or 0 in low):
+        raise CamFileError(f"{path} must hold low maps (K, h, w); got {np.asarray(content['cam']).shape}.")
+    cams = {_class_index(path, key, num_classes): _map(path, key, value) for key, value in zip(keys.tolist(), maps)}
+    if len(cams) < len(keys):
+        raise CamFileError(f"{path} names a class twice: {keys.tolist()}.")
+    return CamFile(_same_shape(path, cams), layout, low)  # type: ignore[arg-type]
+
+
+def _class_index(path: Path, key: Any, num_classes: int) -> int:
+    number = key
+    if isinstance(key, str) and re.fullmatch("-?[0-9]+", key):
+        number = int(key)
+    if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)):
+        raise CamFileError(f"{path} must have class indices as keys; got {key!r}.")
+    if not 0 <= number < num_classes:
+        raise CamFileError(f"{path} has class index {number}; with {num_classes} classes they run from 0 to {num_classes - 1}.")
+    return int(number)
+
+
+def _map(path: Path, key: Any, value: Any) -> np.ndarray:
+    value = np.asarray(value)
+    if value.dtype.kind not in "fiu" or value.ndim != 2 or value.size == 0:
+        raise CamFileError(f"{path} must hold (H, W) maps of numbers; class {key} has {value.dtype} {value.shape}.")
+    with np.errstate(over="ignore"):  # inf, refused below
+        value = np.array(value, np.float32)
+    if not np.isfinite(value).all():
+        raise CamFileError(f"{path} must hold finite maps; class {key} has NaN or inf.")
+    return value
+
+
+def _same_shape(path: Path, cams: Dict[int, np.ndarray]) -> Dict[int, np.ndarray]:
+    shapes = {value.shape for value in cams.values()}
+    if len(shapes) > 1:
+        raise CamFileError(f"{path} must hold maps of one shape; got {', '.join(map(str, sorted(shapes)))}.")
+    return dict(sorted(cams.items()))
+
+
+def write_cam_file(path: PathLike, content: CamFile) -> None:
+    """Write CAMs in the layout they were read in: same keys, same kind of arrays, float32."""
+    path, cams = Path(path), content.cams
+    keys = np.array(list(cams), np.int64)
+    maps = np.stack(list(cams.values())) if cams else np.zeros((0, 1, 1), np.float32)
+    if content.layout == "npz":
+        write_atomically(path, lambda file: np.savez(file, keys=keys, cam=maps))
+        return
+    if content.layout == "array":
+        write_atomically(path, lambda file: np.save(file, maps))
+        return
+    stored: Any = cams
+    if content.layout == "irn":
+        stored = {"keys": keys, "cam": maps, "high_res": maps}
+        if content.low is not None:
+            stored["cam"] = np.stack([_resize(value, content.low) for value in maps]) if len(maps) else maps
+    write_atomically(path, lambda file: np.save(file, np.array(stored, dtype=object), allow_pickle=True))
+
+
+def _resize(value: np.ndarray, shape: Tuple[int, int]) -> np.ndarray:
+    import cv2
+
+    return cv2.resize(value, (shape[1], shape[0]), interpolation=cv2.INTER_AREA)
+
+
+def cam_paths(folder: Path) -> Dict[str, Path]:
+    """Image id -> CAM file of a folder, sorted."""
+    found = sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".npz") and not p.name.startswith("."))
+    twice = [p.stem for p in found if p.suffix == ".npz" and p.with_suffix(".npy") in found]
+    if twice:
+        raise CamFileError(f"{folder} holds both .npy and .npz for {', '.join(twice[:5])}; keep one.")
+    return {p.stem: p for p in found}

@@ -1,0 +1,163 @@
+"""Evaluation of whole folders: the VOC metric of pseudo labels or CAM files, with everything a reader must know beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from ..errors import CamFileError
+from ..metrics import ClassScore, Curve, class_scores, confusion_matrix, mean_iou
+from .cams import cam_paths, read_cam_file
+from .images import check_id, read_label_png
+
+__all__ = ["Result", "evaluate_cams", "evaluate_labels"]
+
+
+class Result(NamedTuple):
+    """Figures of a folder; print it.
+
+    Attributes:
+        miou: mean IoU over the labels that occur, background included.
+        classes: figures per label, background first; labels that neither prediction nor ground truth has are None.
+        images: number of images counted.
+        threshold: background threshold of CAM files, None for label maps.
+        chosen: whether that threshold is the best one on this very ground truth.
+        curve: (threshold, mIoU) of all thresholds tried.
+        failed: id -> reason for images that were not counted.
+        split: name of the split.
+        per_image: id -> mIoU of that image alone, for ranking; another metric than `miou`.
+    """
+
+    miou: float
+    classes: List[ClassScore]
+    images: int
+    threshold: Optional[float]
+    chosen: bool
+    curve: List[Tuple[float, float]]
+    failed: Dict[str, str]
+    split: str
+    per_image: Dict[str, float]
+
+    @property
+    def absent(self) -> List[str]:
+        """Labels that occur neither in the predictions nor in the ground truth."""
+        return [score.name for score in self.classes if score.iou is None]
+
+    @property
+    def policy(self) -> str:
+        """How the threshold came about, in words."""
+        if self.threshold is None:
+            return "label maps, no threshold"
+        return "chosen on this ground truth" if self.chosen else "given"
+
+    def as_json(self) -> Dict[str, Any]:
+        return {
+            "split": self.split,
+            "images": self.images,
+            "miou": self.miou,
+            "threshold": self.threshold,
+            "threshold_chosen_on_ground_truth": self.chosen,
+            "classes": [score._asdict() for score in self.classes],
+            "absent": self.absent,
+            "curve": self.curve,
+            "failed": self.failed,
+        }
+
+    def __str__(self) -> str:
+        width = max(len(score.name) for score in self.classes)
+        lines = [f"{'':<{width}}  {'IoU':>6}  {'prec.':>6}  {'recall':>6}  {'FP':>6}  {'FN':>6}"]
+        for score in self.classes:
+            if score.iou is not None:
+                lines.append(f"{score.name:<{width}}  " + "  ".join(_percent(value) for value in score[1:]))
+        lines.append(f"{'mean IoU':<{width}}  {_percent(self.miou)}")
+        if self.absent:
+            lines.append(f"absent, not in the mean: {', '.join(self.absent)}")
+        threshold = "" if self.threshold is None else f" {self.threshold:g}"
+        lines.append(f"split {self.split}, {self.images} images; threshold{threshold}: {self.policy}")
+        if self.failed:
+            lines.append(f"{len(self.failed)} images were not counted")
+        return "\n".join(lines)
+
+
+def _percent(value: Optional[float]) -> str:
+    return f"{'-':>6}" if value is None else f"{100 * value:6.2f}"
+
+
+def evaluate_labels(pred: Path, gt: Path, names: Sequence[str], ids: Optional[Sequence[str]]) -> Result:
+    """Label PNGs against ground truth.
+
+    Args:
+        pred, gt: folders of PNGs.
+        names: label names, background first.
+        ids: images to count; by default all predictions.
+    """
+    total = np.zeros((len(names), len(names)), np.int64)
+    failed: Dict[str, str] = {}
+    per_image: Dict[str, float] = {}
+    wanted = sorted(p.stem for p in pred.glob("*.png")) if ids is None else list(ids)
+    for name in _some(wanted, pred):
+        try:
+            check_id(name)
+            one = confusion_matrix(read_label_png(pred / f"{name}.png"), read_label_png(gt / f"{name}.png"), len(names))
+        except ValueError as error:  # a CamFileError is one
+            failed[name] = str(error)
+            continue
+        total += one
+        per_image[name] = mean_iou(one)
+    return _result(total, names, per_image, None, False, [], failed)
+
+
+def evaluate_cams(
+    pred: Path, gt: Path, names: Sequence[str], ids: Optional[Sequence[str]], thresholds: Sequence[float], *, chosen: bool
+) -> Result:
+    """CAM files against ground truth, at every threshold; the figures are those of the best.
+
+    Args:
+        pred: folder of CAM files.
+        gt: folder of PNGs.
+        names: label names, background first.
+        ids: images to count; by default all predictions.
+        thresholds: background thresholds, ascending.
+        chosen: whether taking the best counts as choosing on ground truth (False for a single given one).
+    """
+    total = Curve(thresholds, len(names))
+    paths = cam_paths(pred)
+    failed: Dict[str, str] = {}
+    each: Dict[str, List[float]] = {}
+    for name in _some(list(paths) if ids is None else list(ids), pred):
+        one = Curve(thresholds, len(names))
+        try:
+            if name not in paths:
+                raise CamFileError(f"there is no CAM file for it in {pred}")
+            one.add(read_cam_file(paths[name], len(names) - 1).cams, read_label_png(gt / f"{name}.png"))
+        except ValueError as error:
+            failed[name] = str(error)
+            continue
+        total.merge(one)
+        each[name] = one.miou()
+    curve = total.miou()
+    best = max(range(len(curve)), key=lambda i: (curve[i] if curve[i] == curve[i] else -1.0, -i))
+    per_image = {name: values[best] for name, values in each.items()}
+    points = list(zip([float(t) for t in thresholds], curve))
+    return _result(total.confusion(best), names, per_image, float(thresholds[best]), chosen, points, failed)
+
+
+def _some(ids: List[str], pred: Path) -> List[str]:
+    if not ids:
+        raise CamFileError(f"There is nothing to evaluate: {pred} holds no predictions, or the list is empty.")
+    return list(dict.fromkeys(ids))
+
+
+def _result(
+    confusion: np.ndarray,
+    names: Sequence[str],
+    per_image: Dict[str, float],
+    threshold: Optional[float],
+    chosen: bool,
+    curve: List[Tuple[float, float]],
+    failed: Dict[str, str],
+) -> Result:
+    scores = class_scores(confusion, names)
+    return Result(mean_iou(confusion), scores, len(per_image), threshold, chosen, curve, failed, "", per_image)

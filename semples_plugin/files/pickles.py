@@ -1,0 +1,198 @@
+"""A restricted pickle reader: arrays, tensors and plain containers, and nothing that runs code."""
+
+from __future__ import annotations
+
+import ast
+import io
+import math
+import os
+import pickle
+import re
+import warnings
+from typing import Any, Callable, Dict, Tuple
+
+import numpy as np
+
+from .._files import PathLike
+from ..errors import CamFileError
+
+__all__ = ["LARGEST", "read_npy"]
+
+LARGEST = 2**31  # bytes of one file that are read; a CAM of 20 classes at 6000 x 4000 pixels takes 1.9e9
+
+
+def _storage(data: Any) -> Any:
+    import torch
+
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's own text advises to read it all the same
+        found = re.search(r"(?:GLOBAL|class) `?(\w+\.[\w.]*\w)", str(error))  # torch's words before and after 2.0
+        raise CamFileError(f"a tensor in it holds {found.group(1) if found else 'something'} that is no number") from None
+
+
+def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Any:
+    """The array of a tensor; bfloat16, which NumPy lacks, becomes float32."""
+    import torch
+
+    untyped = storage.untyped() if hasattr(storage, "untyped") else storage._untyped()
+    if math.prod(size) * torch.empty(0, dtype=storage.dtype).element_size() > untyped.nbytes():
+        raise CamFileError("a tensor in it is larger than its storage")
+    tensor = torch.empty(0, dtype=storage.dtype).set_(storage, offset, tuple(size), tuple(stride))
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy().copy()
+
+
+class _Dtype:
+    """A dtype of numbers, texts or objects by its name; of the state only the byte order counts."""
+
+    def __init__(self, name: Any, *_: Any):
+        self.made = np.dtype(name) if isinstance(name, str) else np.dtype("V")
+        if self.made.kind not in "biufcSUOMm" or self.made.names is not None or self.made.subdtype is not None:
+            raise CamFileError(f"it holds an array of {name!r}, and only arrays of numbers are read")
+
+    def __setstate__(self, state: Any) -> None:
+        if state[1] in ("<", ">"):
+            self.made = self.made.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    """An array whose pickled state must fit its shape; raw bytes never become objects."""
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, raw = state
+        count = math.prod(shape)
+        if dtype.made.hasobject:
+            fits = type(raw) is list and len(raw) == count
+        else:
+            fits = isinstance(raw, (bytes, str)) and len(raw) == count * dtype.made.itemsize
+        if not fits or min(shape, default=0) < 0:
+            raise CamFileError("an array in it has another size than its shape says")
+        super().__setstate__((1, tuple(shape), dtype.made, bool(fortran), raw))  # type: ignore[arg-type]
+
+
+def _empty(*_: Any) -> np.ndarray:
+    return np.ndarray.__new__(_Array, (0,), "u1")
+
+
+def _scalar(dtype: _Dtype, raw: Any) -> Any:
+    raw = raw.encode("latin1") if isinstance(raw, str) else raw
+    if dtype.made.hasobject:
+        raise CamFileError("it holds a scalar object")
+    return np.frombuffer(raw, dtype.made, 1)[0]
+
+
+def _frombuffer(buffer: Any, dtype: _Dtype, shape: Any, order: str, *_: Any) -> np.ndarray:
+    if dtype.made.hasobject:
+        raise CamFileError("it holds objects as bytes")
+    return np.frombuffer(buffer, dtype.made).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _latin1(text: str, encoding: str = "latin1") -> bytes:
+    if not isinstance(text, str) or encoding != "latin1":
+        raise CamFileError(f"A pickled text may only be bytes written as latin1; got {encoding!r}.")
+    return text.encode("latin1")
+
+
+_ALLOWED: Dict[Tuple[str, str], Callable[..., Any]] = {
+    ("numpy", "ndarray"): _empty,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _latin1,
+    ("collections", "OrderedDict"): dict,
+    ("torch.storage", "_load_from_bytes"): _storage,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+}
+for _package in ("numpy.core", "numpy._core"):
+    _ALLOWED[f"{_package}.multiarray", "_reconstruct"] = _empty
+    _ALLOWED[f"{_package}.multiarray", "scalar"] = _scalar
+    _ALLOWED[f"{_package}.numeric", "_frombuffer"] = _frombuffer
+_PythonUnpickler: Any = getattr(pickle, "_Unpickler")  # noqa: B009  # in every CPython, not in the type stubs
+
+
+class _Reader(_PythonUnpickler):
+    """A pickle reader that makes arrays, tensors and plain containers only.
+
+    It is Python's own reader written in Python: the one in C lets a file of 100 bytes ask for gigabytes of memo, set the state
+    of anything it may name, and hash keys nested half a million deep.
+    """
+
+    dispatch: Dict[int, Any] = dict(_PythonUnpickler.dispatch)
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = _ALLOWED.get((module, name))
+        if found is None:
+            raise CamFileError(f"it names {module}.{name}, and only numpy arrays, tensors and plain numbers are read")
+        return found
+
+    def load_build(self) -> None:
+        if not isinstance(self.stack[-2], (_Array, _Dtype)):
+            raise CamFileError(f"it sets a state of {type(self.stack[-2]).__name__}")
+        super().load_build()
+
+    def load_setitem(self) -> None:
+        self._check(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        self._check(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        self._check(self.stack[::2])
+        super().load_dict()
+
+    def _check(self, keys: Any) -> None:
+        for key in keys:
+            if isinstance(key, tuple) or not isinstance(key, (int, float, str, bytes, np.generic, type(None))):
+                raise CamFileError(f"it has a {type(key).__name__} as a key")
+
+    def refuse(self) -> None:
+        raise CamFileError("it holds more than arrays and numbers")
+
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
+    for _op in (pickle.ADDITEMS, pickle.FROZENSET, pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX):
+        dispatch[_op[0]] = refuse
+
+
+def read_npy(path: PathLike) -> Any:
+    """The content of a `.npy` file: an array, or the object in a pickled 0-d one, without running code.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CamFileError: if the file is damaged or holds something other than arrays, numbers, strings and their containers.
+    """
+    size = os.path.getsize(path)
+    if size > LARGEST:
+        raise CamFileError(f"{os.fspath(path)} holds {size / 2**30:.1f} GiB; at most {LARGEST / 2**30:.0f} are read.")
+    with open(path, "rb") as file:
+        try:
+            return _parse_npy(file, size)
+        except CamFileError as error:
+            raise CamFileError(f"{os.fspath(path)} is refused: {error}.") from error
+        except Exception as error:  # a damaged pickle can raise nearly anything
+            why = " ".join(str(error).split())[:200]
+            raise CamFileError(
+                f"{os.fspath(path)} is no readable .npy file ({type(error).__name__}: {why}); is it complete?"
+            ) from error
+
+
+def _parse_npy(file: Any, size: int) -> Any:
+    version = np.lib.format.read_magic(file)
+    length = int.from_bytes(file.read(2 if version[0] == 1 else 4), "little")
+    if length > min(size, 65536):
+        raise CamFileError("its header is longer than any header of an array")
+    header = ast.literal_eval(file.read(length).decode("latin1"))
+    shape = tuple(int(n) for n in header["shape"])
+    dtype = np.lib.format.descr_to_dtype(header["descr"])
+    if dtype.hasobject:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # dtypes pickled by an older numpy
+            content = _Reader(file, encoding="latin1").load()
+        return content.item() if isinstance(content, np.ndarray) and content.shape == () else content
+    count = math.prod(shape)
+    if count < 0 or count * dtype.itemsize != size - file.tell():
+        raise CamFileError(f"its header promises {count} values of {dtype}, but {size - file.tell()} bytes follow")
+    flat = np.frombuffer(file.read(), dtype)
+    return flat.reshape(shape[::-1]).T if header["fortran_order"] else flat.reshape(shape)

@@ -1,0 +1,335 @@
+"""A folder of CAM files in, refined CAMs and pseudo labels out; nothing breaks on the ten-thousandth file.
+
+Flow: plan (read every image's size, group by size into chunks) -> per chunk: read, refine, write -> summary. Chunks depend on
+the folder alone, not on what is done already or on the number of processes, so that an interrupted run that is taken up again
+ends with the same bytes. Every file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import masks, regions
+from .._files import write_atomically
+from ..errors import CamFileError
+from ..prompts import tqdm
+from ..refiner import MASK_EPS, PromptRefiner
+from .cams import CamFile, cam_paths, read_cam_file, write_cam_file
+from .images import find_image, read_image, write_label_png
+
+__all__ = ["Options", "Summary", "refine_folder"]
+
+
+class Options(NamedTuple):
+    """How a folder is refined.
+
+    Attributes:
+        threshold: background score of the pseudo labels.
+        align: `"pamr"` or None.
+        suppress: weigh the CAMs with CLIP's dense features; needs a refiner.
+        optimize: gradient steps per chunk on the refiner's losses; needs a refiner.
+        batch_size: images per chunk.
+        max_pixels: larger images are refined at a smaller size, and the masks enlarged again.
+        soft_masks: also write the refined masks as 8-bit `.npz`.
+    """
+
+    threshold: float = 0.4
+    align: Optional[str] = "pamr"
+    suppress: bool = False
+    optimize: int = 0
+    batch_size: int = 8
+    max_pixels: int = 1_000_000
+    soft_masks: bool = False
+
+
+class Summary(NamedTuple):
+    """What became of the images: number refined now, found done, refined without any positive label, and id -> reason for the
+    failed ones."""
+
+    refined: int
+    kept: int
+    empty: int
+    failed: Dict[str, str]
+    seconds: float
+
+
+class _Item(NamedTuple):
+    name: str
+    cam: Path
+    image: Path
+    size: Tuple[int, int]  # H, W
+
+
+def refine_folder(
+    cams: Path,
+    images: Path,
+    out: Path,
+    num_classes: int,
+    options: Options,
+    *,
+    labels: Optional[Dict[str, np.ndarray]] = None,
+    refiner: Optional[PromptRefiner] = None,
+    shard: Tuple[int, int] = (0, 1),
+    progress: bool = True,
+    settings: Optional[Dict[str, Any]] = None,
+) -> Summary:
+    """Refine every CAM file of a folder; what is done already is kept.
+
+    Args:
+        cams: folder of CAM files.
+        images: folder of images, named as the CAM files.
+        out: gets `cams/`, `labels/` and, if asked for, `masks/`.
+        num_classes: C.
+        options: how to refine.
+        labels: image id -> (C,) multi-hot; by default the classes that a CAM file holds.
+        refiner: a `PromptRefiner` built with `image_stats=None`; needed for `suppress` and `optimise`.
+        shard: (index, number) of this process among several that share the work.
+        progress: show a progress bar.
+        settings: what else decides the result (prompts, CLIP); `out` remembers it and refuses other settings.
+
+    Raises:
+        CamFileError: if the folder has no CAM file, or `out` holds results of other settings.
+    """
+    if (options.suppress or options.optimize) and refiner is None:
+        raise ValueError("`suppress` and `optimise` need a refiner: they ask CLIP. Got none.")
+    start = time.monotonic()
+    items, failed = _plan(cams, images)
+    _remember(out, {**options._asdict(), **(settings or {})})
+    mine = [chunk for i, chunk in enumerate(_chunks(items, options)) if i % shard[1] == shard[0]]
+    failed = {name: why for i, (name, why) in enumerate(sorted(failed.items())) if i % shard[1] == shard[0]}
+    refined = kept = empty = 0
+    bar = iter(tqdm(range(sum(map(len, mine))), "refining", progress))
+    for chunk in mine:
+        todo = [item for item in chunk if not _done(out, item.name, options)]
+        kept += len(chunk) - len(todo)
+        if todo:
+            loaded, broken = _load(chunk, labels, num_classes, options)
+            failed.update(broken)
+            if loaded:
+                empty += sum(not one.labels.any() for one in loaded if one.item in todo)
+                refined += _refine_chunk(loaded, {item.name for item in todo}, out, num_classes, options, refiner, failed)
+        for _ in chunk:
+            next(bar, None)
+    next(bar, None)
+    return Summary(refined, kept, empty, failed, time.monotonic() - start)
+
+
+def _remember(out: Path, settings: Dict[str, Any]) -> None:
+    path = out / "settings.json"
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(settings, indent=2, sort_keys=True)
+    if path.exists():
+        before = path.read_text(encoding="utf-8")
+        if before.strip() != text:
+            raise CamFileError(
+                f"{out} holds results of other settings ({_differences(before, settings)}). Choose another folder."
+            )
+        return
+    if any((out / part).exists() for part in ("cams", "labels", "masks")):
+        raise CamFileError(f"{out} holds results without a settings.json. Choose another folder.")
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _differences(before: str, settings: Dict[str, Any]) -> str:
+    try:
+        old = dict(json.loads(before))
+    except (ValueError, TypeError):
+        return "its settings.json is damaged"
+    new = json.loads(json.dumps(settings))
+    keys = [key for key in sorted({**old, **new}) if old.get(key) != new.get(key)]
+    return "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys)
+
+
+def _plan(cams: Path, images: Path) -> Tuple[List[_Item], Dict[str, str]]:
+    from PIL import Image
+
+    for folder, what in ((cams, "CAM files"), (images, "images")):
+        if not folder.is_dir():
+            raise CamFileError(f"Expected a folder of {what}; there is no folder {folder}.")
+    paths = cam_paths(cams)
+    if not paths:
+        raise CamFileError(f"{cams} holds no .npy or .npz file.")
+    items, failed = [], {}
+    for name, cam in paths.items():
+        try:
+            image = find_image(images, name)
+            with Image.open(image) as picture:  # reads the header only
+                items.append(_Item(name, cam, image, (picture.height, picture.width)))
+        except CamFileError as error:
+            failed[name] = str(error)
+        except Exception as error:
+            failed[name] = f"{images / name}: no readable image ({type(error).__name__})"
+    if not items:
+        raise CamFileError(f"None of the {len(paths)} CAM files has an image: {next(iter(failed.values()))}.")
+    return items, failed
+
+
+def _chunks(items: Sequence[_Item], options: Options) -> List[List[_Item]]:
+    groups: Dict[Tuple[int, int], List[_Item]] = {}
+    for item in items:
+        groups.setdefault(item.size, []).append(item)
+    return [
+        group[i : i + options.batch_size]
+        for _, group in sorted(groups.items())
+        for i in range(0, len(group), options.batch_size)
+    ]
+
+
+def _targets(out: Path, name: str, options: Options) -> Dict[str, Path]:
+    """The files of one image, in the order of writing."""
+    files = {"cams": out / "cams" / f"{name}.npy", "labels": out / "labels" / f"{name}.png"}
+    if options.soft_masks:
+        files["masks"] = out / "masks" / f"{name}.npz"
+    return files
+
+
+def _done(out: Path, name: str, options: Options) -> bool:
+    files = _targets(out, name, options)
+    cam = files.pop("cams")
+    return (cam.exists() or cam.with_suffix(".npz").exists()) and all(path.exists() for path in files.values())
+
+
+class _Loaded(NamedTuple):
+    item: _Item
+    img: Tensor  # (3, h, w) in [0, 1], at the size at which it is refined
+    content: CamFile
+    labels: np.ndarray  # (C,)
+
+
+def _load(
+    chunk: Sequence[_Item], labels: Optional[Dict[str, np.ndarray]], num_classes: int, options: Options
+) -> Tuple[List[_Loaded], Dict[str, str]]:
+    loaded, failed = [], {}
+    for item in chunk:
+        try:
+            content = read_cam_file(item.cam, num_classes)
+            row = _row(item.name, content, labels, num_classes)
+            picture = read_image(item.image)
+            if picture.shape[:2] != item.size:
+                raise CamFileError(f"{item.image} changed while it was read")
+            loaded.append(_Loaded(item, _shrink(picture, options.max_pixels), content, row))
+        except CamFileError as error:
+            failed[item.name] = str(error)
+        except Exception as error:  # OpenCV has its own; one image must not end the run
+            failed[item.name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return loaded, failed
+
+
+def _row(name: str, content: CamFile, labels: Optional[Dict[str, np.ndarray]], num_classes: int) -> np.ndarray:
+    if labels is None:
+        if content.layout == "array":
+            raise CamFileError("its CAM file holds all classes; say with labels which are present")
+        row = np.zeros(num_classes, np.uint8)
+        row[list(content.cams)] = 1
+        return row
+    if name not in labels:
+        raise CamFileError("the labels do not name this image")
+    missing = [k for k in labels[name].nonzero()[0].tolist() if k not in content.cams]
+    if missing:
+        raise CamFileError(f"its CAM file lacks class {', '.join(map(str, missing))}, which the labels name")
+    return labels[name]
+
+
+def _shrink(picture: np.ndarray, max_pixels: int) -> Tensor:
+    import cv2
+
+    height, width = picture.shape[:2]
+    if height * width > max_pixels:
+        scale = (max_pixels / (height * width)) ** 0.5
+        size = (max(1, int(width * scale)), max(1, int(height * scale)))
+        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    return torch.from_numpy(picture).permute(2, 0, 1).float() / 255
+
+
+def _refine_chunk(
+    loaded: List[_Loaded],
+    wanted: "set[str]",
+    out: Path,
+    num_classes: int,
+    options: Options,
+    refiner: Optional[PromptRefiner],
+    failed: Dict[str, str],
+) -> int:
+    device = refiner.device if refiner is not None else torch.device("cpu")
+    img = torch.stack([one.img for one in loaded]).to(device)  # (B, 3, h, w)
+    present = torch.from_numpy(np.stack([one.labels for one in loaded])).to(device)  # (B, C)
+    cam = torch.stack([_cam_tensor(one.content, img.shape[2:], num_classes) for one in loaded]).to(device)  # (B, C, h, w)
+    if options.optimize:
+        cam = refiner.optimize_cam(img, cam, present, steps=options.optimize)  # type: ignore[union-attr]
+    if refiner is not None and options.suppress:
+        result = refiner.refine_masks(img, cam, present, suppress=True, align=options.align).masks
+    else:
+        result = plain_masks(img, cam, present, options.align)
+    count = 0
+    for i, one in enumerate(loaded):
+        if one.item.name in wanted:
+            try:
+                _write(out, one, result[i : i + 1], options)
+                count += 1
+            except Exception as error:
+                failed[one.item.name] = f"could not be written: {' '.join(str(error).split())}"
+    return count
+
+
+@torch.no_grad()
+def plain_masks(img: Tensor, cam: Tensor, labels: Tensor, align: Optional[str]) -> Tensor:
+    """`PromptRefiner.refine(...).masks` without CLIP: normalised CAMs (B, C, H, W), aligned to the edges of img in [0, 1]."""
+    result = torch.zeros(len(img), cam.shape[1], *img.shape[2:], device=img.device)
+    pairs = regions.positive_pairs(labels.bool())
+    if len(pairs):
+        height, width = img.shape[2:]
+        maps = regions.pair_masks(cam, pairs, (height, width), "minmax", MASK_EPS)
+        result[pairs[:, 0], pairs[:, 1]] = masks.align_maps(img, maps, pairs, align)
+    return result
+
+
+def _cam_tensor(content: CamFile, size: Sequence[int], num_classes: int) -> Tensor:
+    """(C, h, w) at the size at which the image is refined; zero where the file has no CAM."""
+    result = torch.zeros(num_classes, *size)
+    for k, value in content.cams.items():
+        result[k] = F.interpolate(torch.from_numpy(value)[None, None], size=tuple(size), mode="bilinear", align_corners=False)[
+            0, 0
+        ]
+    return result
+
+
+def _write(out: Path, one: _Loaded, result: Tensor, options: Options) -> None:
+    """All files of one image, the CAM last, so that its presence means that the others are there."""
+    keep = one.labels.nonzero()[0].tolist()
+    full = F.interpolate(result[:, keep], size=one.item.size, mode="bilinear", align_corners=False) if keep else None
+    if full is None:
+        label_map, cams = np.zeros(one.item.size, np.uint8), {}
+    else:
+        index = masks.pseudo_labels(full, options.threshold)[0].cpu().numpy()
+        label_map = np.array([0, *(k + 1 for k in keep)], np.uint8)[index]
+        cams = {k: full[0, i].cpu().numpy() for i, k in enumerate(keep)}
+    files = _targets(out, one.item.name, options)
+    for path in files.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_label_png(files["labels"], label_map)
+    if options.soft_masks:
+        levels = np.stack([np.round(value * 255) for value in cams.values()]) if cams else np.zeros((0, *one.item.size))
+        content: Dict[str, np.ndarray] = {"keys": np.array(keep, np.int64), "masks": levels.astype(np.uint8)}
+        write_atomically(files["masks"], lambda file: _savez(file, content))
+    if one.content.layout == "array":
+        cams = {k: cams.get(k, np.zeros(one.item.size, np.float32)) for k in one.content.cams}
+    target = files["cams"].with_suffix(".npz") if one.content.layout == "npz" else files["cams"]
+    write_cam_file(target, CamFile(cams, one.content.layout, one.content.low))
+
+
+def _savez(file: Any, content: Dict[str, np.ndarray]) -> None:
+    np.savez_compressed(file, **content)  # type: ignore[arg-type]
+
+
+def write_summary(path: Path, summary: Summary) -> None:
+    """The summary as JSON."""
+    text = json.dumps(summary._asdict(), indent=2, ensure_ascii=False)
+    write_atomically(path, lambda file: file.write((text + "\n").encode()))

@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from semples_plugin import cli
+from semples_plugin.files.cams import read_cam_file
+
+CLASSES = ["boat", "train", "bird"]
+
+
+def scene(seed: int = 0, cam_size: int = 8) -> Tuple[Tensor, Tensor, Tensor]:
+    """Two images with smooth CAMs and two positive labels each."""
+    generator = torch.Generator().manual_seed(seed)
+    img = torch.rand(2, 3, 40, 40, generator=generator)
+    cam = torch.randn(2, 3, cam_size, cam_size, generator=generator)
+    return img, cam, torch.tensor([[1, 0, 1], [0, 1, 1]])
+
+
+# ---------------------------------------------------------------------------------------------------- optimize_cam
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_loss_goes_down(learned: bool, make_refiner: Callable[..., Any]) -> None:
+    refiner = make_refiner(learned=learned, normalize=None)
+    img, cam, labels = scene()
+    cam = cam.sigmoid()
+    losses = [refiner.compute(img, cam * labels[:, :, None, None], labels).loss.item()]
+    for steps in (5, 20):
+        losses.append(refiner.compute(img, refiner.optimize_cam(img, cam, labels, steps=steps), labels).loss.item())
+    assert losses[0] > losses[1] > losses[2] and losses[2] < losses[0] - 0.01
+
+
+def test_the_result_is_a_weighed_normalised_cam(make_refiner: Callable[..., Any]) -> None:
+    img, cam, labels = scene()
+    result = make_refiner(learned=True).optimize_cam(img, 5 * cam, labels, steps=10, lr=0.5)
+    assert result.shape == cam.shape and result.dtype == torch.float32 and not result.requires_grad
+    assert 0 <= result.min() and result.max() <= 1
+    low, high = cam.amin((2, 3), keepdim=True), cam.amax((2, 3), keepdim=True)
+    plain = (cam - low) / (high - low)
+    for b, k in labels.nonzero().tolist():
+        assert (result[b, k] <= 2 * plain[b, k] + 1e-5).all() and not torch.allclose(result[b, k], plain[b, k], atol=0.02)
+        assert result[b, k][plain[b, k] == 0].abs().max() < 1e-5  # where the host sees nothing, nothing is invented
+    assert not result[~labels.bool()].any()
+
+
+def test_a_rate_of_zero_gives_the_normalised_cam(make_refiner: Callable[..., Any]) -> None:
+    img, cam, labels = scene()
+    result = make_refiner().optimize_cam(img, cam, labels, steps=2, lr=0.0)
+    expected = make_refiner().refine_masks(img, torch.nn.functional.interpolate(cam, size=40), labels, align=None).masks
+    for b, k in labels.nonzero().tolist():
+        assert torch.allclose(result[b, k], expected[b, k][2::5, 2::5], atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"lambda_area": 0.5}, {"max_views": 1}])
+def test_pairs_do_not_influence_one_another(options: Dict[str, Any], make_refiner: Callable[..., Any]) -> None:
+    refiner = make_refiner(learned=True, **options)
+    img, cam, labels = scene()
+    together = refiner.optimize_cam(img, cam, labels, steps=8)
+    for b in range(2):
+        alone = refiner.optimize_cam(img[b : b + 1], cam[b : b + 1], labels[b : b + 1], steps=8)
+        assert (together[b] - alone[0]).abs().max() < 1e-4
+    one_class = torch.tensor([[1, 0, 0], [0, 0, 0]])
+    assert (refiner.optimize_cam(img, cam, one_class, steps=8)[0, 0] - together[0, 0]).abs().max() < 1e-4
+
+
+def test_background_channel_and_other_statistics(make_refiner: Callable[..., Any]) -> None:
+    img, cam, labels = scene()
+    plain = make_refiner().optimize_cam(img, cam, labels, steps=3)
+    with_background = torch.cat([torch.rand(2, 1, 8, 8), cam], dim=1)
+    assert torch.equal(make_refiner(background_channel=True).optimize_cam(img, with_background, labels, steps=3), plain)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    imagenet = make_refiner(image_stats="imagenet").optimize_cam((img - mean) / std, cam, labels, steps=3)
+    assert (imagenet - plain).abs().max() < 1e-3
+
+
+def test_a_batch_without_positives(make_refiner: Callable[..., Any]) -> None:
+    img, cam, _ = scene()
+    result = make_refiner().optimize_cam(img, cam, torch.zeros(2, 3))
+    assert result.shape == cam.shape and not result.any()
+
+
+def test_flat_cams_stay_finite(make_refiner: Callable[..., Any]) -> None:
+    img, cam, labels = scene()
+    result = make_refiner(learned=True).optimize_cam(img, torch.ones_like(cam), labels, steps=3)
+    assert torch.isfinite(result).all() and 0 <= result.min() and result.max() <= 1
+
+
+def test_no_gradient_is_left_and_none_is_needed(make_refiner: Callable[..., Any], aligned_clip: nn.Module) -> None:
+    refiner = make_refiner(learned=True)
+    img, cam, labels = scene()
+    expected = refiner.optimize_cam(img, cam, labels, steps=3)
+    given = cam.clone().requires_grad_(True)
+    before = {name: value.clone() for name, value in refiner.state_dict().items()}
+    aligned_clip.zero_grad(set_to_none=True)  # shared by all tests
+    with torch.no_grad():
+        without = refiner.optimize_cam(img, given, labels, steps=3)
+        assert not torch.is_grad_enabled()
+    again = refiner.optimize_cam(img, given, labels, steps=3)  # and twice gives the same
+    assert torch.equal(without, expected) and torch.equal(again, expected) and not again.requires_grad
+    assert given.grad is None and torch.equal(given, cam) and img.grad is None
+    for parameter in (*refiner.parameters(), *aligned_clip.parameters(), *refiner.encoder.model.parameters()):
+        assert parameter.grad is None
+    assert not any(parameter.requires_grad for parameter in (*refiner.parameters(), *refiner.encoder.model.parameters()))
+    assert all(torch.equal(value, before[name]) for name, value in refiner.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "options, error, reason",
+    [
+        ({"steps": 0}, ValueError, "`steps` must be at least 1"),
+        ({"steps": 1.5}, TypeError, "`steps` must be a whole number"),
+        ({"grid": 0}, ValueError, "`grid` must be at least 1"),
+        ({"rate": -1.0}, ValueError, "`rate` must be at least 0"),
+        ({"rate": float("nan")}, ValueError, "`rate` must be at least 0"),
+    ],
+)
+def test_wrong_arguments(options: Dict[str, Any], error: Any, reason: str, make_refiner: Callable[..., Any]) -> None:
+    with pytest.raises(error, match=reason):
+        make_refiner().optimize_cam(*scene(), **options)
+
+
+def test_wrong_batches(make_refiner: Callable[..., Any]) -> None:
+    img, cam, labels = scene()
+    with pytest.raises(ValueError, match="`img` must be in"):
+        make_refiner().optimize_cam(255 * img, cam, labels)
+    with pytest.raises(ValueError, match="`labels` must be multi-hot"):
+        make_refiner().optimize_cam(img, cam, labels[:, :2])
+
+
+# ---------------------------------------------------------------------------------------------------- stage (b) in parts
+
+
+def test_encode_backgrounds_and_fit_prompts_on_are_fit_prompts(make_refiner: Callable[..., Any]) -> None:
+    batches = [(*scene(seed)[:2], labels) for seed, labels in enumerate([scene()[2], torch.zeros(2, 3), torch.ones(2, 3)])]
+    settings: Dict[str, Any] = {"epochs": 3, "batch_size": 2, "rate": 0.05, "progress": False}
+    whole, by_hand = make_refiner(), make_refiner()
+    cams = iter(cam for _, cam, _ in batches)
+    expected = whole.fit_prompts([(img, labels) for img, _, labels in batches], lambda img: next(cams), **settings)
+
+    features, pairs, count = [], [], 0
+    for img, cam, labels in batches:
+        v_b, found = by_hand.encode_backgrounds(img, cam.requires_grad_(True), labels)
+        assert v_b.shape == (int(labels.sum()), by_hand.encoder.embed_dim) and not v_b.requires_grad
+        assert found.tolist() == labels.nonzero().tolist()
+        features.append(v_b)
+        pairs.append(found + torch.tensor([count, 0]))
+        count += len(img)
+    assert by_hand.stage == "match"
+    fit = by_hand.fit_prompts_on(torch.cat(features), torch.cat(pairs), **settings)
+    assert fit == expected and fit.num_pairs == 10 and by_hand.stage == "refine"
+    assert torch.equal(by_hand.prompts.context, whole.prompts.context)
+    assert torch.equal(by_hand.prompt_features(), whole.prompt_features())
+
+
+def test_backgrounds_are_the_rest_of_the_image(make_refiner: Callable[..., Any]) -> None:
+    refiner = make_refiner(normalize=None, clip_stats=False)
+    img, _, labels = scene()
+    v_b, _ = refiner.encode_backgrounds(img, torch.zeros(2, 3, 4, 4), labels)  # an empty CAM: the whole image is background
+    whole = refiner.encoder.encode_image(torch.nn.functional.interpolate(img, size=(32, 32), mode="bilinear", antialias=True))
+    assert torch.allclose(v_b, whole[labels.nonzero()[:, 0]], atol=1e-5)
+
+
+def test_fit_prompts_on_nothing(make_refiner: Callable[..., Any]) -> None:
+    refiner = make_refiner()
+    with pytest.raises(ValueError, match="at least one positive label"):
+        refiner.fit_prompts_on(torch.zeros(0, 64), torch.zeros(0, 2, dtype=torch.long), progress=False)
+    with pytest.raises(ValueError, match="`epochs` must be at least 1"):
+        refiner.fit_prompts_on(torch.rand(1, 64), torch.zeros(1, 2, dtype=torch.long), epochs=0)
+    assert refiner.stage == "match"
+
+
+# ---------------------------------------------------------------------------------------------------- semples refine
+
+
+@pytest.fixture(scope="module")
+def clip_file(aligned_clip: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("clip") / "clip.pt"
+    torch.save(aligned_clip.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_refiner: Callable[..., Any]) -> Path:
+    """Images, CAM files, class names and learned prompts."""
+    generator = np.random.default_rng(0)
+    for part in ("images", "cams"):
+        (tmp_path / part).mkdir()
+    for i in range(3):
+        picture = generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / "images" / f"img{i}.png"), cv2.blur(picture, (7, 7)))
+        cams = {k: cv2.blur(generator.random((40, 48)).astype(np.float32), (9, 9)) for k in [(0,), (0, 2), (1,)][i]}
+        np.save(tmp_path / "cams" / f"img{i}.npy", cams)  # type: ignore[arg-type]
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    make_refiner(learned=True).save(tmp_path / "prompts.safetensors")
+    return tmp_path
+
+
+def refine(folder: Path, out: str, *extra: Any) -> int:
+    own: List[Any] = ["refine", "--images", folder / "images", "--cams", folder / "cams", "--out", folder / out]
+    return cli.main([str(item) for item in (*own, "--classes", folder / "classes.txt", "--quiet", *extra)])
+
+
+def made(out: Path) -> Dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*.np*")) + sorted(out.rglob("*.png"))}
+
+
+@pytest.mark.parametrize("how", [["--optimize", "3"], ["--suppress"], ["--suppress", "--optimize", "2"]])
+def test_asking_clip_changes_the_cams_and_gives_the_same_bytes_twice(how: List[str], folder: Path, clip_file: Path) -> None:
+    clip = ["--clip", clip_file, "--prompts", folder / "prompts.safetensors"]
+    assert refine(folder, "plain", "--align", "none") == 0
+    for out in ("a", "b"):
+        assert refine(folder, out, "--align", "none", *how, *clip) == 0
+    assert made(folder / "a") == made(folder / "b") and len(made(folder / "a")) == 6
+    for i in range(3):
+        plain, asked = (read_cam_file(folder / out / "cams" / f"img{i}.npy", 3).cams for out in ("plain", "a"))
+        assert list(plain) == list(asked)
+        for k in plain:
+            assert np.abs(plain[k] - asked[k]).max() > 0.01 and asked[k].min() >= 0 and asked[k].max() <= 1
+    facts = json.loads((folder / "a" / "settings.json").read_text())
+    assert len(facts["prompts"]) == 64 and facts["clip"].startswith("clip.pt [") and facts["classes"] == CLASSES
+
+
+def test_prompts_and_clip_belong_to_the_settings(folder: Path, clip_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clip = ["--clip", clip_file, "--optimize", 1]
+    assert refine(folder, "a", *clip) == 0
+    assert refine(folder, "a", *clip, "--prompts", folder / "prompts.safetensors") == 2
+    assert refine(folder, "a", *clip, "--set", "lambda_b=1") == 2
+    assert capsys.readouterr().err.count("holds results of other settings") == 2
+    assert refine(folder, "b", *clip, "--set", "lambda_b=9", "--set", "max_views=2") == 0
+    assert made(folder / "a") != made(folder / "b")
+
+
+@pytest.mark.parametrize(
+    "extra, reason",
+    [
+        (["--prompts", "prompts.safetensors"], "matter only with --suppress or --optimize"),
+        (["--clip", "clip.pt"], "matter only with --suppress or --optimize"),
+        (["--set", "lambda_b=1"], "matter only with --suppress or --optimize"),
+        (["--optimize", "-1"], "--optimize must be at least 0"),
+        (["--suppress", "--set", "lambda_b"], "--set takes NAME=VALUE; got 'lambda_b'"),
+        (["--suppress", "--clip", "CLIP", "--set", "unknown=1"], "unknown"),
+        (["--suppress", "--clip", "CLIP", "--set", "lambda_b=-1"], "`lambda_b` must be at least 0"),
+        (["--suppress", "--clip", "none.pt"], "none.pt"),
+        (["--suppress", "--clip", "FOLDER/classes.txt"], "is no CLIP weights file"),
+        (["--suppress", "--clip", "CLIP", "--prompts", "FOLDER/none"], "No prompt file at"),
+        (["--suppress", "--clip", "CLIP", "--prompts", "FOLDER/classes.txt"], "is damaged or no safetensors file"),
+        (["--suppress", "--clip", "CLIP", "--prompts", "FOLDER/prompts.safetensors", "--classes", "voc"], "3 classes"),
+        (["--suppress", "--clip", "CLIP", "--device", "nonsense"], "nonsense"),
+        pytest.param(
+            ["--suppress", "--clip", "CLIP", "--device", "cuda"],
+            "",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_wrong_options(
+    extra: List[str], reason: str, folder: Path, clip_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [item.replace("FOLDER", str(folder)).replace("CLIP", str(clip_file)) for item in extra]
+    assert refine(folder, "out", *given) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1
+    assert captured.err.startswith("error: ") and reason in captured.err and not made(folder / "out")
