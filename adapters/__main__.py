@@ -21,7 +21,7 @@ from .._checks import check_classes, check_number
 from ..class_names import read_class_names
 from ..clusters.branch import ClusterBranch
 from ..clusters.categories import CategoryClusters
-from ..config import parse_assignments
+from ..config import COCO, VOC, parse_assignments
 from ..errors import SemplesError
 from ..refiner import PromptRefiner
 from . import CamSource, names, source

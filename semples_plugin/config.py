@@ -134,6 +134,9 @@ class RefinerConfig:
     def __post_init__(self) -> None:
         if isinstance(self.clip_dtype, torch.dtype):
             object.__setattr__(self, "clip_dtype", str(self.clip_dtype)[len("torch.") :])
+        texts = self.background_texts
+        if texts is not None and not isinstance(texts, (str, Mapping)):  # also an iterator, which could be read once only
+            object.__setattr__(self, "background_texts", tuple(texts))
         for name, hint in _hints().items():
             _check_option(name, getattr(self, name), hint)
         check_stats(self.image_stats)

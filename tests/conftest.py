@@ -97,9 +97,9 @@ def make_refiner(aligned_clip: nn.Module, classes: List[str], make_batch: Callab
         names = classes if names is None else names
         refiner = PromptRefiner(names, **{"clip": aligned_clip, "image_stats": None, "prompt_length": 4, **options})
         if learned:
-            extra = int(refiner.background_channel)
+            extra = int(refiner.config.background_channel)
             img, cam, labels = make_batch([[1] * len(names)] * 2, len(names), extra_channels=extra, seed=9)
-            if refiner.normalise is None:
+            if refiner.config.normalize is None:
                 cam = cam.sigmoid()
             refiner.fit_prompts([(img, labels)], lambda _: cam.detach(), epochs=2, lr=0.1, progress=False)
         return refiner

@@ -226,18 +226,37 @@ ARGUMENTS: Dict[str, Tuple[Dict[str, Any], type, str]] = {
     "prompt layout without a gap": (
         {"prompt_template": "a photo"},
         ValueError,
-        r"A template must hold `\{\}` once; got 'a photo'",
+        r"`prompt_template` must be a text with `\{\}` in it once; got 'a photo'",
     ),
-    "text without a gap": ({"text_template": "a photo"}, ValueError, r"`text_template` must hold `\{\}` once; got 'a photo'"),
-    "text with two gaps": ({"text_template": "{} {}"}, ValueError, r"`text_template` must hold `\{\}` once; got '\{\} \{\}'"),
-    "unknown first values": (
-        {"prompt_init": "zeros"},
+    "text without a gap": (
+        {"text_template": "a photo"},
         ValueError,
-        "`prompt_init` must be 'uniform' or 'normal'; got 'zeros'",
+        r"`text_template` must be a text with `\{\}` in it once; got 'a photo'",
     ),
-    "unknown recipe": ({"recipe": "cityscapes"}, ValueError, "`recipe` must be 'voc', 'coco' or a Recipe; got 'cityscapes'"),
+    "text with two gaps": (
+        {"text_template": "{} {}"},
+        ValueError,
+        r"`text_template` must be a text with `\{\}` in it once; got '\{\} \{\}'",
+    ),
+    "misspelled option": (
+        {"lambda_aera": 1.0},
+        TypeError,
+        "PromptRefiner has no option 'lambda_aera'; did you mean 'lambda_area'?",
+    ),
+    "unlike any option": ({"zzz": 1.0}, TypeError, "PromptRefiner has no option 'zzz'; its options are lambda_b, .*, seed"),
+    "a name as configuration": (
+        {"config": "voc"},
+        TypeError,
+        "`config` must be a RefinerConfig such as VOC or COCO; got 'voc'",
+    ),
+    "a number as a switch": ({"clip_stats": 1}, TypeError, "`clip_stats` must be True or False; got 1"),
+    "unknown precision": (
+        {"clip_dtype": "int8"},
+        ValueError,
+        "`clip_dtype` must be 'float32' or 'float16' or 'bfloat16'; got 'int8'",
+    ),
     "unknown form of T": ({"repel": "exp"}, ValueError, "`repel` must be 'log' or 'log1m'; got 'exp'"),
-    "unknown normalisation": ({"normalise": "softmax"}, ValueError, "`normalise` must be 'minmax' or None; got 'softmax'"),
+    "unknown normalisation": ({"normalize": "softmax"}, ValueError, "`normalize` must be 'minmax' or None; got 'softmax'"),
     "no views at all": ({"max_views": 0}, ValueError, "`max_views` must be at least 1, or None for no limit; got 0"),
     "weight without texts": (
         {"lambda_background_texts": 1.0},

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from semples_plugin import losses
+from semples_plugin import COCO, VOC, RefinerConfig, losses
 
 LOW, HIGH = 1e-4, 0.9999
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -323,10 +323,10 @@ WATER = ["a photo of water.", "a photo of railway."]
 STEPS: Dict[str, Tuple[bool, Dict[str, Any], Dict[str, Any]]] = {
     # name -> prompts learned?, arguments of PromptRefiner, arguments of the literal step
     "match, VOC": (False, {}, {"lambda_b": 2.4}),
-    "match, COCO": (False, {"recipe": "coco"}, {"lambda_b": 0.75}),
+    "match, COCO": (False, {"config": COCO}, {"lambda_b": 0.75}),
     "match, no background half": (False, {"lambda_b": 0.0}, {"lambda_b": 0.0}),
     "refine, VOC": (True, {}, {"lambda_b": 2.4, "lambda_refine": 0.05}),
-    "refine, COCO": (True, {"recipe": "coco"}, {"lambda_b": 0.75, "lambda_refine": 0.2}),
+    "refine, COCO": (True, {"config": COCO}, {"lambda_b": 0.75, "lambda_refine": 0.2}),
     "refine, own weights": (True, {"lambda_b": 0.3, "lambda_refine": 7.0}, {"lambda_b": 0.3, "lambda_refine": 7.0}),
     "refine, long prompts": (True, {"prompt_length": 71}, {"lambda_b": 2.4, "lambda_refine": 0.05}),
     "area": (False, {"lambda_area": 1.5}, {"lambda_b": 2.4, "lambda_area": 1.5}),
@@ -375,7 +375,7 @@ STEPS: Dict[str, Tuple[bool, Dict[str, Any], Dict[str, Any]]] = {
     ),
     "small eps": (False, {"eps": 1e-4}, {"lambda_b": 2.4, "eps": 1e-4}),
     "large eps": (False, {"eps": 2.0}, {"lambda_b": 2.4, "eps": 2.0}),
-    "normalised CAM": (False, {"normalise": None}, {"lambda_b": 2.4, "normalise": False}),
+    "normalised CAM": (False, {"normalize": None}, {"lambda_b": 2.4, "normalise": False}),
 }
 
 
@@ -383,8 +383,8 @@ STEPS: Dict[str, Tuple[bool, Dict[str, Any], Dict[str, Any]]] = {
 def test_step_equals_literal_step(name: str, make_refiner: Any, make_batch: Any, literal: Literal) -> None:
     learned, options, arguments = STEPS[name]
     refiner = make_refiner(learned=learned, **options)
-    img, cam, labels = make_batch(extra_channels=int(refiner.background_channel))
-    if refiner.normalise is None:
+    img, cam, labels = make_batch(extra_channels=int(refiner.config.background_channel))
+    if refiner.config.normalize is None:
         cam = cam.detach().sigmoid().requires_grad_(True)
     if arguments.get("host_stats"):
         mean, std = (s.float() for s in stats_tensors(arguments["host_stats"]))
@@ -431,20 +431,20 @@ def test_compute_returns_the_literal_masks(make_refiner: Any, make_batch: Any, l
     img, cam, labels = make_batch()
     out = make_refiner().compute(img, cam, labels)
     assert out.pairs.tolist() == labels.nonzero().tolist()
-    for mask, (b, k) in zip(out.cam, out.pairs.tolist()):
+    for mask, (b, k) in zip(out.masks, out.pairs.tolist()):
         expected, _, _ = literal.views(img[b], cam[b, k], None, True, 0.1, True)
         assert_close(mask, expected.detach())
 
 
-@pytest.mark.parametrize("recipe", ["voc", "coco"])
+@pytest.mark.parametrize("recipe", [VOC, COCO], ids=["voc", "coco"])
 @pytest.mark.parametrize("form", ["log", "log1m"])
 def test_prompt_learning_equals_literal_loop(
-    form: str, recipe: str, make_refiner: Any, make_batch: Any, literal: Literal
+    form: str, recipe: RefinerConfig, make_refiner: Any, make_batch: Any, literal: Literal
 ) -> None:
-    refiner = make_refiner(repel=form, recipe=recipe, lambda_t=None if form == "log" else 0.5)
+    refiner = make_refiner(repel=form, config=recipe, **({} if form == "log" else {"lambda_t": 0.5}))
     img, cam, labels = make_batch()
-    lambda_t = {"log": {"voc": 0.02, "coco": 0.01}[recipe], "log1m": 0.5}[form]
-    rate, epochs = {"voc": 2.5e-2, "coco": 2.5e-3}[recipe], 4
+    lambda_t = {"log": 0.02 if recipe is VOC else 0.01, "log1m": 0.5}[form]
+    rate, epochs = 2.5e-2 if recipe is VOC else 2.5e-3, 4
     context = refiner.prompts.context.detach().clone().requires_grad_(True)
     optimizer = torch.optim.AdamW([context], lr=rate, weight_decay=0.03)
     expected = []

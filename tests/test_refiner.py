@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import semples_plugin
-from semples_plugin import COCO, VOC, DetachedCamError, PromptRefiner, Recipe, SemplesError
+from semples_plugin import COCO, VOC, DetachedCamError, PromptRefiner, RefinerConfig, SemplesError
 
 
 class Host(nn.Module):
@@ -169,45 +169,27 @@ def test_loss_does_not_depend_on_the_order_of_images(make_refiner: Any, make_bat
 
 
 def test_published_recipes() -> None:
-    assert VOC == Recipe(
-        lambda_b=2.4,
-        lambda_t=0.02,
-        lambda_refine=0.05,
-        eps=0.1,
-        prompt_eps=1e-4,
-        prompt_length=30,
-        prompt_init="uniform",
-        prompt_lr=2.5e-2,
-        prompt_batch_size=128,
-        epochs=60,
-        weight_decay=0.03,
-        host_rates=(6.4e-5, 6.4e-5),
-        host_batch_sizes=(64, 64),
-    )
-    assert COCO == VOC._replace(
-        lambda_b=0.75,
-        lambda_t=0.01,
-        lambda_refine=0.2,
-        prompt_lr=2.5e-3,
-        host_rates=(3.2e-7, 2.4e-7),
-        host_batch_sizes=(32, 24),
-    )
+    expected = {
+        "lambda_b": 2.4, "lambda_t": 0.02, "lambda_refine": 0.05, "eps": 0.1, "prompt_eps": 1e-4, "prompt_length": 30,
+        "prompt_lr": 2.5e-2, "prompt_batch_size": 128, "epochs": 60, "weight_decay": 0.03,
+    }  # fmt: skip
+    assert {name: getattr(VOC, name) for name in expected} == expected
+    assert COCO == VOC.replace(lambda_b=0.75, lambda_t=0.01, lambda_refine=0.2, prompt_lr=2.5e-3)
 
 
-@pytest.mark.parametrize(("recipe", "expected"), [("voc", VOC), ("coco", COCO), (VOC._replace(lambda_b=9.0), None)])
-def test_recipe_sets_the_numbers(recipe: Any, expected: Any, aligned_clip: nn.Module) -> None:
-    refiner = PromptRefiner(["boat"], clip=aligned_clip, recipe=recipe)
-    expected = expected or recipe
-    assert (refiner.lambda_b, refiner.lambda_t, refiner.lambda_refine, refiner.eps) == expected[:4]
+@pytest.mark.parametrize("config", [VOC, COCO, VOC.replace(lambda_b=9.0)])
+def test_configuration_sets_the_numbers(config: RefinerConfig, aligned_clip: nn.Module) -> None:
+    refiner = PromptRefiner(["boat"], aligned_clip, config)
+    assert refiner.config == config
     assert refiner.prompts.context.shape == (1, 30, 64)
     assert refiner.prompts.context.min() >= 0 and refiner.prompts.context.max() < 1
 
 
-def test_arguments_go_before_the_recipe(aligned_clip: nn.Module) -> None:
-    numbers = {"lambda_b": 0.0, "lambda_t": 1.0, "lambda_refine": 0.0, "eps": 0.5}
-    refiner = PromptRefiner(["boat"], clip=aligned_clip, prompt_length=3, prompt_init="normal", **numbers)
-    assert {name: getattr(refiner, name) for name in numbers} == numbers
-    assert refiner.prompts.context.shape == (1, 3, 64) and refiner.prompts.context.min() < 0
+def test_arguments_override_the_configuration(aligned_clip: nn.Module) -> None:
+    numbers = {"lambda_b": 0.0, "lambda_t": 1.0, "lambda_refine": 0.0, "eps": 0.5, "prompt_length": 3}
+    refiner = PromptRefiner(["boat"], clip=aligned_clip, config=COCO, **numbers)
+    assert refiner.config == COCO.replace(**numbers)
+    assert refiner.prompts.context.shape == (1, 3, 64)
 
 
 def test_mapping_of_classes(make_refiner: Any, make_batch: Any) -> None:

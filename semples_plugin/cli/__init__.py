@@ -337,17 +337,18 @@ def _readings(file: Path, clip: Optional[str], vocabulary: Optional[Path], top: 
 def _prompts(options: argparse.Namespace) -> int:
     from ..prompts import read_file
 
-    context, facts = read_file(options.file)
-    shown: Dict[str, Any] = {**facts, "vectors": list(context.shape)}
+    found = read_file(options.file)
+    shown: Dict[str, Any] = {**found._asdict(), "config": found.config.as_dict(), "vectors": list(found.context.shape)}
+    del shown["context"]
     if options.clip is not None:
         readings = _readings(options.file, options.clip, options.vocabulary, options.top)
         shown["nearest_words"] = {r.name: {"class_similarity": r.class_similarity, "words": r.words} for r in readings}
     if options.json:
         print(json.dumps(shown, ensure_ascii=False))
         return 0
-    print(f"{options.file}: {context.shape[0]} prompts of {context.shape[1]} vectors, CLIP {facts['clip']}")
-    print(f"classes: {', '.join(facts['classes'])}")
-    print(f"layout: {facts['prompt_template']!r}, class text: {facts['template']!r}")
+    print(f"{options.file}: {found.context.shape[0]} prompts of {found.context.shape[1]} vectors, CLIP {found.clip}")
+    print(f"classes: {', '.join(found.classes)}")
+    print(f"layout: {found.config.prompt_template!r}, class text: {found.config.text_template!r}")
     if options.clip is None:
         print("Give --clip to see the nearest words.")
     else:

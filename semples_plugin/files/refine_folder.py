@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import masks, regions
+from .. import masks
 from .._files import write_atomically
 from ..errors import CamFileError
-from ..prompts import tqdm
-from ..refiner import MASK_EPS, PromptRefiner
+from ..refiner import PromptRefiner
 from .cams import CamFile, cam_paths, read_cam_file, write_cam_file
 from .images import find_image, read_image, write_label_png
 
@@ -98,6 +97,8 @@ def refine_folder(
     Raises:
         CamFileError: if the folder has no CAM file, or `out` holds results of other settings.
     """
+    from tqdm import tqdm
+
     if (options.suppress or options.optimize) and refiner is None:
         raise ValueError("`suppress` and `optimise` need a refiner: they ask CLIP. Got none.")
     start = time.monotonic()
@@ -106,7 +107,7 @@ def refine_folder(
     mine = [chunk for i, chunk in enumerate(_chunks(items, options)) if i % shard[1] == shard[0]]
     failed = {name: why for i, (name, why) in enumerate(sorted(failed.items())) if i % shard[1] == shard[0]}
     refined = kept = empty = 0
-    bar = iter(tqdm(range(sum(map(len, mine))), "refining", progress))
+    bar = tqdm(total=sum(map(len, mine)), desc="refining", disable=not progress)
     for chunk in mine:
         todo = [item for item in chunk if not _done(out, item.name, options)]
         kept += len(chunk) - len(todo)
@@ -116,9 +117,8 @@ def refine_folder(
             if loaded:
                 empty += sum(not one.labels.any() for one in loaded if one.item in todo)
                 refined += _refine_chunk(loaded, {item.name for item in todo}, out, num_classes, options, refiner, failed)
-        for _ in chunk:
-            next(bar, None)
-    next(bar, None)
+        bar.update(len(chunk))
+    bar.close()
     return Summary(refined, kept, empty, failed, time.monotonic() - start)
 
 
@@ -267,7 +267,7 @@ def _refine_chunk(
     if refiner is not None and options.suppress:
         result = refiner.refine_masks(img, cam, present, suppress=True, align=options.align).masks
     else:
-        result = plain_masks(img, cam, present, options.align)
+        result = masks.cam_to_masks(img, cam, regions.positive_pairs(present), align=options.align)
     count = 0
     for i, one in enumerate(loaded):
         if one.item.name in wanted:
@@ -277,18 +277,6 @@ def _refine_chunk(
             except Exception as error:
                 failed[one.item.name] = f"could not be written: {' '.join(str(error).split())}"
     return count
-
-
-@torch.no_grad()
-def plain_masks(img: Tensor, cam: Tensor, labels: Tensor, align: Optional[str]) -> Tensor:
-    """`PromptRefiner.refine(...).masks` without CLIP: normalised CAMs (B, C, H, W), aligned to the edges of img in [0, 1]."""
-    result = torch.zeros(len(img), cam.shape[1], *img.shape[2:], device=img.device)
-    pairs = regions.positive_pairs(labels.bool())
-    if len(pairs):
-        height, width = img.shape[2:]
-        maps = regions.pair_masks(cam, pairs, (height, width), "minmax", MASK_EPS)
-        result[pairs[:, 0], pairs[:, 1]] = masks.align_maps(img, maps, pairs, align)
-    return result
 
 
 def _cam_tensor(content: CamFile, size: Sequence[int], num_classes: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semples_plugin._checks import find_faults
+from semples_plugin._checks import partition_faults
 from semples_plugin.class_names import COCO_CLASSES, VOC_CLASSES
 from semples_plugin.clusters.categories import CategoryClusters
 from semples_plugin.clusters.text_features import clusters_from_text_features
@@ -65,7 +65,7 @@ FAULTS: Dict[str, Any] = {
 @pytest.mark.parametrize("fault", list(FAULTS))
 def test_faults(fault: str) -> None:
     content, expected = FAULTS[fault]
-    found = find_faults(content, CLASSES)
+    found = partition_faults(content, CLASSES)
     assert len(found) == len(expected) and all(any(e in f for f in found) for e in expected)
     with pytest.raises(ClusterError) as caught:
         CategoryClusters(content, CLASSES)
@@ -73,8 +73,8 @@ def test_faults(fault: str) -> None:
 
 
 def test_too_many_clusters() -> None:
-    assert find_faults(A, CLASSES, 3) == [] and find_faults(A, CLASSES) == []
-    assert find_faults(A, CLASSES, 2) == ["3 clusters are too many; at most 2 are allowed."]
+    assert partition_faults(A, CLASSES, 3) == [] and partition_faults(A, CLASSES) == []
+    assert partition_faults(A, CLASSES, 2) == ["3 clusters are too many; at most 2 are allowed."]
 
 
 @pytest.mark.parametrize("classes", ["car", [], ["a", "a"], ["a", ""], ["a", 3], {"a", "b"}])
@@ -177,7 +177,7 @@ def test_labels_of_nothing_and_of_another_shape(clusters: CategoryClusters) -> N
 def test_any_partition_is_taken_and_any_broken_one_refused(index: List[int], data: st.DataObject) -> None:
     names, content = [f"class {i}" for i in range(len(index))], made(index)
     clusters = CategoryClusters(content, names)
-    assert find_faults(content, names) == [] and {name for members in clusters.values() for name in members} == set(names)
+    assert partition_faults(content, names) == [] and {name for members in clusters.values() for name in members} == set(names)
     assert [clusters.names[k] for k in clusters.index] == [f"cluster {k}" for k in index]
     broken, how = {name: list(members) for name, members in content.items()}, data.draw(st.integers(0, 3))
     cluster, name = data.draw(st.sampled_from(list(broken))), data.draw(st.sampled_from(names))
@@ -196,7 +196,7 @@ def test_any_partition_is_taken_and_any_broken_one_refused(index: List[int], dat
     with pytest.raises(ClusterError) as caught:
         CategoryClusters(broken, names)
     assert expected in str(caught.value)
-    faults = find_faults(broken, names)
+    faults = partition_faults(broken, names)
     assert len(faults) == (2 if how == 1 and [] in broken.values() else 1)  # the only member of a cluster leaves it empty
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import semples_plugin.folders as folders
+import semples_plugin.files.refine_folder as folders
 from semples_plugin import cli
 from semples_plugin.errors import CamFileError
 from semples_plugin.files.cams import cam_paths, read_cam_file
