@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import masks
+from .. import masks, regions
 from .._files import write_atomically
 from ..errors import CamFileError
 from ..refiner import PromptRefiner
