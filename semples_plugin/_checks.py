@@ -64,7 +64,9 @@ def hard_labels(labels: Tensor) -> Tensor:
 
 
 def _is_soft(labels: Tensor) -> Tensor:
-    return ((labels - (labels > 0.5).to(labels)).abs() > 0.2) if labels.is_floating_point() else (labels != 0) & (labels != 1)
+    if not labels.is_floating_point():
+        return (labels != 0) & (labels != 1)
+    return ~((labels - (labels > 0.5).to(labels)).abs() <= 0.2)  # also NaN
 
 
 def _soft_labels(labels: Tensor) -> str:
@@ -105,8 +107,8 @@ def img_and_labels(batch: Any, num_classes: int) -> Tuple[Any, Any]:
     labels = next((t for t in tensors if img is not None and tuple(t.shape) == (len(img), num_classes)), None)
     if img is not None and labels is not None:
         return img, labels
-    if all(isinstance(value, Tensor) for value in values[:2]):
-        return values[0], values[1]  # an image batch and labels of a wrong shape: the checks of the batch say what is wrong
+    if isinstance(values[0], Tensor):
+        return values[0], values[1]  # the checks of the batch say what is wrong with them
     found = ", ".join(f"tensor {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__ for v in values)
     raise TypeError(
         f"`loader` must yield img (B, 3, H, W) and labels (B, {num_classes}), at any place of a batch; got {found}. Wrap it: "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import numbers
 from functools import lru_cache
 from typing import (
     Annotated,
@@ -221,6 +222,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         items: List[Any] = [_plain(item) for item in value]
         return items
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):  # also NumPy's
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
     return value
 
 

@@ -313,7 +313,7 @@ class PromptRefiner(nn.Module):
                 batches += 1
                 img, labels = img_and_labels(batch, len(self.classes))
                 cam = cam_of(img)
-                if isinstance(cam, Tensor):
+                if isinstance(cam, Tensor) and isinstance(img, Tensor) and isinstance(labels, Tensor):
                     img, labels = img.to(cam.device), labels.to(cam.device)
                 found, pairs = self.encode_backgrounds(img, cam, labels)
                 features.append(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
@@ -31,11 +32,20 @@ BATCHES: Dict[str, Tuple[Callable[..., Any], type, str]] = {
     "NaN in img": (lambda i, c, y: (spoiled(i, float("nan")), c, y), ValueError, "`img` must be finite; .* data pipeline"),
     "inf in img": (lambda i, c, y: (spoiled(i, float("inf")), c, y), ValueError, "`img` must be finite"),
     "-inf in img": (lambda i, c, y: (spoiled(i, -float("inf")), c, y), ValueError, "`img` must be finite"),
-    "label 2": (lambda i, c, y: (i, c, 2 * y), ValueError, "`labels` must hold only 0 and 1; got values such as 2"),
-    "label -1": (lambda i, c, y: (i, c, -y), ValueError, "`labels` must hold only 0 and 1; got values such as -1"),
-    "label 255": (lambda i, c, y: (i, c, 255 * y), ValueError, "such as 255. Ignore labels and soft labels"),
-    "soft labels": (lambda i, c, y: (i, c, 0.9 * y), ValueError, "`labels` must hold only 0 and 1; got values such as 0.9"),
-    "NaN label": (lambda i, c, y: (i, c, y / y), ValueError, "`labels` must hold only 0 and 1; got values such as nan"),
+    "label 2": (lambda i, c, y: (i, c, 2 * y), ValueError, "`labels` must be 0 or 1; got values such as 2"),
+    "label -1": (lambda i, c, y: (i, c, -y), ValueError, "`labels` must be 0 or 1; got values such as -1"),
+    "label 255": (lambda i, c, y: (i, c, 255 * y), ValueError, "such as 255. .* turn ignore labels into 0 or 1 first"),
+    "labels of a mixup": (
+        lambda i, c, y: (i, c, 0.5 * y),
+        ValueError,
+        "`labels` must be 0 or 1; got values such as 0.5. .* mixup",
+    ),
+    "nearly smoothed labels": (
+        lambda i, c, y: (i, c, 0.75 * y),
+        ValueError,
+        "`labels` must be 0 or 1; got values such as 0.75",
+    ),
+    "NaN label": (lambda i, c, y: (i, c, y / y), ValueError, "`labels` must be 0 or 1; got values such as nan"),
     "class indices": (
         lambda i, c, y: (i, c, torch.tensor([0, 2])),
         ValueError,
@@ -142,13 +152,32 @@ def test_bad_batch_while_learning_prompts(name: str, make_refiner: Any, make_bat
 
 
 def test_missing_background_channel(make_refiner: Any, make_batch: Any) -> None:
+    """A CAM with C channels has none to leave out, whatever `background_channel` says."""
+    img, cam, labels = make_batch()
+    expected = make_refiner()(img, cam, labels)
     refiner = make_refiner(background_channel=True)
-    with pytest.raises(
-        ValueError,
-        match=r"`cam` must have shape \(B, C \+ 1, h, w\) with B = 2 and C = 3 classes; got \(2, 3, 8, 8\). "
-        r"If it has no background channel, build PromptRefiner\(..., background_channel=False\)",
-    ):
-        refiner(*make_batch())
+    assert torch.equal(refiner(img, cam, labels), expected)
+    assert torch.equal(refiner(img, torch.cat([cam[:, :1], cam], dim=1), labels), expected)
+    with pytest.raises(ValueError, match=r"`cam` must have shape \(B, C or C \+ 1, h, w\) .* got \(2, 5, 8, 8\)"):
+        refiner(img, torch.cat([cam[:, :2], cam], dim=1), labels)
+
+
+def test_smoothed_labels_count_as_hard_ones(make_refiner: Any, make_batch: Any) -> None:
+    img, cam, labels = make_batch()
+    smoothed = labels * 0.85 + 0.1  # 0.1 and 0.95
+    assert torch.equal(make_refiner()(img, cam, smoothed), make_refiner()(img, cam, labels))
+
+
+def test_warnings_point_to_the_callers_line(make_refiner: Any, make_batch: Any) -> None:
+    img, cam, labels = make_batch()
+    refiner = make_refiner(image_stats="imagenet")
+    with pytest.warns(UserWarning, match="all its values are in") as caught:
+        first = sys._getframe().f_lineno
+        refiner(img, cam, labels)
+        refiner.compute(img, cam, labels)
+        refiner.refine_masks(img, cam, labels)
+        refiner.fit_prompts([(img, labels)], lambda _: cam, epochs=1, progress=False)
+    assert [(w.filename, w.lineno - first) for w in caught] == [(__file__, i) for i in (1, 2, 3, 4)]
 
 
 def test_images_that_are_not_normalised_as_announced(make_refiner: Any, make_batch: Any) -> None:
@@ -371,7 +400,7 @@ def test_huge_float64_cam(make_refiner: Any, make_batch: Any) -> None:
     large = (cam.detach() * 1e30).requires_grad_(True)
     out = refiner.compute(img, large, labels)
     assert out.loss.item() == pytest.approx(refiner(img, cam, labels).item(), rel=0.2)
-    assert out.cam.isfinite().all() and out.cam.max() <= 1
+    assert out.masks.isfinite().all() and out.masks.max() <= 1
 
 
 def test_randomly_erased_pixels_are_no_foreign_statistics(make_refiner: Any, make_batch: Any) -> None:
@@ -406,7 +435,8 @@ def test_background_texts_without_their_weight(make_refiner: Any) -> None:
 
 def test_numbers_of_numpy_are_numbers(make_refiner: Any) -> None:
     refiner = make_refiner(prompt_length=np.int64(4), lambda_b=np.float32(0.5))
-    assert refiner.prompts.context.shape[1] == 4 and refiner.lambda_b == 0.5
+    assert refiner.prompts.context.shape[1] == 4 and refiner.config.as_dict()["lambda_b"] == 0.5
+    assert [type(refiner.config.as_dict()[name]) for name in ("prompt_length", "lambda_b")] == [int, float]
 
 
 def test_a_generator_as_loader_of_several_passes(make_refiner: Any, make_batch: Any) -> None:

@@ -208,7 +208,7 @@ def test_autocast_does_not_lower_the_precision(name: str) -> None:
 
 
 def test_unknown_form_of_repel() -> None:
-    with pytest.raises(ValueError, match="`form` must be 'log' or 'log1m'; got 'exp'"):
+    with pytest.raises(ValueError, match="`repel` must be 'log' or 'log1m'; got 'exp'"):
         losses.prompt_repel(torch.rand(1, 4), torch.rand(1, 4), "exp")
 
 

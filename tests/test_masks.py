@@ -148,18 +148,12 @@ def test_pseudo_labels_equal_loop() -> None:
     assert got.dtype == torch.int64 and len(got.unique()) > 2
 
 
-def test_pseudo_labels_with_background_power() -> None:
-    scores = torch.tensor([0.2, 0.3, 0.4, 0.7]).reshape(1, 1, 1, 4)  # (1 - s)^2: 0.64, 0.49, 0.36, 0.09
-    assert masks.pseudo_labels(scores, 0.99, background_power=2).flatten().tolist() == [0, 0, 1, 1]
-    assert masks.pseudo_labels(scores, 0.99, background_power=4).flatten().tolist() == [0, 1, 1, 1]
-
-
 def test_threshold_is_background_even_at_equality() -> None:
     assert masks.pseudo_labels(torch.tensor([[[[0.5, 0.75]]]]), 0.5).flatten().tolist() == [0, 1]
     assert masks.pseudo_labels(torch.zeros(1, 2, 1, 1), 0.0).item() == 0
 
 
-# ------------------------------------------------------------------------------------------------ PromptRefiner.refine
+# ------------------------------------------------------------------------------------------------ PromptRefiner.refine_masks
 
 
 LABELS = [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
@@ -241,8 +235,6 @@ def test_refine_threshold_and_power(make_refiner: Any, make_batch: Any) -> None:
     refiner, batch = make_refiner(), make_batch(LABELS)
     low, high = (refiner.refine_masks(*batch, threshold=t) for t in (0.1, 0.8))
     assert (low.labels > 0).sum() > 2 * (high.labels > 0).sum()
-    power = refiner.refine_masks(*batch, background_power=3)
-    assert torch.equal(power.labels, masks.pseudo_labels(power.masks, 0.0, 3))
 
 
 def test_refine_of_a_batch_without_labels(make_refiner: Any, make_batch: Any) -> None:
