@@ -35,7 +35,7 @@ def test_public_names() -> None:
         "DetachedCamError",
         "PromptFileError",
         "PromptRefiner",
-        "Recipe",
+        "RefinerConfig",
         "SemplesError",
     ]
     assert all(hasattr(semples_plugin, name) for name in semples_plugin.__all__)
@@ -58,7 +58,7 @@ def test_clip_works_without_its_heavy_imports() -> None:
     code = """
 import torch
 from semples_plugin import PromptRefiner
-from semples_plugin.clip_encoder import openai_clip_module
+from semples_plugin.clip_backends import openai_clip_module
 clip = openai_clip_module('model').CLIP(32, 32, 1, 64, 16, 77, 49408, 64, 1, 1)
 refiner = PromptRefiner(['boat', 'train'], clip=clip, image_stats=None)
 assert refiner.text_features.shape == (2, 32) and refiner.text_features.isfinite().all()
@@ -82,25 +82,24 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         else:
             (source / name).write_text("placeholder\n")
     for name in ("semples_plugin", "adapters", "examples", "tests", "benchmarks"):
-        (source / name).mkdir()
-        for file in (ROOT / name).iterdir() if (ROOT / name).is_dir() else ():
-            if file.is_file() and file.suffix in (".py", ".txt", ".json", ".typed", ""):
-                shutil.copy(file, source / name / file.name)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.pt"))
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir", "--quiet"]
     result = subprocess.run([*build, "--wheel-dir", str(tmp_path), str(source)], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.startswith(f"semples_plugin-{semples_plugin.__version__}-py3")
     names = set(zipfile.ZipFile(wheel).namelist())
-    modules = {f"semples_plugin/{file.name}" for file in (ROOT / "semples_plugin").glob("*.py")}
-    adapters = {f"semples_plugin/adapters/{file.name}" for file in (ROOT / "adapters").glob("*.py")}
-    assert "semples_plugin/adapters/__init__.py" in adapters
-    data = {"vocabulary.txt", "py.typed", "clusters_voc.json", "clusters_coco.json"}
-    data |= {"cluster_prompt_initial.txt", "cluster_prompt_refine.txt"}
+    modules = {str(file.relative_to(ROOT)) for file in (ROOT / "semples_plugin").glob("**/*.py")}
+    adapters = {f"semples_plugin/{file.relative_to(ROOT)}" for file in (ROOT / "adapters").glob("**/*.py")}
+    assert {"semples_plugin/adapters/__init__.py", "semples_plugin/adapters/runner/__init__.py"} <= adapters
+    data = {"vocabulary.txt", "py.typed", "clusters/voc.json", "clusters/coco.json"}
+    data |= {"clusters/prompt_initial.txt", "clusters/prompt_refine.txt"}
+    data |= {str(file.relative_to(ROOT / "semples_plugin")) for file in (ROOT / "semples_plugin").glob("**/*.html")}
     assert modules | adapters | {f"semples_plugin/{name}" for name in data} <= names
     assert {name.split("/")[0] for name in names} == {
         "semples_plugin",
         f"semples_plugin-{semples_plugin.__version__}.dist-info",
     }
     metadata = zipfile.ZipFile(wheel).read(f"semples_plugin-{semples_plugin.__version__}.dist-info/METADATA").decode()
-    assert "Requires-Dist: torch>=1.13" in metadata and "Requires-Python: >=3.9" in metadata
+    assert "Requires-Dist: torch>=2.0" in metadata and "Requires-Python: >=3.9" in metadata

@@ -5,7 +5,7 @@ import json
 import re
 from inspect import signature
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Dict
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from semples_plugin import PromptFileError, PromptRefiner, SemplesError
+from semples_plugin import COCO, VOC, PromptFileError, PromptRefiner, SemplesError
 from semples_plugin.prompts import BackgroundPrompts, default_vocabulary, read_vocabulary
 
 
@@ -82,7 +82,7 @@ def test_load_restores_prompt_names_and_templates(make_refiner: Any, aligned_cli
     first.save(tmp_path / "p.safetensors")
     second = PromptRefiner.load(tmp_path / "p.safetensors", clip=aligned_clip)
     assert (second.classes, second.prompt_names) == (list(names), list(names.values()))
-    assert (second.text_template, second.prompt_template) == tuple(options.values())
+    assert (second.config.text_template, second.config.prompt_template) == tuple(options.values())
     assert torch.equal(second.prompt_features(), first.prompt_features())
 
 
@@ -102,12 +102,28 @@ def test_file_holds_prompts_and_facts_but_no_clip_weight(saved: Path, make_refin
         "prompt_names": ["boat", "train", "bird"],
         "clip": "CLIP",
         "clip_fingerprint": make_refiner().encoder.fingerprint,
-        "template": "a photo of a {}.",
-        "prompt_template": "a photo of {} .",
-        "clip_stats": True,
-        "prompt_length": 4,
+        "config": VOC.replace(prompt_length=4, image_stats=None).as_dict(),
     }
-    assert saved.stat().st_size < 3 * 4 * 64 * 4 + 1500
+    assert saved.stat().st_size < 3 * 4 * 64 * 4 + 2500
+
+
+def test_load_restores_the_configuration(make_refiner: Any, make_batch: Any, aligned_clip: nn.Module, tmp_path: Path) -> None:
+    changed: Dict[str, Any] = {
+        "image_stats": ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1)), "eps": 0.25, "lambda_area": 1.5, "lambda_b": 0.5, "lambda_refine": 2.0,
+        "repel": "log1m", "background_channel": True, "max_views": 7, "background_texts": ("a photo of water.",),
+        "lambda_background_texts": 0.5, "seed": 3, "clusters": {"vehicles": ["boat", "train"], "animals": ["bird"]},
+    }  # fmt: skip
+    first = make_refiner(learned=True, config=COCO, **changed)
+    first.save(tmp_path / "p.safetensors")
+    second = PromptRefiner.load(tmp_path / "p.safetensors", clip=aligned_clip)
+    assert second.config.as_dict() == first.config.as_dict() == COCO.replace(prompt_length=4, **changed).as_dict()
+    img, cam, labels = make_batch()
+    img = (img - torch.tensor(changed["image_stats"][0]).view(3, 1, 1)) / torch.tensor(changed["image_stats"][1]).view(3, 1, 1)
+    assert torch.equal(second(img, cam, labels), first(img, cam, labels))
+    third = PromptRefiner.load(tmp_path / "p.safetensors", clip=aligned_clip, lambda_area=0.0)
+    assert third.config.as_dict() == {**first.config.as_dict(), "lambda_area": 0.0}
+    with pytest.raises(TypeError, match="no option 'lambda_aera'; did you mean 'lambda_area'"):
+        PromptRefiner.load(tmp_path / "p.safetensors", clip=aligned_clip, lambda_aera=0.0)
 
 
 def test_nothing_to_save_yet(make_refiner: Any, tmp_path: Path) -> None:
@@ -181,11 +197,16 @@ DAMAGE = {
         lambda path: save_file({"context": torch.rand(3, 4, 64)}, str(path), metadata={"format": "pt"}),
         "not one of prompts: .* got format 'pt'",
     ),
-    "a later format": (lambda path: rewrite(path, version="2"), "has prompt format '2'; this version reads 1"),
+    "an earlier format": (lambda path: rewrite(path, version="1"), "has prompt format '1'; this version reads 2"),
     "facts missing": (lambda path: rewrite(path, facts=None), "lacks its class names or settings"),
     "facts unreadable": (lambda path: rewrite(path, facts="{"), "lacks its class names or settings"),
     "classes missing": (lambda path: rewrite(path, classes=None), "lacks its class names or settings"),
-    "template missing": (lambda path: rewrite(path, prompt_template=None), "is damaged"),
+    "configuration missing": (lambda path: rewrite(path, config=None), "lacks its class names or settings"),
+    "unknown option": (lambda path: rewrite(path, config={"zzz": 1}), "lacks its class names or settings .*no option 'zzz'"),
+    "wrong option": (
+        lambda path: rewrite(path, config={"eps": -1}),
+        "lacks its class names or settings .*`eps` must be at least",
+    ),
     "a class too few": (lambda path: rewrite(path, context=lambda c: c[:2]), r"context \(2, 4, 64\) for 3 classes"),
     "wrong rank": (lambda path: rewrite(path, context=lambda c: c[:, 0]), r"context \(3, 64\) for 3 classes"),
     "NaN": (lambda path: rewrite(path, context=lambda c: c.index_fill(1, torch.tensor(1), float("nan"))), "not finite"),
@@ -212,9 +233,7 @@ def test_damaged_or_foreign_file_changes_nothing(name: str, start: str, saved: P
 
 def test_missing_file(make_refiner: Any, tmp_path: Path) -> None:
     for call in (make_refiner().load_prompts, PromptRefiner.load):
-        with pytest.raises(
-            FileNotFoundError, match=r"No prompt file at .*none.safetensors. Write one with refiner.save_prompts"
-        ):
+        with pytest.raises(FileNotFoundError, match=r"No prompt file at .*none.safetensors. Write one with refiner.save"):
             call(tmp_path / "none.safetensors")
 
 
@@ -266,12 +285,10 @@ def test_features_follow_assigned_state_dicts(make_refiner: Any) -> None:
 
 
 def test_initial_values() -> None:
-    uniform, normal = BackgroundPrompts(40, 30, 64), BackgroundPrompts(40, 30, 64, init="normal")
+    uniform = BackgroundPrompts(40, 30, 64)
     assert uniform.context.min() >= 0 and uniform.context.max() < 1
     assert uniform.context.mean().item() == pytest.approx(0.5, abs=0.01)
     assert uniform.context.std().item() == pytest.approx(12**-0.5, rel=0.02)
-    assert normal.context.mean().item() == pytest.approx(0, abs=0.001)
-    assert normal.context.std().item() == pytest.approx(0.02, rel=0.02)
 
 
 def test_initial_values_follow_the_seed() -> None:
@@ -282,11 +299,6 @@ def test_initial_values_follow_the_seed() -> None:
         a.learned.fill_(True)
     a.reset()
     assert torch.equal(a.context, b.context) and not a.learned
-
-
-def test_unknown_initial_values() -> None:
-    with pytest.raises(ValueError, match="`prompt_init` must be 'uniform' or 'normal'; got 'zeros'"):
-        BackgroundPrompts(2, 3, 4, init="zeros")
 
 
 # ------------------------------------------------------------------------------------------------ reading

@@ -96,9 +96,9 @@ def test_forward_is_the_loss_of_compute(make_refiner: Any, make_batch: Any) -> N
     loss, out = refiner(img, cam, labels), refiner.compute(img, cam, labels)
     assert loss.shape == () and loss.dtype == torch.float32 and loss.requires_grad
     assert loss.item() == out.loss.item()
-    assert out.cam.shape == (4, 32, 32) and 0 <= out.cam.min() and out.cam.max() <= 1
+    assert out.masks.shape == (4, 32, 32) and 0 <= out.masks.min() and out.masks.max() <= 1
     assert out.pairs.tolist() == labels.nonzero().tolist()
-    assert out.terms["area"].item() == pytest.approx(out.cam.mean().item(), rel=1e-6)
+    assert out.terms["area"].item() == pytest.approx(out.masks.mean().item(), rel=1e-6)
 
 
 def test_detached_cam_trains_nothing_but_can_be_looked_at(make_refiner: Any, make_batch: Any) -> None:
@@ -125,7 +125,7 @@ def test_no_positive_label_gives_an_attached_zero(
     out = refiner.compute(img, host(img), target)
     out.loss.backward()
     assert out.loss.item() == 0 and all(term.item() == 0 for term in out.terms.values())
-    assert out.cam.shape == (0, 32, 32) and out.pairs.shape == (0, 2)
+    assert out.masks.shape == (0, 32, 32) and out.pairs.shape == (0, 2)
     assert sorted(gradients(host)) == sorted(name for name, _ in host.named_parameters())
     assert all(g.abs().max() == 0 for g in gradients(host).values())
 
@@ -335,6 +335,21 @@ def test_use_under_inference_mode_does_not_break_training(make_refiner: Any, mak
     assert loss.item() == inside and cam.grad.abs().max() > 0
 
 
+def test_a_refiner_built_under_inference_mode_trains(make_refiner: Any, make_batch: Any) -> None:
+    img, cam, labels = make_batch()
+    expected = make_refiner(learned=True)(img, cam, labels)
+    with torch.inference_mode():
+        refiner = make_refiner()
+        copy_of_inference = PromptRefiner(["boat"], clip=copy.deepcopy(refiner.encoder.model), image_stats=None)
+    refiner.load_state_dict(make_refiner(learned=True).state_dict())
+    with torch.inference_mode():
+        refiner.prompt_features()  # cached here, used with gradients below
+    loss = refiner(img, cam, labels)
+    loss.backward()
+    assert torch.equal(loss, expected) and cam.grad.abs().max() > 0
+    copy_of_inference(img, cam[:, :1], labels[:, :1]).backward()
+
+
 # ------------------------------------------------------------------------------------------------ stage (b)
 
 
@@ -397,7 +412,7 @@ def test_global_random_state_is_left_alone(action: str, make_refiner: Any, make_
     refiner = make_refiner(max_views=3 if action == "fit in chunks" else None)
     state = torch.get_rng_state()
     if action == "build":
-        make_refiner(prompt_init="normal")
+        make_refiner()
     elif action == "step":
         refiner(*batch).backward()
     elif action == "refine":
@@ -466,7 +481,7 @@ def test_fit_without_any_positive_label(make_refiner: Any, make_batch: Any) -> N
     assert refiner.stage == "refine" and torch.equal(refiner.prompts.context, before)
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"rate": -1.0}])
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"lr": -1.0}])
 def test_failed_fit_keeps_the_prompts(options: Dict[str, Any], make_refiner: Any, make_batch: Any) -> None:
     refiner = make_refiner(learned=True)
     before = refiner.prompts.context.clone()
@@ -480,9 +495,27 @@ def test_failed_fit_keeps_the_prompts(options: Dict[str, Any], make_refiner: Any
 
 def test_fit_with_another_kind_of_loader(make_refiner: Any, make_batch: Any) -> None:
     img, cam, labels = make_batch()
-    for batch in ({"img": img, "labels": labels}, img, (img,)):
-        with pytest.raises(TypeError, match=r"`loader` must yield \(img, labels\); got (dict|Tensor|tuple). Wrap it"):
+    for batch in (img, (img,), {"img": img}, iter([img, labels])):
+        with pytest.raises(TypeError, match=r"`loader` must yield \(img, labels\), .*; got (dict|Tensor|tuple|list_iterator)"):
             make_refiner().fit_prompts([batch], lambda _: cam, progress=False)
+    with pytest.raises(TypeError, match=r"labels \(B, 3\), at any place of a batch; got list, tensor \(2, 3, 40, 40\), str"):
+        make_refiner().fit_prompts([(["a", "b"], img, "c")], lambda _: cam, progress=False)
+
+
+@pytest.mark.parametrize("form", ["name first", "crops behind", "mapping", "boxes between"])
+def test_fit_with_the_batches_of_other_projects(form: str, make_refiner: Any, make_batch: Any) -> None:
+    """DuPL, SeCo, MoRe and PPC yield (name, img, label, ...); Hugging Face and Lightning code yields mappings."""
+    img, cam, labels = make_batch()
+    batch = {
+        "name first": [["2007_000032", "2007_000033"], img, labels],
+        "crops behind": (("a", "b"), img, labels, torch.rand(2, 3, 16, 16), torch.zeros(2, 4)),
+        "mapping": {"id": torch.tensor([1, 2]), "image": img, "label": labels},
+        "boxes between": [img, torch.zeros(2, 4), labels],
+    }[form]
+    expected, refiner = make_refiner(), make_refiner()
+    expected.fit_prompts([(img, labels)], lambda _: cam, epochs=2, progress=False)
+    refiner.fit_prompts([batch], lambda _: cam, epochs=2, progress=False)
+    assert torch.equal(refiner.prompts.context, expected.prompts.context)
 
 
 def test_progress_bar_goes_to_stderr(make_refiner: Any, make_batch: Any, capsys: pytest.CaptureFixture) -> None:
@@ -584,6 +617,6 @@ def test_diverged_prompts_do_not_pass_for_learned(make_refiner: Any, make_batch:
     refiner = make_refiner(learned=True)
     before = refiner.prompts.context.clone()
     img, cam, labels = make_batch()
-    with pytest.raises(FloatingPointError, match="The prompts diverged .* smaller `rate`"):
+    with pytest.raises(FloatingPointError, match="The prompts diverged .* smaller `lr`"):
         refiner.fit_prompts([(img, labels)], lambda _: cam.detach(), epochs=3, lr=1e30, progress=False)
     assert torch.equal(refiner.prompts.context, before) and refiner.stage == "refine"
