@@ -223,7 +223,7 @@ def _wrap(model: Any, name: str, dtype: torch.dtype) -> ClipEncoder:
     if type(model).__module__.split(".")[0] == "open_clip":
         from open_clip.tokenizer import SimpleTokenizer
 
-        return OpenClip(model.to(dtype), name, SimpleTokenizer())
+        return _open_clip(model, name, SimpleTokenizer(), dtype)
     missing = [n for n in ("visual", "transformer", "token_embedding", "text_projection") if not hasattr(model, n)]
     if missing:
         raise TypeError(
@@ -245,4 +245,10 @@ def _load_open_clip(name: str, dtype: torch.dtype) -> ClipEncoder:
         raise ClipError(f"{name!r} needs open_clip: `pip install open_clip_torch` ({error}).") from error
     architecture, _, tag = name[len("open_clip:") :].partition("/")
     model = open_clip.create_model(architecture, pretrained=tag or None)
-    return OpenClip(model.to(dtype), name, open_clip.get_tokenizer(architecture))
+    return _open_clip(model, name, open_clip.get_tokenizer(architecture), dtype)
+
+
+def _open_clip(model: Any, name: str, tokenizer: Any, dtype: torch.dtype) -> ClipEncoder:
+    encoder = OpenClip(model.float(), name, tokenizer)  # the fingerprint is that of the float32 weights
+    model.to(dtype)
+    return encoder

@@ -4,7 +4,7 @@ import copy
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List
 
 import pytest
 import torch
@@ -248,6 +248,47 @@ def test_open_clip_trains_a_host(make_batch: Any) -> None:
     assert fit.losses[-1] < fit.losses[0]
     refiner(img, cam, labels).backward()
     assert cam.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_open_clip_takes_the_asked_precision(dtype: torch.dtype, views: Tensor, make_batch: Any) -> None:
+    full, half = load_clip(tiny_open_clip()), load_clip(tiny_open_clip(), dtype=dtype)
+    assert half.dtype == dtype and half.fingerprint == full.fingerprint
+    with torch.no_grad():
+        for a, b in zip(_features(full, views), _features(half, views)):
+            assert b.dtype == torch.float32 and not torch.equal(a, b)
+            assert F.cosine_similarity(a, b, dim=-1).min() > 0.99
+    refiner = PromptRefiner(["boat", "train", "bird"], tiny_open_clip(), image_stats=None, prompt_length=4, clip_dtype=dtype)
+    img, cam, labels = make_batch()
+    refiner(img, cam, labels).backward()
+    assert refiner.encoder.dtype == dtype and cam.grad.isfinite().all()
+
+
+def _features(encoder: Any, views: Tensor) -> List[Tensor]:
+    return [encoder.encode_image(views), encoder.encode_text(TEXTS), encoder.encode_dense(views).flatten(2).transpose(1, 2)]
+
+
+def test_open_clip_with_a_text_tower_of_hugging_face_is_refused() -> None:
+    """BiomedCLIP's kind of model: its text tower is a BERT."""
+    open_clip = pytest.importorskip("open_clip")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    tower = open_clip.hf_model.HFTextEncoder("bert", output_dim=32, config=config, pretrained=False)
+    model = open_clip.model.CustomTextCLIP(
+        embed_dim=32,
+        vision_cfg={"image_size": 32, "layers": 1, "width": 64, "patch_size": 8, "head_width": 32},
+        text_cfg={"context_length": 77, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1},
+    )
+    model.text = tower
+    with pytest.raises(ClipError, match="text tower of type HFTextEncoder without token_embedding, positional_embedding"):
+        load_clip(model)
+
+
+def test_text_tower_without_positions_is_refused(tiny_clip: nn.Module) -> None:
+    model = copy.deepcopy(tiny_clip)
+    del model.positional_embedding
+    with pytest.raises(ClipError, match="text tower of type CLIP without positional_embedding; .* Use a CLIP that has one"):
+        load_clip(model)
 
 
 def test_open_clip_is_asked_for_but_missing() -> None:
