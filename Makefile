@@ -1,5 +1,5 @@
 # `make demo` and `make test` set themselves up in .venv on a fresh machine; nothing outside this folder is touched.
-#   make demo TORCH="torch==2.0.1 numpy==1.26.4"   another torch, from 1.13 on (before 2.3 with numpy 1)
+#   make demo TORCH="torch==2.0.1 numpy==1.26.4"   another torch, from 2.0 on (before 2.3 with numpy 1)
 #   make test PYTHON=python3.10          another Python; one that has torch already lends it to .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -34,11 +34,12 @@ $(VENV)/hosts: $(VENV)/ready
 	touch $@
 
 lint: $(VENV)/ready
-	$(RUN) -m pip install --quiet ruff mypy
+	$(RUN) -m pip install --quiet ruff mypy "import-linter>=2.17"
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	rm -rf build/mypy && mkdir -p build/mypy && cp -r semples_plugin build/mypy/ && cp -r adapters build/mypy/semples_plugin/
-	$(RUN) -m mypy build/mypy/semples_plugin
+	rm -rf build/lint && mkdir -p build/lint && cp -r semples_plugin build/lint/ && cp -r adapters build/lint/semples_plugin/
+	$(RUN) -m mypy build/lint/semples_plugin
+	cd build/lint && PYTHONPATH=. $(abspath $(VENV))/bin/lint-imports ../../setup.cfg
 
 # An installed torch is used as it is; otherwise one pinned release, so that no newer one with other needs slips in.
 $(VENV)/ready: setup.cfg

@@ -17,23 +17,27 @@ __all__ = [
 
 
 class SemplesError(Exception):
-    """Base of all errors that are particular to this package (wrong arguments raise plain TypeError / ValueError)."""
+    """Base of all errors that are particular to this package. Wrong arguments raise plain TypeError or ValueError."""
+
+
+class CamFileError(SemplesError, ValueError):
+    """Raised when a CAM, label or image file is damaged, has an unknown layout, or holds something other than numbers."""
 
 
 class ClipError(SemplesError, RuntimeError):
-    """A CLIP model is missing, is not readable, or is not of a kind that can be used."""
+    """Raised when a CLIP model is missing, cannot be read, or is not of a kind that can be used."""
 
 
 class ClusterError(SemplesError, ValueError):
-    """Category clusters are no partition of the classes, or their file cannot be read."""
+    """Raised when category clusters are no partition of the classes, or their file cannot be read."""
 
 
 class DetachedCamError(SemplesError, ValueError):
-    """The CAM is cut off from the host's graph, so a loss on it would train nothing."""
+    """Raised when the CAM is cut off from the host's graph, so that a loss on it would train nothing."""
 
 
 class HostError(SemplesError, RuntimeError):
-    """A host network is not of the kind that was expected, or did not run as it should have."""
+    """Raised when a host network is not of the expected kind, or did not run as it should have."""
 
 
 class LanguageModelError(SemplesError, RuntimeError):
@@ -53,8 +57,4 @@ class LanguageModelError(SemplesError, RuntimeError):
 
 
 class PromptFileError(SemplesError, ValueError):
-    """A prompt file is damaged, foreign, or made for other classes or another CLIP."""
-
-
-class CamFileError(SemplesError, ValueError):
-    """A CAM or label file is damaged, of an unknown layout, or holds something other than numbers."""
+    """Raised when a prompt file is damaged or foreign, or was made for other classes or another CLIP."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import regions
 from ._torch import full_precision
 
-__all__ = ["MASK_EPS", "RefinedMasks", "align_masks", "cam_to_masks", "pamr", "pseudo_labels", "suppression"]
+__all__ = ["MASK_EPS", "RefinedMasks", "align_masks", "cam_to_masks", "optimize", "pamr", "pseudo_labels", "suppression"]
 
 MASK_EPS = 1e-6  # of the normalization here: masks must not depend on the scale of the CAM
 
@@ -149,6 +149,39 @@ def cam_to_masks(
             masks = masks * F.interpolate(weight[:, None], size=(height, width), mode="bilinear", align_corners=False)[:, 0]
         result[pairs[:, 0], pairs[:, 1]] = align_masks(img, masks, pairs, align)
     return result
+
+
+def optimize(
+    masks: Tensor, loss_of: Callable[[Tensor], Tensor], size: Sequence[int], *, steps: int, lr: float, grid: int
+) -> Tensor:
+    """Masks after gradient steps on a loss of their own, the rest being constant.
+
+    m' = min(1, 2 sigmoid(d) m), d a map per mask on a coarse grid that starts at 0 and is learned with Adam.
+
+    Args:
+        masks: (P, h, w) in [0, 1].
+        loss_of: masks (P, *size), attached -> scalar, a mean over the P masks.
+        size: (height, width) at which the loss looks at the masks.
+        steps, lr: of Adam.
+        grid: side of the grid of d.
+
+    Returns:
+        (P, h, w) in [0, 1], detached.
+    """
+
+    def scaled(d: Tensor) -> Tensor:
+        factor = F.interpolate(d[:, None], size=masks.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+        return (masks * 2 * torch.sigmoid(factor)).clamp(max=1)
+
+    with torch.enable_grad():
+        d = torch.zeros(len(masks), grid, grid, device=masks.device, requires_grad=True)
+        optimizer = torch.optim.Adam([d], lr=lr)
+        for _ in range(steps):
+            loss = loss_of(F.interpolate(scaled(d)[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0])
+            optimizer.zero_grad()
+            (loss * len(masks)).backward()  # the loss is a mean over pairs
+            optimizer.step()
+        return scaled(d).detach()
 
 
 def pseudo_labels(masks: Tensor, threshold: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Learnable background prompts: one per class, learned on cached features, read as nearest words, saved without CLIP.
+"""Learnable background prompts: one per class, learned on cached features, read as nearest words.
 
 A background prompt p_k describes what co-occurs with class k (SemPLeS, section 3.2). `BackgroundPrompts` holds the context
 vectors, `learn` is stage (b) on features that were collected once. Flow: `regions` -> `clip_encoder` -> **prompts** ->
@@ -7,44 +7,36 @@ vectors, `learn` is stage (b) on features that were collected once. Flow: `regio
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from pathlib import Path
-from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import losses
-from ._checks import partition_faults
-from ._files import PathLike, read_tensors, write_tensors
+from ._checks import img_and_labels, partition_faults
+from ._files import PathLike
 from ._torch import full_precision
 from .clip_encoder import ClipEncoder
-from .config import VOC, RefinerConfig
-from .errors import ClusterError, PromptFileError
+from .config import RefinerConfig
+from .errors import ClusterError
 
 __all__ = [
     "BackgroundPrompts",
     "NearestWords",
-    "PromptFile",
     "PromptFit",
     "broadcast_context",
+    "collect",
     "default_vocabulary",
     "gather_pairs",
     "hand_written_prompts",
     "learn",
     "nearest_words",
-    "read_file",
     "read_vocabulary",
     "related_classes",
-    "same_or_error",
-    "write_file",
 ]
-
-FORMAT = "semples-plugin prompts"
-FORMAT_VERSION = 2
 
 
 class PromptFit(NamedTuple):
@@ -99,6 +91,50 @@ class BackgroundPrompts(nn.Module):
         generator = torch.Generator().manual_seed(self.seed)
         self.context.copy_(torch.rand(self.context.shape, generator=generator))
         self.learned.fill_(False)
+
+
+@torch.no_grad()
+def collect(
+    loader: Iterable[Any],
+    cam_of: Callable[[Tensor], Tensor],
+    encode: Callable[[Tensor, Tensor, Tensor], Tuple[Tensor, Tensor]],
+    num_classes: int,
+    *,
+    passes: int = 1,
+    progress: bool = True,
+) -> Tuple[Tensor, Tensor]:
+    """What stage (b) learns from: the background feature of every positive pair of the data.
+
+    Args:
+        loader, cam_of, passes, progress: as for `PromptRefiner.fit_prompts`.
+        encode: `PromptRefiner.encode_backgrounds`.
+        num_classes: C.
+
+    Returns:
+        v_b (P, D), and image number and class of each, (P, 2); both empty for data without labels.
+    """
+    from tqdm import tqdm
+
+    features: List[Tensor] = []
+    numbers: List[Tensor] = []
+    count = 0
+    for _ in range(passes):
+        batches = 0
+        for batch in tqdm(loader, desc="collecting background features", disable=not progress):
+            batches += 1
+            img, labels = img_and_labels(batch, num_classes)
+            cam = cam_of(img)
+            if isinstance(cam, Tensor) and isinstance(img, Tensor) and isinstance(labels, Tensor):
+                img, labels = img.to(cam.device), labels.to(cam.device)
+            found, pairs = encode(img, cam, labels)
+            features.append(found)
+            numbers.append(pairs + torch.tensor([count, 0]))
+            count += len(img)
+        if batches == 0 and count:
+            raise ValueError("With passes > 1 `loader` must start again each time; a generator is used up after one pass.")
+    if not features:
+        return torch.zeros(0, 0), torch.zeros(0, 2, dtype=torch.long)
+    return torch.cat(features), torch.cat(numbers)
 
 
 def learn(
@@ -302,88 +338,3 @@ def read_vocabulary(path: PathLike) -> List[str]:
     """Words of a text file: one per line; blank lines and lines that begin with # are passed over."""
     lines = (line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
     return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
-
-
-# -------------------------------------------------------------------------------------------------------------- files
-
-
-class PromptFile(NamedTuple):
-    """What a prompt file holds: everything that `PromptRefiner.load` needs but the CLIP weights.
-
-    Attributes:
-        context: (C, L, Dt) context vectors.
-        classes: C class names.
-        prompt_names: C names that CLIP is prompted with.
-        clip: name of the CLIP, as it was asked for.
-        clip_fingerprint: of its weights, see `ClipEncoder.fingerprint`.
-        config: the whole configuration of the refiner.
-    """
-
-    context: Tensor
-    classes: List[str]
-    prompt_names: List[str]
-    clip: str
-    clip_fingerprint: str
-    config: RefinerConfig
-
-
-def write_file(path: PathLike, content: PromptFile) -> None:
-    """Write learned prompts as safetensors; the file appears complete or not at all."""
-    facts = {**content._asdict(), "config": content.config.as_dict()}
-    write_tensors(path, {"context": facts.pop("context")}, FORMAT, FORMAT_VERSION, facts)
-
-
-def read_file(path: PathLike) -> PromptFile:
-    """The content of a prompt file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        PromptFileError: if the file is damaged or is not a prompt file.
-    """
-    name = os.fspath(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"No prompt file at {name}. Write one with refiner.save(path).")
-    try:
-        tensors, metadata = read_tensors(path)
-    except ValueError as error:
-        raise PromptFileError(
-            f"{name} is damaged or no safetensors file ({error}). Expected a file of refiner.save(path)."
-        ) from error
-    context = tensors.get("context")
-    if metadata.get("format") != FORMAT or context is None:
-        raise PromptFileError(
-            f"{name} is a safetensors file, but not one of prompts: expected format {FORMAT!r} and a tensor "
-            f"`context`; got format {metadata.get('format')!r}. Write one with refiner.save(path)."
-        )
-    if metadata.get("version") != str(FORMAT_VERSION):
-        raise PromptFileError(
-            f"{name} has prompt format {metadata.get('version')!r}; this version reads {FORMAT_VERSION}. "
-            "Use the version of semples-plugin that wrote it, or learn the prompts again."
-        )
-    try:
-        facts = json.loads(metadata["facts"])
-        content = PromptFile(context=context, **{**facts, "config": VOC.replace(**facts["config"])})
-    except (KeyError, TypeError, ValueError) as error:
-        raise PromptFileError(f"{name} lacks its class names or settings ({error}); it is damaged.") from error
-    shape_fits = context.ndim == 3 and context.shape[0] == len(content.classes) == len(content.prompt_names)
-    if not shape_fits or not bool(torch.isfinite(context).all()):
-        raise PromptFileError(
-            f"{name} is damaged: context {tuple(context.shape)} for {len(content.classes)} classes, or values "
-            "that are not finite. Learn the prompts again."
-        )
-    return content
-
-
-def same_or_error(path: PathLike, what: str, expected: Sequence[str], got: Sequence[str]) -> None:
-    """Raise `PromptFileError` that names the first difference between two lists."""
-    if list(expected) == list(got):
-        return
-    if len(expected) != len(got):
-        detail = f"the file has {len(got)}, this refiner {len(expected)}"
-    else:
-        i = next(i for i, (a, b) in enumerate(zip(expected, got)) if a != b)
-        detail = f"number {i} is {got[i]!r} in the file and {expected[i]!r} here"
-    raise PromptFileError(
-        f"The prompts in {os.fspath(path)} were learned with other {what}: {detail}. Use PromptRefiner.load(path), or learn "
-        "prompts for these."
-    )

@@ -10,17 +10,17 @@ import os
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import losses, masks, prompts, regions
-from ._checks import check_batch, check_classes, check_number, check_stats, img_and_labels
+from ._checks import check_batch, check_classes, check_number, check_stats
 from ._files import PathLike
 from .clip_backends import load_clip
 from .clip_encoder import ClipEncoder
 from .config import VOC, RefinerConfig
 from .errors import ClipError, DetachedCamError, PromptFileError
-from .prompts import BackgroundPrompts, NearestWords, PromptFile, PromptFit
+from .prompt_files import PromptFile, check_fits, read_file, write_file
+from .prompts import BackgroundPrompts, NearestWords, PromptFit
 
 __all__ = ["PromptRefiner", "RefinerOutput"]
 
@@ -236,7 +236,9 @@ class PromptRefiner(nn.Module):
         """
         check_number("passes", passes, 1, whole=True)
         self._fit_config(epochs, batch_size, lr)  # wrong values are found before the work, not after it
-        features, pairs = self._collect(loader, cam_of, passes, progress)
+        features, pairs = prompts.collect(
+            loader, cam_of, self.encode_backgrounds, len(self.classes), passes=passes, progress=progress
+        )
         return self.fit_prompts_on(features, pairs, epochs=epochs, batch_size=batch_size, lr=lr, progress=progress)
 
     @torch.no_grad()
@@ -296,32 +298,6 @@ class PromptRefiner(nn.Module):
         if torch.is_inference_mode_enabled():
             raise ValueError("fit_prompts trains the prompts and cannot run under torch.inference_mode(); call it outside.")
         return self.config.replace(**{name: value for name, value in given.items() if value is not None})
-
-    @torch.no_grad()
-    def _collect(
-        self, loader: Iterable[Any], cam_of: Callable[[Tensor], Tensor], passes: int, progress: bool
-    ) -> Tuple[Tensor, Tensor]:
-        """v_b of every positive pair (P, D), and image number and class of each (P, 2)."""
-        from tqdm import tqdm
-
-        features: List[Tensor] = [torch.zeros(0, self._encoder.embed_dim)]
-        numbers: List[Tensor] = [torch.zeros(0, 2, dtype=torch.long)]
-        count = 0
-        for _ in range(passes):
-            batches = 0
-            for batch in tqdm(loader, desc="collecting background features", disable=not progress):
-                batches += 1
-                img, labels = img_and_labels(batch, len(self.classes))
-                cam = cam_of(img)
-                if isinstance(cam, Tensor) and isinstance(img, Tensor) and isinstance(labels, Tensor):
-                    img, labels = img.to(cam.device), labels.to(cam.device)
-                found, pairs = self.encode_backgrounds(img, cam, labels)
-                features.append(found)
-                numbers.append(pairs + torch.tensor([count, 0]))
-                count += len(img)
-            if batches == 0 and count:
-                raise ValueError("With passes > 1 `loader` must start again each time; a generator is used up after one pass.")
-        return torch.cat(features), torch.cat(numbers)
 
     # ------------------------------------------------------------------------------------------------ masks
 
@@ -392,23 +368,14 @@ class PromptRefiner(nn.Module):
         if not len(pairs):
             return result
         base = regions.pair_masks(cam.detach(), pairs, (height, width), self.config.normalize, masks.MASK_EPS)  # (P, h, w)
-        size = (self._encoder.image_size,) * 2
         clip_images = self._clip_images(img)
 
-        def scaled(d: Tensor) -> Tensor:
-            factor = F.interpolate(d[:, None], size=(height, width), mode="bilinear", align_corners=False)[:, 0]
-            return (base * 2 * torch.sigmoid(factor)).clamp(max=1)
+        def loss_of(pair_masks: Tensor) -> Tensor:
+            views = torch.cat(regions.split(clip_images, pair_masks, pairs))
+            return self._terms(views, pair_masks, pairs)[0]
 
-        with torch.enable_grad():
-            d = torch.zeros(len(pairs), grid, grid, device=cam.device, requires_grad=True)
-            optimizer = torch.optim.Adam([d], lr=lr)
-            for _ in range(steps):
-                pair_masks = F.interpolate(scaled(d)[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
-                loss, _ = self._terms(torch.cat(regions.split(clip_images, pair_masks, pairs)), pair_masks, pairs)
-                optimizer.zero_grad()
-                (loss * len(pairs)).backward()  # the terms are means over pairs
-                optimizer.step()
-            result[pairs[:, 0], pairs[:, 1]] = scaled(d).detach()
+        size = (self._encoder.image_size,) * 2
+        result[pairs[:, 0], pairs[:, 1]] = masks.optimize(base, loss_of, size, steps=steps, lr=lr, grid=grid)
         return result
 
     # ------------------------------------------------------------------------------------------------ prompts
@@ -456,7 +423,7 @@ class PromptRefiner(nn.Module):
         encoder, context = self._encoder, self.prompts.context
         config = self.config.replace(prompt_length=context.shape[1])
         content = PromptFile(context, self.classes, self.prompt_names, encoder.name, encoder.fingerprint, config)
-        prompts.write_file(path, content)
+        write_file(path, content)
 
     @classmethod
     def load(
@@ -473,7 +440,7 @@ class PromptRefiner(nn.Module):
             clip: the CLIP to use; by default the one that the file names.
             **overrides: options of `RefinerConfig` to change.
         """
-        content = prompts.read_file(path)
+        content = read_file(path)
         classes = dict(zip(content.classes, content.prompt_names))
         try:
             refiner = cls(classes, content.clip if clip is None else clip, content.config, **overrides)
@@ -493,19 +460,9 @@ class PromptRefiner(nn.Module):
             FileNotFoundError: if there is no such file.
             PromptFileError: if the file is damaged or foreign, or was made for other classes, templates or another CLIP.
         """
-        content = prompts.read_file(path)
-        here, there, context = self.config, content.config, content.context
-        prompts.same_or_error(path, "classes", self.classes, content.classes)
-        prompts.same_or_error(path, "prompt names", self.prompt_names, content.prompt_names)
-        if content.clip_fingerprint != self._encoder.fingerprint:
-            prompts.same_or_error(path, "CLIP weights", (self._encoder.id,), (f"{content.clip} [{content.clip_fingerprint}]",))
-        prompts.same_or_error(
-            path, "templates", (here.text_template, here.prompt_template), (there.text_template, there.prompt_template)
-        )
-        views = [f"clip_stats={config.clip_stats}" for config in (here, there)]
-        prompts.same_or_error(path, "image statistics for CLIP", views[:1], views[1:])
-        if context.shape[2] != self._encoder.context_dim:
-            prompts.same_or_error(path, "CLIP token size", (str(self._encoder.context_dim),), (str(context.shape[2]),))
+        content = read_file(path)
+        check_fits(path, content, self.classes, self.prompt_names, self._encoder, self.config)
+        context = content.context
         with torch.no_grad():
             if context.shape == self.prompts.context.shape:
                 self.prompts.context.copy_(context)

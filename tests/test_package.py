@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import shutil
@@ -103,3 +104,36 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     }
     metadata = zipfile.ZipFile(wheel).read(f"semples_plugin-{semples_plugin.__version__}.dist-info/METADATA").decode()
     assert "Requires-Dist: torch>=2.0" in metadata and "Requires-Python: >=3.9" in metadata
+
+
+def private_uses(path: Path) -> List[str]:
+    """Names with a leading underscore that a file takes from another file of ours: `from .x import _y`, or `x._y`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules, found = set(), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] in OURS):
+            for alias in node.names:
+                modules.add(alias.asname or alias.name)
+                if alias.name.startswith("_") and not alias.name.startswith("__") and not is_module(path, node, alias.name):
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {alias.name}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            if node.attr.startswith("_") and not node.attr.startswith("__"):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.value.id}.{node.attr}")
+    return found
+
+
+OURS = ("semples_plugin", "examples", "benchmarks")
+
+
+def is_module(path: Path, node: ast.ImportFrom, name: str) -> bool:
+    folder = path.parents[node.level - 1] if node.level else ROOT
+    return (folder.joinpath(*(node.module or "").split(".")) / f"{name}.py").is_file()
+
+
+def test_no_file_takes_a_private_name_of_another() -> None:
+    files = [
+        path for name in ("semples_plugin", "adapters", "examples", "benchmarks") for path in (ROOT / name).glob("**/*.py")
+    ]
+    assert len(files) > 50
+    assert [use for path in files for use in private_uses(path)] == []
