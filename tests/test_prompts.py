@@ -110,7 +110,8 @@ def test_file_holds_prompts_and_facts_but_no_clip_weight(saved: Path, make_refin
 def test_load_restores_the_configuration(make_refiner: Any, make_batch: Any, aligned_clip: nn.Module, tmp_path: Path) -> None:
     changed: Dict[str, Any] = {
         "image_stats": ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1)), "eps": 0.25, "lambda_area": 1.5, "lambda_b": 0.5,
-        "lambda_refine": 2.0, "repel": "log1m", "background_channel": True, "max_views": 7, "background_texts": ("a photo of water.",),
+        "lambda_refine": 2.0,
+        "repel": "log1m", "background_channel": True, "max_views": 7, "background_texts": ("a photo of water.",),
         "lambda_background_texts": 0.5, "seed": 3, "clusters": {"vehicles": ["boat", "train"], "animals": ["bird"]},
     }  # fmt: skip
     first = make_refiner(learned=True, config=COCO, **changed)
