@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semples_plugin._text import printable
-from semples_plugin.clusters import language_model
 from semples_plugin.clusters.answers import read_answer
 from semples_plugin.clusters.categories import CategoryClusters
 from semples_plugin.clusters.language_model import Round, clusters_from_language_model
@@ -355,7 +354,7 @@ def test_changes_are_empty_only_for_the_same_partition(index: List[int]) -> None
     for name, k in zip(CLASSES, index):
         new.setdefault(f"c{k}", []).append(name)
     old, other = CategoryClusters(A, CLASSES), CategoryClusters(new, CLASSES)
-    assert (language_model._changes(old, other) == []) == (old.groups() == other.groups())
+    assert (other.changes_since(old) == []) == (old.groups() == other.groups())
 
 
 def test_read_quickly() -> None:
@@ -488,7 +487,7 @@ def test_neither_key_nor_address(chat: ChatServer, monkeypatch: pytest.MonkeyPat
 
 
 def test_without_the_client() -> None:
-    code = "import sys; sys.modules['openai'] = None\nfrom semples_plugin.cluster_llm import ask\nask(['a'], 'm', base_url='http://x')"
+    code = "import sys; sys.modules['openai'] = None\nfrom semples_plugin.clusters import clusters_from_language_model as ask\nask(['a'], 'm', base_url='http://x')"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert (
         "ModuleNotFoundError: Asking a language model needs the openai client: pip install 'semples-plugin[clusters]'."
