@@ -18,22 +18,21 @@ from ..errors import LanguageModelError
 __all__ = ["Chat"]
 
 LARGEST_REPLY = 1_000_000  # bytes
-_LATE = "gave no complete answer within {timeout:g} s"
-_LATE_ADVICE = "Is the server busy or loading the model? Raise timeout (--timeout) or max_retries (--retries)."
-_KEY_ADVICE = "Set OPENAI_API_KEY, or the variable of --api-key-env, to a valid one."
+_LATE = (
+    "gave no complete answer within {timeout:g} s",
+    "Is the server busy or loading the model? Raise timeout (--timeout) or max_retries (--retries).",
+)
+_KEY = ("did not accept the API key", "Set OPENAI_API_KEY, or the variable of --api-key-env, to a valid one.")
 _FAULTS = {  # name of an error's class, the nearest ancestor counts: what happened, what to do
-    "AuthenticationError": ("did not accept the API key", _KEY_ADVICE),
-    "PermissionDeniedError": ("did not accept the API key", _KEY_ADVICE),
+    "AuthenticationError": _KEY,
+    "PermissionDeniedError": _KEY,
     "NotFoundError": ("was not found", "Check the model's name and base_url (--base-url), which usually ends in /v1."),
-    "RateLimitError": (
-        "allows no more questions for now, also after {retries} retries",
-        "Wait, look at your quota, or raise max_retries (--retries).",
-    ),
+    "RateLimitError": ("allows no more questions, also after {retries} retries", "Wait, or raise max_retries (--retries)."),
     "InternalServerError": ("failed, also after {retries} retries", "Look at the server's log, or try again later."),
     "APIStatusError": ("refused the question", "Look at the model's name and the options."),
-    "APITimeoutError": (_LATE, _LATE_ADVICE),  # of the client
-    "TimeoutException": (_LATE, _LATE_ADVICE),  # of its HTTP library, while a body is read
-    "TimeoutError": (_LATE, _LATE_ADVICE),  # of this module
+    "APITimeoutError": _LATE,  # of the client
+    "TimeoutException": _LATE,  # of the client's HTTP library while a reply is read
+    "TimeoutError": _LATE,  # of this module
     "APIConnectionError": ("could not be reached", "Is the server running, and is base_url (--base-url) right?"),
     "Exception": ("broke off in the middle of an answer", "Try again."),
 }
@@ -189,7 +188,7 @@ class Chat:
     def _details(self, error: Any) -> str:
         if hasattr(error, "status_code"):
             message = error.body.get("message") if isinstance(error.body, dict) else None
-            return f"status {error.status_code}: {self._quote(message if isinstance(message, str) else error.message)}"
+            return f"status {error.status_code}: {self._quote(message if isinstance(message, str) else error.response.text or error.message)}"
         cause = error.__cause__ or error
         return f"{type(cause).__name__}: {self._quote(str(cause))}"
 

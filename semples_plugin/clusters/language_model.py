@@ -51,10 +51,8 @@ class Round(NamedTuple):
     def as_dict(self) -> Dict[str, Any]:
         """As the record holds it, a long answer cut."""
         clusters = None if self.clusters is None else self.clusters.as_dict()
-        answer = self.answer
-        if len(answer) > LONGEST_RECORDED:
-            answer = f"{answer[:LONGEST_RECORDED]} [cut; {len(answer)} characters in all]"
-        return {**self._asdict(), "answer": answer, "clusters": clusters}
+        cut = f" [cut; {len(self.answer)} characters in all]" if len(self.answer) > LONGEST_RECORDED else ""
+        return {**self._asdict(), "answer": self.answer[:LONGEST_RECORDED] + cut, "clusters": clusters}
 
 
 Listener = Callable[[Round], None]
@@ -222,7 +220,7 @@ def _write_record(path: Path, content: Mapping[str, Any]) -> str:
         write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
     except OSError as error:
         return f" The record could not be written to {path}: {error}."
-    return f" All questions and answers so far are in {path}."
+    return f" The record of all answers so far is in {path}."
 
 
 def _prompt(name: str, given: Union[None, str, "os.PathLike[str]"], markers: List[str]) -> str:

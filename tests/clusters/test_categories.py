@@ -228,7 +228,9 @@ def test_a_mapping_written_by_hand_is_read(ending: str, tmp_path: Path) -> None:
     path.write_text(json.dumps(A))
     clusters = CategoryClusters.load(path, CLASSES)
     assert clusters == CategoryClusters(A, CLASSES) and clusters.provenance == {"source": "file", "file": f"mine.{ending}"}
-    with pytest.raises(ClusterError, match=r"holds clusters but not the order of the classes. Pass it: CategoryClusters.load\("):
+    with pytest.raises(
+        ClusterError, match=r"holds clusters but not the order of the classes. Pass it: CategoryClusters.load\("
+    ):
         CategoryClusters.load(path)
 
 

@@ -103,7 +103,9 @@ def test_cross_entropy_passes_gradcheck() -> None:
     scores = (0.1 + 0.8 * probabilities(3, 4, dtype=torch.float64).detach()).requires_grad_(True)
     labels = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 0]])
     for background in (1.0, 0.25, None):
-        assert torch.autograd.gradcheck(lambda s, y=background: cluster_losses.multi_label_cross_entropy(s, labels, y), (scores,))
+        assert torch.autograd.gradcheck(
+            lambda s, y=background: cluster_losses.multi_label_cross_entropy(s, labels, y), (scores,)
+        )
 
 
 def test_cross_entropy_in_closed_form() -> None:
@@ -253,7 +255,9 @@ def test_contrast_in_closed_form(temperature: float) -> None:
     e = math.exp(-1 / temperature)
 
     def value(count: int, related: Optional[Tensor] = None, weight: float = 0.5) -> float:
-        return cluster_losses.patch_contrast(f[:count], torch.tensor([1, 1, 2, 3, 4][:count]), related, temperature, weight).item()
+        return cluster_losses.patch_contrast(
+            f[:count], torch.tensor([1, 1, 2, 3, 4][:count]), related, temperature, weight
+        ).item()
 
     assert value(2) == pytest.approx(0, abs=1e-12)
     for count in (3, 4, 5):
