@@ -1,160 +1,147 @@
-"""What a language model's answer says, checked against the class names."""
+"""What a language model's answer says, checked against the class names. Flow: `chat` -> **answers** -> `language_model`."""
 
 from __future__ import annotations
 
 import json
 import unicodedata
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from .._checks import partition_faults
 from ..errors import ClusterError
-from .categories import _unique
+from .categories import refuse_double_keys
 
-__all__ = ["FORM", "LARGEST_NAME", "LONGEST_FINDING", "MOST_FINDINGS", "MOST_OBJECTS", "Reading", "read_answer"]
+__all__ = ["Reading", "answer_schema", "read_answer"]
 
 FORM = '{"clusters": [{"name": "...", "classes": ["...", "..."]}]}'
-LARGEST_NAME = 60  # characters of a cluster's name
-MOST_FINDINGS = 20
+LONGEST_NAME = 60  # characters of a cluster's name
 LONGEST_FINDING = 4000  # characters
-MOST_OBJECTS = 100  # places in an answer at which a JSON object may begin
-Reading = Tuple[Optional[Dict[str, List[str]]], Optional[Dict[str, List[str]]], List[str]]
+MOST_FINDINGS = 20
+MOST_STARTS = 100  # places in an answer at which a JSON object may begin
+
+
+class Reading(NamedTuple):
+    """What `read_answer` returns.
+
+    Attributes:
+        clusters: cluster name -> classes, or None if they are no partition of the classes.
+        draft: the clusters with the known classes alone, also of an invalid answer; None if nothing could be read.
+        findings: one sentence each, at most `MOST_FINDINGS` and how many more; a valid answer may have some on its form.
+    """
+
+    clusters: Optional[Dict[str, List[str]]]
+    draft: Optional[Dict[str, List[str]]]
+    findings: List[str]
+
+
+def answer_schema(classes: Sequence[str]) -> Dict[str, Any]:
+    """`response_format` that asks for `FORM` with these class names (structured outputs)."""
+
+    def fixed(**properties: Any) -> Dict[str, Any]:
+        return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+    cluster = fixed(name={"type": "string"}, classes={"type": "array", "items": {"type": "string", "enum": list(classes)}})
+    schema = fixed(clusters={"type": "array", "items": cluster})
+    return {"type": "json_schema", "json_schema": {"name": "clusters", "strict": True, "schema": schema}}
 
 
 def read_answer(text: str, classes: Sequence[str], max_clusters: Optional[int] = None) -> Reading:
-    """What an answer says, checked against the class names.
-
-    Args:
-        text: of the model.
-        classes: the class names.
-        max_clusters: the most clusters allowed.
-
-    Returns:
-        Clusters, or None if they are not valid; those of the answer that are known classes, or None if none could be read;
-        findings, one sentence each (at most `MOST_FINDINGS`, and how many more).
+    """Read the clusters of an answer and check them against the class names; no text makes it fail.
 
     Example:
-        >>> read_answer('{"clusters": [{"name": "animals", "classes": ["cat", "Dog"]}]}', ["cat", "dog"])[0]
+        >>> read_answer('{"clusters": [{"name": "animals", "classes": ["cat", "Dog"]}]}', ["cat", "dog"]).clusters
         {'animals': ['cat', 'dog']}
     """
-    remarks: List[str] = []
     try:
-        return _read(text, classes, max_clusters, remarks)
-    except ClusterError as error:
-        return None, None, _few([str(error)])
-    except RecursionError:
-        return None, None, ["The answer is nested too deeply; expected only " + FORM + "."]
+        return _read(text, classes, max_clusters)
+    except (ClusterError, RecursionError) as error:
+        return Reading(None, None, _shorten([f"The answer could not be read: {error}"]))
 
 
-def _read(text: str, classes: Sequence[str], max_clusters: Optional[int], remarks: List[str]) -> Reading:
-    pairs = _pairs(_find_json(text, remarks), remarks)
+def _read(text: str, classes: Sequence[str], max_clusters: Optional[int]) -> Reading:
+    remarks: List[str] = []
     faults: List[str] = []
     found: Dict[str, Any] = {}
-    known = _known(classes)
-    for given, members in pairs:
-        name, copy = _title(given), 1
-        if name and name != given:
-            remarks.append(f"The cluster name {given!r:.80} was read as {name!r}; use short names of plain characters.")
-        title = name
-        while title in found:
-            copy += 1
-            title = f"{name} ({copy})"
-        if copy == 2 and name:
-            faults.append(f"Two clusters are named {name!r}; every cluster needs a name of its own.")
-        found[title] = [_match(member, classes, known, remarks) for member in members] if isinstance(members, list) else members
+    spellings: Dict[str, List[str]] = {}
+    for name in classes:
+        spellings.setdefault(_fold(name), []).append(name)
+
+    def match(member: Any) -> Any:
+        """The class that is meant: of the same spelling, or else the only one of the same letters."""
+        meant = spellings.get(_fold(member), []) if isinstance(member, str) and member not in classes else []
+        if len(meant) != 1:
+            return member
+        remarks.append(f"{member!r:.80} was read as {meant[0]!r}; spell the classes exactly as in the array.")
+        return meant[0]
+
+    for given, members in _pairs(_find_object(text, remarks), remarks):
+        title = _title(given)
+        if title and title != given:
+            remarks.append(f"The cluster name {given!r:.80} was read as {title!r}; use short names of plain characters.")
+        if title in found:
+            faults.append(f"Two clusters are named {title!r}; every cluster needs a name of its own.")
+            title = f"{title} ({len(found) + 1})"
+        found[title] = [match(member) for member in members] if isinstance(members, list) else members
     faults += partition_faults(found, classes, max_clusters)
-    findings = _few(faults + list(dict.fromkeys(remarks)))
+    findings = _shorten(list(dict.fromkeys(faults + remarks)))
     if not faults:
-        return found, found, findings
-    allowed = set(classes)
-    draft = {
-        title: list(dict.fromkeys(m for m in members if isinstance(m, str) and m in allowed))
-        for title, members in found.items()
-        if isinstance(members, list)
-    }
-    return None, draft if len(draft) <= len(classes) else None, findings
+        return Reading(found, found, findings)
+    lists = {title: members for title, members in found.items() if isinstance(members, list)}
+    known = {title: [name for name in dict.fromkeys(classes) if name in members] for title, members in lists.items()}
+    return Reading(None, known if len(known) <= len(classes) else None, findings)
 
 
-def _find_json(text: str, remarks: List[str]) -> Any:
-    """The JSON object of an answer, also with prose, thoughts or a fence around it."""
+def _find_object(text: str, remarks: List[str]) -> Dict[str, Any]:
+    """The last JSON object that may hold clusters; models put prose, thoughts or a fence around it."""
 
-    def constant(name: str) -> Any:
-        raise ClusterError(f"{name} is no JSON; expected only objects, lists and texts.")
+    def refuse_constant(name: str) -> Any:
+        raise ClusterError(f"{name} is not JSON; expected only objects, lists and texts.")
 
-    decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=constant)
-    why = "it is empty"
-    try:
-        return decoder.decode(text)
-    except ClusterError as error:
-        raise ClusterError(f"The answer's JSON is at fault: {error}") from error
-    except (ValueError, RecursionError) as error:
-        why = str(error) if text.strip() else why
-    objects, at = [], 0
-    for _ in range(MOST_OBJECTS):
-        at = text.find("{", at)
-        if at < 0:
-            break
+    decoder = json.JSONDecoder(object_pairs_hook=refuse_double_keys, parse_constant=refuse_constant)
+    objects, rest, why, start = [], text, "", text.find("{")
+    for _ in range(MOST_STARTS if start >= 0 else 0):
         try:
-            value, at = decoder.raw_decode(text, at)
-        except ClusterError as error:
-            raise ClusterError(f"The answer's JSON is at fault: {error}") from error
-        except (ValueError, RecursionError):
-            at += 1
-            continue
-        if "clusters" in value or (value and all(isinstance(members, list) for members in value.values())):
-            objects.append(value)
+            value, end = decoder.raw_decode(text, start)
+            if "clusters" in value or (value and all(isinstance(members, list) for members in value.values())):
+                objects.append(value)
+                rest = text[:start] + text[end:]
+        except ClusterError:
+            raise
+        except (ValueError, RecursionError) as error:
+            why, end = why or f" ({error})", start + 1
+        start = text.find("{", end)
+        if start < 0:
+            break
     if not objects:
-        raise ClusterError(f"The answer is not JSON ({why}). Expected only {FORM}; got {text[:60]!r}.")
-    remarks.append("There is text around the JSON; answer with JSON alone.")
+        raise ClusterError(f"it holds no JSON object of clusters{why}. Expected only {FORM}; got {text[:60]!r}.")
+    if rest.strip():
+        remarks.append("There is text around the JSON; answer with JSON alone.")
     if len(objects) > 1:
         remarks.append(f"There are {len(objects)} JSON objects, and the last one was read; answer with one.")
     return objects[-1]
 
 
-def _pairs(content: Any, remarks: List[str]) -> List[Tuple[Any, Any]]:
+def _pairs(content: Dict[str, Any], remarks: List[str]) -> List[Tuple[Any, Any]]:
     """(name, classes) of every cluster."""
-    if isinstance(content, dict):
-        clusters = content.get("clusters", content)
-        if isinstance(clusters, list) and clusters is not content:
-            if all(isinstance(entry, dict) and "name" in entry and "classes" in entry for entry in clusters):
-                return [(entry["name"], entry["classes"]) for entry in clusters]
-        if isinstance(clusters, dict) and all(isinstance(members, list) for members in clusters.values()):
-            remarks.append(f"The answer maps names to classes; use the form {FORM}.")
-            return list(clusters.items())
-        content = clusters
-    raise ClusterError(f"The answer has another shape than {FORM}; got {json.dumps(content)[:80]}.")
+    clusters = content.get("clusters", content)
+    if isinstance(clusters, list) and all(isinstance(entry, dict) and {"name", "classes"} <= set(entry) for entry in clusters):
+        return [(entry["name"], entry["classes"]) for entry in clusters]
+    if isinstance(clusters, dict) and all(isinstance(members, list) for members in clusters.values()):
+        remarks.append(f"The answer maps names to classes; use the form {FORM}.")
+        return list(clusters.items())
+    raise ClusterError(f"it has another shape than {FORM}; got {json.dumps(clusters)[:80]}.")
 
 
 def _title(name: Any) -> str:
-    """A cluster name without control characters, of one line and limited length."""
-    if not isinstance(name, str):
-        return ""  # told by partition_faults
-    plain = "".join(" " if unicodedata.category(c)[0] == "C" else c for c in name[: 100 * LARGEST_NAME])
-    return " ".join(plain.split())[:LARGEST_NAME].strip()
+    """A cluster name on one line, of limited length and without control characters; empty if it is no text."""
+    start = name[: 100 * LONGEST_NAME] if isinstance(name, str) else ""
+    plain = "".join(" " if unicodedata.category(c)[0] == "C" else c for c in start)
+    return " ".join(plain.split())[:LONGEST_NAME].strip()
 
 
 def _fold(name: str) -> str:
     return " ".join(name.split()).casefold()
 
 
-def _known(classes: Sequence[str]) -> Dict[str, Optional[str]]:
-    """Class of every folded name; None for one that several classes share."""
-    known: Dict[str, Optional[str]] = {}
-    for name in classes:
-        known[_fold(name)] = None if _fold(name) in known else name
-    return known
-
-
-def _match(member: Any, classes: Sequence[str], known: Mapping[str, Optional[str]], remarks: List[str]) -> Any:
-    if not isinstance(member, str) or member in classes:
-        return member
-    name = known.get(_fold(member))
-    if name is None:
-        return member
-    remarks.append(f"{member!r:.80} was read as {name!r}; spell the classes exactly as in the array.")
-    return name
-
-
-def _few(findings: List[str]) -> List[str]:
-    findings = [text if len(text) <= LONGEST_FINDING else f"{text[:LONGEST_FINDING]}..." for text in findings]
+def _shorten(findings: List[str]) -> List[str]:
     more = len(findings) - MOST_FINDINGS
-    return findings if more <= 0 else [*findings[:MOST_FINDINGS], f"There are {more} more findings."]
+    return [text[:LONGEST_FINDING] for text in findings[:MOST_FINDINGS]] + [f"There are {more} more findings."] * (more > 0)

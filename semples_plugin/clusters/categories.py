@@ -1,15 +1,16 @@
 """Category clusters: which classes share features (PCC, arXiv 2412.13823; CPC, arXiv 2508.17009).
 
 `CategoryClusters` is a frozen mapping cluster name -> classes, every class in exactly one cluster, with a record of where it
-came from: a language model (`cluster_llm`), a JSON or YAML file, CLIP's own text features, or a file of this package (VOC:
-our own; COCO: its 12 super-categories). Flow: **clusters** -> `cluster_tokens` (tokens of a vision transformer, patch contrast)
-and `refiner` (background prompts are repelled from a whole cluster). No reference code of the papers exists: this is
-re-implemented from their description.
+came from: a language model (`language_model`), CLIP's text features (`text_features`), a JSON file, or a file of this package
+(VOC: our own; COCO: its 12 super-categories). Flow: **categories** -> `tokens` and `branch` (tokens of a vision transformer,
+patch contrast), and `PromptRefiner` (background prompts are repelled from a whole cluster). No reference code of the papers
+exists: this is re-implemented from their description.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -18,16 +19,21 @@ from torch import Tensor
 
 from .._checks import check_classes, hard_labels, partition_faults
 from .._files import PathLike, write_atomically
+from ..class_names import COCO_CLASSES, VOC_CLASSES
 from ..errors import ClusterError
 
-__all__ = ["CategoryClusters"]
+__all__ = ["RECORD_FORMAT", "CategoryClusters", "refuse_double_keys"]
+
 FORMAT = "semples-plugin clusters"
 FORMAT_VERSION = 1
-RECORD_FORMAT = "semples-plugin cluster record"  # of `cluster_llm`, when it fails
+RECORD_FORMAT = "semples-plugin cluster record"  # what `language_model` writes when it fails
 
 
+@dataclass(frozen=True, init=False, repr=False)
 class CategoryClusters(Mapping[str, Tuple[str, ...]]):
     """A frozen mapping cluster name -> classes; every class is in exactly one cluster.
+
+    Two are equal if classes, cluster names and the order of both are equal: then tokens of the one fit the other.
 
     Args:
         clusters: cluster name -> its classes.
@@ -55,8 +61,8 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
     classes: Tuple[str, ...]
     names: Tuple[str, ...]
     index: Tuple[int, ...]
-    _clusters: Dict[str, Tuple[str, ...]]
-    _record: str  # JSON
+    _clusters: Dict[str, Tuple[str, ...]] = field(compare=False)
+    _provenance: str = field(compare=False)  # JSON text, which nobody can change
 
     def __init__(
         self,
@@ -70,21 +76,16 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
             raise ClusterError(
                 f"`clusters` must put each of the {len(order)} classes into exactly one cluster; " + " ".join(faults)
             )
-        found = {name: tuple(members) for name, members in clusters.items()}
-        number = {member: k for k, members in enumerate(found.values()) for member in members}
-        record = json.dumps(dict(provenance or {}), ensure_ascii=False)
-        self.__dict__.update(
-            _clusters=found, classes=order, names=tuple(found), index=tuple(number[name] for name in order), _record=record
-        )
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError("CategoryClusters cannot be changed; make new ones.")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError("CategoryClusters cannot be changed; make new ones.")
-
-    def __reduce__(self) -> Tuple[Any, ...]:
-        return CategoryClusters, (dict(self), self.classes, self.provenance)
+        number = {member: k for k, members in enumerate(clusters.values()) for member in members}
+        values = {
+            "classes": order,
+            "names": tuple(clusters),
+            "index": tuple(number[name] for name in order),
+            "_clusters": {name: tuple(members) for name, members in clusters.items()},
+            "_provenance": json.dumps(dict(provenance or {}), ensure_ascii=False),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     # ------------------------------------------------------------------------------------------------ a mapping
 
@@ -97,15 +98,6 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
     def __len__(self) -> int:
         return len(self._clusters)
 
-    def __eq__(self, other: object) -> bool:
-        """Whether classes, cluster names and their orders are the same, so that tokens of one are tokens of the other."""
-        if not isinstance(other, CategoryClusters):
-            return NotImplemented
-        return (self.classes, self.names, self.index) == (other.classes, other.names, other.index)
-
-    def __hash__(self) -> int:
-        return hash((self.classes, self.names, self.index))
-
     def __repr__(self) -> str:
         return f"CategoryClusters({self.as_dict()})"
 
@@ -115,9 +107,9 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
 
     @property
     def provenance(self) -> Dict[str, Any]:
-        return json.loads(self._record)
+        return json.loads(self._provenance)
 
-    # ------------------------------------------------------------------------------------------------ what they are for
+    # ------------------------------------------------------------------------------------------------ labels and relations
 
     def as_dict(self) -> Dict[str, List[str]]:
         """Plain lists, as files hold them."""
@@ -156,6 +148,27 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
         index = torch.tensor(self.index, device=device)
         return index[:, None] == index
 
+    def changes_since(self, old: "CategoryClusters") -> List[str]:
+        """What moved since `old`, one sentence each; empty if the partition is the same, whatever the clusters are called.
+
+        Args:
+            old: clusters of the same classes in the same order.
+        """
+        overlaps = [(-len(set(a) & set(b)), i, j) for i, a in enumerate(old.values()) for j, b in enumerate(self.values())]
+        successor: Dict[int, int] = {}  # old cluster -> the new one that continues it, largest overlap first
+        for size, i, j in sorted(overlaps):
+            if size < 0 and i not in successor and j not in successor.values():
+                successor[i] = j
+        changes = [f"{old.names[i]!r} is gone" for i in range(len(old)) if i not in successor]
+        changes += [f"{self.names[j]!r} is new" for j in range(len(self)) if j not in successor.values()]
+        moves: Dict[Tuple[int, int], List[str]] = {}
+        for name, i, j in zip(old.classes, old.index, self.index):
+            if successor.get(i) != j:
+                moves.setdefault((i, j), []).append(name)
+        for (i, j), names in moves.items():
+            changes.append(f"{', '.join(map(repr, names))} moved from {old.names[i]!r} to {self.names[j]!r}")
+        return changes
+
     def ordered(self, classes: Sequence[str]) -> "CategoryClusters":
         """The same clusters for these classes in this order.
 
@@ -180,16 +193,16 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
 
     @classmethod
     def load(cls, path: PathLike, classes: Optional[Sequence[str]] = None) -> "CategoryClusters":
-        """Clusters from a file of `save`, or a JSON or YAML mapping cluster name -> list of classes written by hand.
+        """Clusters from a file of `save`, or from a JSON mapping cluster name -> list of classes that was written by hand.
 
         Args:
-            path: `.json`, or `.yaml` / `.yml` (needs PyYAML).
-            classes: the class names in the order of your label columns. A file of `save` holds them; with both they must be
-                the same names, and this order counts.
+            path: a `.json` file.
+            classes: the class names in the order of your label columns. A file of `save` holds them; if both are there, they
+                must be the same names, and the order of `classes` counts.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ClusterError: if the file cannot be read, a key is there twice, or the clusters do not fit the classes.
+            ClusterError: if the file cannot be read, a key is in it twice, or the clusters do not fit the classes.
         """
         path = Path(path)
         content = _read(path)
@@ -208,7 +221,7 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
             classes, content = stored if classes is None else classes, content.get("clusters")
         elif isinstance(content, dict) and content.get("format") == RECORD_FORMAT:
             raise ClusterError(
-                f"{path} is the record of a language model that came to no clusters. Run `semples clusters` again."
+                f"{path} is the record of a language model that gave no final clusters. Run `semples clusters` again."
             )
         else:
             content = _plain(content)
@@ -224,8 +237,6 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
     @classmethod
     def bundled(cls, name: str) -> "CategoryClusters":
         """Clusters that come with the package: `"voc"` (five of our own) or `"coco"` (its 12 super-categories)."""
-        from ..class_names import COCO_CLASSES, VOC_CLASSES
-
         if name.lower() not in ("voc", "coco"):
             raise ValueError(f"Clusters come with the package for 'voc' and 'coco'; got {name!r}. Use load(...).")
         clusters = _read(Path(__file__).with_name(f"{name.lower()}.json"))
@@ -233,33 +244,12 @@ class CategoryClusters(Mapping[str, Tuple[str, ...]]):
         return cls(clusters, classes, {"source": f"bundled: {name.lower()}"})
 
 
-def _read(path: Path) -> Any:
-    """The content of a JSON or YAML file; a key that is there twice is an error, not a silent loss."""
-    if not path.is_file():
-        raise FileNotFoundError(f"No cluster file at {path}.")
-    if path.suffix.lower() not in (".json", ".yaml", ".yml"):
-        raise ClusterError(f"A cluster file must end in .json, .yaml or .yml; got {path.name!r}.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        return json.loads(text, object_pairs_hook=_unique) if path.suffix.lower() == ".json" else _yaml(text)
-    except ClusterError as error:
-        raise ClusterError(f"{path}: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ClusterError(f"{path} is not readable: {error}.") from error
+def refuse_double_keys(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    """The mapping of these pairs, for `json`'s `object_pairs_hook`.
 
-
-def _plain(content: Any) -> Any:
-    """Name -> classes, also from the form that language models are asked for: {"clusters": [{"name": ..., "classes": ...}]}."""
-    if isinstance(content, dict) and list(content) == ["clusters"]:
-        content = content["clusters"]
-        if isinstance(content, list) and all(
-            isinstance(c, dict) and set(c) == {"name", "classes"} and isinstance(c["name"], str) for c in content
-        ):
-            return _unique([(cluster["name"], cluster["classes"]) for cluster in content])
-    return content
-
-
-def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    Raises:
+        ClusterError: if a key is there twice; `json` by itself would drop all but the last.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -268,25 +258,25 @@ def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     return found
 
 
-def _yaml(text: str) -> Any:
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"No cluster file at {path}.")
+    if path.suffix.lower() != ".json":
+        raise ClusterError(f"A cluster file must end in .json; got {path.name!r}.")
     try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "YAML files need PyYAML: pip install 'semples-plugin[clusters]', or write JSON.", name="yaml"
-        ) from error
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=refuse_double_keys)
+    except ClusterError as error:
+        raise ClusterError(f"{path}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ClusterError(f"{path} is not readable: {error}.") from error
 
-    class Loader(yaml.SafeLoader):
-        """Plain values only, and no key twice."""
 
-    def mapping(loader: Any, node: Any) -> Dict[Any, Any]:
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise ClusterError(f"every key must be the name of a cluster; line {key.start_mark.line + 1} has another.")
-        return _unique([(loader.construct_object(k, deep=True), loader.construct_object(v, deep=True)) for k, v in node.value])
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    try:
-        return yaml.load(text, Loader=Loader)
-    except yaml.YAMLError as error:
-        raise ClusterError(f"no readable YAML: {error}") from error
+def _plain(content: Any) -> Any:
+    """Name -> classes, also from the form that language models answer in: {"clusters": [{"name": ..., "classes": ...}]}."""
+    if isinstance(content, dict) and list(content) == ["clusters"]:
+        content = content["clusters"]
+        if isinstance(content, list) and all(
+            isinstance(c, dict) and set(c) == {"name", "classes"} and isinstance(c["name"], str) for c in content
+        ):
+            return refuse_double_keys([(cluster["name"], cluster["classes"]) for cluster in content])
+    return content

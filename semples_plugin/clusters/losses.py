@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._torch import full_precision
-from ..losses import _mean
 
 __all__ = ["multi_label_cross_entropy", "patch_contrast"]
 
@@ -44,7 +43,8 @@ def multi_label_cross_entropy(scores: Tensor, labels: Tensor, background_label: 
             scores = scores[:, 1:]
         else:
             wanted = torch.cat([torch.full_like(wanted[:, :1], background_label), wanted], dim=1)
-    return _mean(-wanted * torch.log(scores.clamp(min=1e-6)) - (1 - wanted) * torch.log((1 - scores).clamp(min=1e-6)))
+    terms = -wanted * torch.log(scores.clamp(min=1e-6)) - (1 - wanted) * torch.log((1 - scores).clamp(min=1e-6))
+    return terms.mean() if terms.numel() else terms.sum()  # the sum of nothing is 0 and keeps the graph
 
 
 def patch_contrast(

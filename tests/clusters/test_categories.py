@@ -90,7 +90,7 @@ def test_a_provenance_that_is_no_json() -> None:
 
 def test_nothing_can_be_changed(clusters: CategoryClusters) -> None:
     for name in ("classes", "names", "index", "provenance", "_clusters", "new"):
-        with pytest.raises(AttributeError, match="cannot be changed; make new ones"):
+        with pytest.raises(AttributeError, match=f"cannot assign to field '{name}'"):
             setattr(clusters, name, ())
     with pytest.raises(TypeError):
         clusters["animals"] = ("cat",)  # type: ignore[index]
@@ -124,7 +124,7 @@ def test_ordered(clusters: CategoryClusters) -> None:
     other = clusters.ordered(["sofa", "dog", "car", "person", "cat"])
     assert other.classes == ("sofa", "dog", "car", "person", "cat") and other.index == (2, 0, 2, 1, 0)
     assert dict(other) == dict(clusters) and other.provenance == clusters.provenance and clusters.ordered(CLASSES) is clusters
-    with pytest.raises(AttributeError, match="cannot be changed"):
+    with pytest.raises(AttributeError, match="cannot delete field 'names'"):
         del clusters.names
     for wrong in (CLASSES[:4], [*CLASSES, "boat"], ["boat", *CLASSES[1:]]):
         with pytest.raises(ClusterError):
@@ -222,38 +222,29 @@ def test_names_of_any_language(tmp_path: Path) -> None:
     assert CategoryClusters.load(tmp_path / "a.json") == clusters and "犬" in (tmp_path / "a.json").read_text("utf-8")
 
 
-@pytest.mark.parametrize("ending", ["json", "yaml", "yml", "YAML", "JSON"])
-def test_written_by_hand(ending: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["json", "JSON"])
+def test_a_mapping_written_by_hand_is_read(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"mine.{ending}"
-    if ending.lower() == "json":
-        path.write_text(json.dumps(A))
-    else:
-        pytest.importorskip("yaml")
-        path.write_text("animals: [dog, cat]\npeople:\n- person\nthings: [car, sofa] # all else\n")
+    path.write_text(json.dumps(A))
     clusters = CategoryClusters.load(path, CLASSES)
     assert clusters == CategoryClusters(A, CLASSES) and clusters.provenance == {"source": "file", "file": f"mine.{ending}"}
     with pytest.raises(
-        ClusterError, match=r"holds clusters but not the order of the classes. Pass it: CategoryClusters.from_file"
+        ClusterError, match=r"holds clusters but not the order of the classes. Pass it: CategoryClusters.load\("
     ):
         CategoryClusters.load(path)
 
 
-TAG = "!!python/object/apply:os.system ['echo owned > owned']"
 FILES = {
     "key twice.json": ('{"a": ["cat"], "a": ["dog"]}', "'a' is there twice; one of them would be lost. Join them."),
-    "key twice.yaml": ("a: [cat]\nb: [car]\na: [dog]", "'a' is there twice"),
-    "no.yaml": ("no: [car, cat, dog, person, sofa]", "Every cluster needs a name; got False."),
-    "number.yaml": ("7: [car, cat, dog, person, sofa]", "Every cluster needs a name; got 7."),
-    "no as a class.yaml": ("a: [car, cat, dog, person, no]", "must hold class names; got False of type bool"),
     "cut.json": ('{"a": ["cat"', "is not readable"),
     "empty.json": ("", "is not readable"),
-    "empty.yaml": ("", "Expected a mapping cluster name -> list of classes; got NoneType"),
     "list.json": ("[1]", "Expected a mapping cluster name -> list of classes; got list"),
     "deep.json": ("[" * 100_000, "is not readable"),
-    "broken.yaml": ("a: [cat\nb: c: d", "no readable YAML"),
-    "code.yaml": (f"a: {TAG}", "no readable YAML"),
-    "list as key.yaml": ("? [cat]\n: [dog]", "every key must be the name of a cluster; line 1 has another"),
-    "ending.txt": ("{}", "must end in .json, .yaml or .yml; got 'ending.txt'"),
+    "no as a class.json": ('{"a": ["car", "cat", "dog", "person", false]}', "must hold class names; got False of type bool"),
+    "empty name.json": ('{"": ["car", "cat", "dog", "person", "sofa"]}', "Every cluster needs a name; got ''."),
+    "null.json": ("null", "Expected a mapping cluster name -> list of classes; got NoneType"),
+    "ending.txt": ("{}", "must end in .json; got 'ending.txt'"),
+    "ending.yaml": ("a: [cat]", "must end in .json; got 'ending.yaml'"),
     "version.json": ('{"format": "semples-plugin clusters", "version": 9}', "has cluster format 9; this version reads 1"),
     "no clusters.json": ('{"format": "semples-plugin clusters", "version": 1, "classes": ["a"]}', "Expected a mapping"),
     "no classes.json": ('{"format": "semples-plugin clusters", "version": 1, "clusters": {"a": ["a"]}}', "is damaged: "),
@@ -266,15 +257,12 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", list(FILES))
-def test_damaged_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name.endswith("yaml"):
-        pytest.importorskip("yaml")
-    monkeypatch.chdir(tmp_path)
+def test_damaged_files_are_refused_by_name_and_reason(name: str, tmp_path: Path) -> None:
     content, reason = FILES[name]
     (tmp_path / name).write_text(content)
     with pytest.raises(ClusterError) as caught:
         CategoryClusters.load(tmp_path / name, None if name == "no classes.json" else CLASSES)
-    assert reason in str(caught.value) and name in str(caught.value) and not (tmp_path / "owned").exists()
+    assert reason in str(caught.value) and name in str(caught.value)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
@@ -284,15 +272,6 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "latin1.json").write_bytes('{"Möwe": []}'.encode("latin1"))
     with pytest.raises(ClusterError, match="is not readable"):
         CategoryClusters.load(tmp_path / "latin1.json", CLASSES)
-
-
-def test_without_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "yaml", None)
-    (tmp_path / "a.yaml").write_text("a: [cat]")
-    with pytest.raises(
-        ModuleNotFoundError, match="YAML files need PyYAML: pip install 'semples-plugin.clusters.', or write JSON"
-    ):
-        CategoryClusters.load(tmp_path / "a.yaml", ["cat"])
 
 
 @pytest.mark.parametrize("name, classes, count", [("voc", VOC_CLASSES, 5), ("COCO", COCO_CLASSES, 12)])
@@ -391,9 +370,9 @@ def test_numbers_of_another_kind(count: Any) -> None:
         clusters_from_text_features(["a", "b", "c"], torch.eye(3), count)
 
 
-@pytest.mark.parametrize("value", [255.0, 0.03, -1.0])
+@pytest.mark.parametrize("value", [255.0, 0.5, -1.0])
 def test_labels_other_than_0_and_1(clusters: CategoryClusters, value: float) -> None:
-    with pytest.raises(ValueError, match="`labels` must hold only 0 and 1; got values such as"):
+    with pytest.raises(ValueError, match="`labels` must be 0 or 1; got values such as"):
         clusters.labels(torch.tensor([[0, 1, value, 0, 0]]))
 
 
@@ -430,7 +409,7 @@ def test_an_answer_of_a_language_model_as_a_file(content: Any, tmp_path: Path) -
     [
         ({"clusters": [{"name": "a", "classes": ["cat"]}, {"name": "a", "classes": ["dog"]}]}, "'a' is there twice"),
         ({"clusters": [{"name": ["a"], "classes": ["cat"]}]}, "Expected a mapping"),
-        ({"format": "semples-plugin cluster record", "error": "x"}, "came to no clusters"),
+        ({"format": "semples-plugin cluster record", "error": "x"}, "gave no final clusters"),
         ({"pets": ["cat", "dgo"], "rest": ["car", False]}, r"\(did you mean 'dog'\?\)"),
         ({"pets": ["cat", "dog"], "rest": ["car", False]}, "Quote names such as 'no'"),
     ],

@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semples_plugin._text import printable
-from semples_plugin.clusters import language_model
 from semples_plugin.clusters.answers import read_answer
 from semples_plugin.clusters.categories import CategoryClusters
 from semples_plugin.clusters.language_model import Round, clusters_from_language_model
@@ -221,10 +220,11 @@ def test_never_at_rest(chat: ChatServer, tmp_path: Path) -> None:
     script = [text(A), text(B), text(C), text({"all": CLASSES})]
     error = chat.fail(*script, max_rounds=4, record=tmp_path / "r.json")
     assert str(error).startswith(
-        "Expected a fixed point, two valid answers in a row with the same clusters; got none in 4 rounds: the clusters did not "
-        "converge. The last change: "
+        "Expected two valid answers in a row with the same clusters; 4 of 4 answers were valid, and there was no fixed point. "
+        'The last answer changed: ["'
     )
-    assert "circle" not in str(error) and str(error).endswith(f"What was said so far is in {tmp_path / 'r.json'}.")
+    assert "repeats" not in str(error)
+    assert str(error).endswith(f"The record of all answers so far is in {tmp_path / 'r.json'}.")
     assert error.clusters is not None and dict(error.clusters) == {"all": tuple(CLASSES)}
     record = json.loads((tmp_path / "r.json").read_text())
     assert record == error.record and record["provenance"]["converged"] is False and record["classes"] == CLASSES
@@ -236,22 +236,25 @@ def test_never_at_rest(chat: ChatServer, tmp_path: Path) -> None:
 
 def test_a_circle_is_told(chat: ChatServer) -> None:
     error = chat.fail(*[text(A), text(B)] * 3, max_rounds=5)
-    assert "The model goes in a circle: rounds 1 and 3 and 5, rounds 2 and 4 gave the same clusters." in str(error)
-    assert "accept_unconverged=True (--accept-unconverged) takes the last valid clusters, 3 of round 5" in str(error)
+    assert "The model repeats itself: rounds 1 and 3 and 5, rounds 2 and 4 gave the same clusters." in str(error)
+    assert "take the last valid clusters, if there are any, by accept_unconverged=True (--accept-unconverged)" in str(error)
 
 
 def test_an_invalid_answer_between_two_equal_ones_is_no_fixed_point(chat: ChatServer) -> None:
     clusters = chat.clusters_from_language_model(text(A), "no", text(A), text(A), text(B))
     assert len(clusters.provenance["rounds"]) == 4 and clusters.provenance["rounds"][2]["changed"] == []
     error = chat.fail(text(A), "no", text(A), "no", max_rounds=4)
-    assert "The last answer is not valid: The answer is not JSON" in str(error) and error.clusters is not None
+    assert (
+        "The last answer is not valid: The answer could not be read: it holds no JSON object" in str(error)
+        and error.clusters is not None
+    )
     assert len(chat.clusters_from_language_model(text(A), "no", accept_unconverged=True, max_rounds=2)) == 3
 
 
 def test_never_valid(chat: ChatServer) -> None:
     error = chat.fail("I would rather not.", max_rounds=3, accept_unconverged=True)
     assert error.clusters is None and len(chat.bodies) == 3
-    assert "Expected clusters of the 5 classes; none of 3 answers was valid. The last one: The answer is not JSON" in str(error)
+    assert "0 of 3 answers were valid" in str(error) and "it holds no JSON object" in str(error)
 
 
 # ---------------------------------------------------------------------------------------------------- findings
@@ -262,22 +265,23 @@ FAULTS = {
     "class twice": (text({**A, "more": ["sofa"]}), "'sofa' is there 2 times, in 'things', 'more'."),
     "too many": (text(C), "4 clusters are too many; at most 3 are allowed."),
     "empty cluster": (text({**A, "none": []}), "Cluster 'none' is empty."),
-    "no JSON": ("animals: cat, dog", "The answer is not JSON (Expecting value"),
-    "empty": ("", "The answer is not JSON (it is empty)."),
-    "cut JSON": (text(A)[:-20], "The answer is not JSON (Expecting"),
-    "trailing comma": (text(A).replace("]}]", "]},]"), "The answer is not JSON ("),
-    "NaN": ('{"clusters": NaN}', "NaN is no JSON"),
+    "no JSON": ("animals: cat, dog", "The answer could not be read: it holds no JSON object of clusters. Expected only"),
+    "empty": ("", "The answer could not be read: it holds no JSON object of clusters. Expected only"),
+    "cut JSON": (text(A)[:-20], "The answer could not be read: it holds no JSON object of clusters (Expecting"),
+    "trailing comma": (text(A).replace("]}]", "]},]"), "The answer could not be read: it holds no JSON object of clusters ("),
+    "NaN": ('{"clusters": NaN}', "NaN is not JSON"),
     "huge number": ('{"clusters": ' + "9" * 9999 + "}", "The answer "),
     "key twice": ('{"clusters": [], "clusters": []}', "'clusters' is there twice"),
-    "a list": (json.dumps([["cat", "dog"]]), "The answer has another shape than"),
-    "a text": ('"cat"', "The answer has another shape than"),
-    "no classes": ('{"clusters": [{"name": "animals"}]}', "The answer has another shape than"),
+    "a list": (json.dumps([["cat", "dog"]]), "The answer could not be read: it holds no JSON object of clusters"),
+    "a text": ('"cat"', "The answer could not be read: it holds no JSON object of clusters"),
+    "no classes": ('{"clusters": [{"name": "animals"}]}', "The answer could not be read: it has another shape than"),
+    "no cluster": ('{"clusters": 7}', "The answer could not be read: it has another shape than"),
     "a string of classes": ('{"clusters": [{"name": "all", "classes": "cat, dog"}]}', "Cluster 'all' must be a list"),
     "numbers": ('{"clusters": [{"name": "all", "classes": [1, null, {}]}]}', "must hold class names; got 1 of type int"),
     "no name": (text({**{k: v for k, v in A.items() if k != "people"}, " \n": ["person"]}), "Every cluster needs a name"),
     "a number as name": (text(A).replace('"people"', "7"), "Every cluster needs a name; got ''."),
     "name twice": (text(A).replace('"people"', '"animals"'), "Two clusters are named 'animals'"),
-    "deep": ("[" * 100_000, "The answer is not JSON"),
+    "deep": ("[" * 100_000, "The answer could not be read: it holds no JSON object of clusters"),
     "deep list": ('{"clusters": [{"name": "a", "classes": ' + "[" * 800 + "]" * 800 + "}]}", ""),
 }  # fmt: skip
 
@@ -355,7 +359,7 @@ def test_changes_are_empty_only_for_the_same_partition(index: List[int]) -> None
     for name, k in zip(CLASSES, index):
         new.setdefault(f"c{k}", []).append(name)
     old, other = CategoryClusters(A, CLASSES), CategoryClusters(new, CLASSES)
-    assert (language_model._changes(old, other) == []) == (old.groups() == other.groups())
+    assert (other.changes_since(old) == []) == (old.groups() == other.groups())
 
 
 def test_read_quickly() -> None:
@@ -390,7 +394,7 @@ def test_an_instruction_in_a_class_name_is_only_data(chat: ChatServer) -> None:
     )
 
     error = chat.fail(text({"owned": ["owned"]}), classes=names, max_rounds=3)
-    assert error.clusters is None and "none of 3 answers was valid" in str(error)
+    assert error.clusters is None and "0 of 3 answers were valid" in str(error)
 
 
 def test_cluster_names_never_reach_a_terminal_raw() -> None:
@@ -424,14 +428,14 @@ def test_prompts_that_cannot_be(chat: ChatServer, tmp_path: Path) -> None:
             r"`initial_prompt` must contain \{classes\}, where the data go; got 'cluster'. A file is",
         ),
         ("refine_prompt", "{classes}", r"`refine_prompt` must contain \{clusters\}, \{findings\}"),
-        ("initial_prompt", tmp_path / "latin1.txt", "must be a text file in UTF-8"),
+        ("initial_prompt", tmp_path / "latin1.txt", "or a Path to a text file in UTF-8; got .*latin1.txt"),
         ("initial_prompt", "{classes}\ud800", "UTF-8"),
     ):
         with pytest.raises(ValueError, match=reason):
             chat.clusters_from_language_model(text(A), **{argument: value})
     with pytest.raises(FileNotFoundError):
         chat.clusters_from_language_model(text(A), initial_prompt=tmp_path / "none.txt")
-    with pytest.raises(TypeError, match="must be a text, or a Path to a text file; got int"):
+    with pytest.raises(TypeError, match="must be a text, or a Path to a text file in UTF-8; got 3"):
         chat.clusters_from_language_model(text(A), initial_prompt=3)
     assert chat.bodies == []
 
@@ -488,7 +492,7 @@ def test_neither_key_nor_address(chat: ChatServer, monkeypatch: pytest.MonkeyPat
 
 
 def test_without_the_client() -> None:
-    code = "import sys; sys.modules['openai'] = None\nfrom semples_plugin.cluster_llm import ask\nask(['a'], 'm', base_url='http://x')"
+    code = "import sys; sys.modules['openai'] = None\nfrom semples_plugin.clusters import clusters_from_language_model as ask\nask(['a'], 'm', base_url='http://x')"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert (
         "ModuleNotFoundError: Asking a language model needs the openai client: pip install 'semples-plugin[clusters]'."
@@ -521,7 +525,7 @@ def failing(chat: ChatServer, tmp_path: Path, *script: Any, **options: Any) -> L
 
 def test_a_rate_limit_that_stays(chat: ChatServer, tmp_path: Path) -> None:
     error = failing(chat, tmp_path, Reply("Slow\x1b[2J down.", 429, headers=SOON), max_retries=2)
-    assert "allows no more questions for now, also after 2 retries: status 429" in str(error) and len(chat.bodies) == 4
+    assert "allows no more questions, also after 2 retries: status 429" in str(error) and len(chat.bodies) == 4
     assert "Slow\\x1b[2J down." in str(error) and "raise max_retries (--retries)" in str(error)
 
 
@@ -544,7 +548,7 @@ def test_statuses(kind: str, chat: ChatServer, tmp_path: Path) -> None:
 
 def test_a_server_that_answers_too_late(chat: ChatServer, tmp_path: Path) -> None:
     error = failing(chat, tmp_path, Reply(text(A), delay=5), timeout=0.3)
-    assert "gave no complete answer within 0.3 s. Is the server busy" in str(error)
+    assert "gave no complete answer within 0.3 s: " in str(error) and "Is the server busy" in str(error)
 
 
 @pytest.mark.parametrize("status", [200, 500])
@@ -579,18 +583,18 @@ def test_a_query_in_the_address_is_sent_and_not_kept(chat: ChatServer) -> None:
 ANSWERS = {
     "refusal": (Reply(None, refusal="I cannot\x1b[0m."), "refused: I cannot\\x1b[0m. Look at the class names"),
     "filter": (Reply(None, finish="content_filter"), "refused: finish_reason 'content_filter'"),
-    "cut off": (Reply(text(A)[:30], finish="length"), "cut off after 30 characters (finish_reason 'length'). Raise max_tokens"),
+    "cut off": (Reply(text(A)[:30], finish="length"), "cut off after 30 characters. Raise max_tokens"),
     "no text": (Reply(None), "gave an answer without text"),
     "parts": (Reply([{"type": "text", "text": text(A)}]), "gave an answer without text"),
-    "no choices": (Reply(raw=b'{"choices": []}'), "gave no answer: expected one choice with a message"),
-    "odd choices": (Reply(raw=b'{"choices": [7]}'), "gave no answer: expected one choice with a message"),
-    "no completion": (Reply(raw=b'{"error": {"message": "no"}}'), "gave no chat completion: expected a JSON object with"),
+    "no choices": (Reply(raw=b'{"choices": []}'), "gave no chat completion: expected JSON with a choice"),
+    "odd choices": (Reply(raw=b'{"choices": [7]}'), "gave no chat completion: expected JSON with a choice"),
+    "no completion": (Reply(raw=b'{"error": {"message": "no"}}'), "gave no chat completion: expected JSON with a choice"),
     "HTML": (Reply(raw=b"<html>\n<b>hello</b>", type="text/html"), "got: <html> <b>hello</b>. Is base_url (--base-url) right?"),
     "no UTF-8": (Reply(raw=b'{"choices": "\xff\xfe"}'), "gave no chat completion"),
     "empty": (Reply(raw=b""), "gave no chat completion"),
     "deep": (Reply(raw=b"[" * 100_000), "gave no chat completion"),
-    "10 MB": (Reply("x" * 10_000_000), "too long: expected at most 2,000,000 bytes and stopped reading there"),
-    "1.5 MB": (Reply("x" * 1_500_000), "too long: expected at most 1,000,000 characters; got 1,500,000"),
+    "10 MB": (Reply("x" * 10_000_000), "too long an answer: expected at most 1,000,000 bytes; got more"),
+    "1.5 MB": (Reply("x" * 1_500_000), "too long an answer: expected at most 1,000,000 bytes; got more"),
 }  # fmt: skip
 
 
@@ -600,14 +604,15 @@ def test_answers_that_end_it(kind: str, chat: ChatServer, tmp_path: Path) -> Non
     error = failing(chat, tmp_path, reply)
     assert reason in str(error) and len(chat.bodies) == 2 and error.record is not None
     last = error.record["provenance"]["rounds"][1]
-    assert last["round"] == 2 and last["clusters"] is None and len(last["answer"]) <= 100_000
-    assert error.answer is not None and error.answer.startswith(last["answer"])
-    assert ("answer_cut" in last) == (kind == "1.5 MB") and reason in last["findings"][0]
+    assert last["number"] == 2 and last["clusters"] is None and len(last["answer"]) <= 100_050
+    assert error.answer is not None and error.answer.startswith(last["answer"][:100_000]) and len(error.answer) < 1_200_000
+    assert ("[cut; " in last["answer"]) == (kind in ("10 MB", "1.5 MB")) and reason in last["findings"][0]
 
 
 def test_a_long_answer_is_cut_in_the_record(chat: ChatServer) -> None:
     found = chat.clusters_from_language_model(text(A) + " " * 200_000).provenance["rounds"][0]
-    assert len(found["answer"]) == 100_000 and found["answer_cut"] == f"the first 100000 of {200_000 + len(text(A))} characters"
+    assert found["answer"].endswith(f" [cut; {200_000 + len(text(A))} characters in all]") and len(found["answer"]) < 100_050
+    assert found["answer"].startswith(text(A) + " " * (100_000 - len(text(A))))
 
 
 def test_a_key_in_an_answer_is_not_kept(chat: ChatServer) -> None:
@@ -668,7 +673,7 @@ def test_response_formats_that_are_not_supported(
     clusters = chat.clusters_from_language_model(picky(refused, status))
     assert clusters.provenance["response_format"] == (left or "none") and len(clusters.provenance["notes"]) == len(refused)
     assert clusters.provenance["notes"][0].startswith(
-        "The server does not take response_format json_schema; asked with json_object"
+        'The server does not take this response_format; asked with {"response_format": {"type": "json_object"}} instead (status'
     )
     assert len(chat.bodies) == 2 + len(refused)  # not tried again in the second round
     assert chat.bodies[-1].get("response_format") == (left and {"type": left})

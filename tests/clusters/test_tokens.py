@@ -243,7 +243,7 @@ def test_equals_the_blocks_run_by_hand(host: str) -> None:
     tokens = ClusterTokens(CLUSTERS, model)
     with tokens.insert(model):
         logits, *rest = model(img)
-        output = tokens.take()
+        output = tokens.pop_output()
     x = model.patch_embed(img) + model.pos_embed
     x = torch.cat([model.cls_token.expand(2, -1, -1), x], dim=1)  # (2, 19, D)
     outs, last = by_hand(model, x, tokens.tokens)
@@ -271,7 +271,7 @@ def test_equals_the_blocks_run_by_hand_in_a_sequential(host: str) -> None:
     tokens = ClusterTokens(CLUSTERS, model, seed=4)
     with tokens.insert(model):
         logits = model(img)
-        output = tokens.take()
+        output = tokens.pop_output()
     x = torch.cat([model.cls_token.expand(2, -1, -1), model.patch_embed(img)], dim=1)
     x = x + getattr(model, "pos_embed", 0)
     _, last = by_hand(model, x, tokens.tokens)
@@ -287,7 +287,7 @@ def test_bias_is_added_from_host_tokens_to_cluster_tokens_only(way: str, bias: f
     tokens = ClusterTokens(CLUSTERS, WIDTH, attention_bias=bias)
     x = trunk_tokens(5)
     with tokens.insert(model), torch.no_grad():
-        got = torch.cat([model(x), tokens.take()], dim=1)
+        got = torch.cat([model(x), tokens.pop_output()], dim=1)
     block: Any = model.blocks[0]
     with torch.no_grad():
         full = torch.cat([x, tokens.tokens.expand(2, -1, -1)], dim=1)  # (2, 7, D)
@@ -563,18 +563,18 @@ def test_two_forward_passes() -> None:
     first, second = batch(0)[0], batch(1)[0][:1]
     with tokens.insert(model):
         model(first)
-        own = tokens.take()
+        own = tokens.pop_output()
         assert tokens.output is None
         with pytest.raises(HostError, match="There are no cluster tokens to read"):
-            tokens.take()
+            tokens.pop_output()
         model(first)
         model(second)
-        last = tokens.take()
+        last = tokens.pop_output()
         assert own.shape == (2, 2, WIDTH) and last.shape == (1, 2, WIDTH)
         model(second)
-        assert torch.equal(tokens.take(), last)
+        assert torch.equal(tokens.pop_output(), last)
         model(first)
-        assert torch.equal(tokens.take(), own)
+        assert torch.equal(tokens.pop_output(), own)
         loss = tokens.loss(batch()[1], own) + tokens.loss(batch()[1][:1], last)  # both passes
     loss.backward()
     assert torch.isfinite(tokens.tokens.grad).all()
@@ -586,10 +586,10 @@ def test_eval_and_no_grad() -> None:
     tokens = ClusterTokens(CLUSTERS, model, attention_bias=-1.0)
     with tokens.insert(model):
         expected = flat(model(img))
-        reference = tokens.take()
+        reference = tokens.pop_output()
         with torch.no_grad():
             got = flat(model.eval()(img))
-            output = tokens.take()
+            output = tokens.pop_output()
         assert not output.requires_grad and not any(t.requires_grad for t in got)
         assert torch.equal(output, reference) and all(torch.equal(a, b) for a, b in zip(got, expected))
         with torch.inference_mode():
@@ -756,7 +756,7 @@ def test_other_arguments_that_are_no_tensors_are_taken() -> None:
         tokens = ClusterTokens(CLUSTERS, WIDTH)
         with tokens.insert(model):
             assert model(x).shape == x.shape
-            assert tokens.take().shape == (2, 2, WIDTH)
+            assert tokens.pop_output().shape == (2, 2, WIDTH)
 
 
 @pytest.mark.parametrize("x", [torch.rand(2, 2, 4, WIDTH), torch.rand(7, WIDTH)])
@@ -833,7 +833,7 @@ def test_blocks_that_do_not_run_one_after_the_other_are_refused(order: List[int]
         if order == [0, 0]:  # never gets to the last
             model(trunk_tokens())
             with pytest.raises(HostError, match="no forward pass of the host ran to its last block"):
-                tokens.take()
+                tokens.pop_output()
         else:
             with pytest.raises(HostError, match=rf"Block {max(order[0], order[-1])} of Skips ran on 2 images, but block"):
                 model(trunk_tokens())
@@ -873,7 +873,7 @@ def test_blocks_under_another_name() -> None:
     tokens = ClusterTokens(CLUSTERS, WIDTH, blocks="encoder.layers")
     with tokens.insert(model):
         model("transcam", batch()[0])
-        assert tokens.take().shape == (2, 2, WIDTH)
+        assert tokens.pop_output().shape == (2, 2, WIDTH)
     with pytest.raises(HostError, match="'stem' in ToyTransCAM, but it is a Conv2d"):
         model.stem = nn.Conv2d(3, 8, 8)
         find_blocks(model, "stem")
