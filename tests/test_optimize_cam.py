@@ -51,7 +51,7 @@ def test_the_result_is_a_weighed_normalised_cam(make_refiner: Callable[..., Any]
     assert not result[~labels.bool()].any()
 
 
-def test_a_rate_of_zero_gives_the_normalised_cam(make_refiner: Callable[..., Any]) -> None:
+def test_a_learning_rate_of_zero_gives_the_normalized_cam(make_refiner: Callable[..., Any]) -> None:
     img, cam, labels = scene()
     result = make_refiner().optimize_cam(img, cam, labels, steps=2, lr=0.0)
     expected = make_refiner().refine_masks(img, torch.nn.functional.interpolate(cam, size=40), labels, align=None).masks
@@ -118,8 +118,8 @@ def test_no_gradient_is_left_and_none_is_needed(make_refiner: Callable[..., Any]
         ({"steps": 0}, ValueError, "`steps` must be at least 1"),
         ({"steps": 1.5}, TypeError, "`steps` must be a whole number"),
         ({"grid": 0}, ValueError, "`grid` must be at least 1"),
-        ({"rate": -1.0}, ValueError, "`rate` must be at least 0"),
-        ({"rate": float("nan")}, ValueError, "`rate` must be at least 0"),
+        ({"lr": -1.0}, ValueError, "`lr` must be at least 0"),
+        ({"lr": float("nan")}, ValueError, "`lr` must be at least 0"),
     ],
 )
 def test_wrong_arguments(options: Dict[str, Any], error: Any, reason: str, make_refiner: Callable[..., Any]) -> None:
@@ -140,7 +140,7 @@ def test_wrong_batches(make_refiner: Callable[..., Any]) -> None:
 
 def test_encode_backgrounds_and_fit_prompts_on_are_fit_prompts(make_refiner: Callable[..., Any]) -> None:
     batches = [(*scene(seed)[:2], labels) for seed, labels in enumerate([scene()[2], torch.zeros(2, 3), torch.ones(2, 3)])]
-    settings: Dict[str, Any] = {"epochs": 3, "batch_size": 2, "rate": 0.05, "progress": False}
+    settings: Dict[str, Any] = {"epochs": 3, "batch_size": 2, "lr": 0.05, "progress": False}
     whole, by_hand = make_refiner(), make_refiner()
     cams = iter(cam for _, cam, _ in batches)
     expected = whole.fit_prompts([(img, labels) for img, _, labels in batches], lambda img: next(cams), **settings)
