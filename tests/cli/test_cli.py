@@ -16,7 +16,8 @@ from PIL import Image
 from torch import nn
 
 from semples_plugin import cli
-from semples_plugin.class_names import COCO_CLASSES, VOC_CLASSES
+from semples_plugin.class_names import COCO_CLASSES, VOC_CLASSES, read_class_names
+from semples_plugin.config import parse_assignments
 from semples_plugin.metrics import Curve, class_scores, confusion_matrix, mean_iou
 
 THRESHOLDS = [i / 100 for i in range(100)]
@@ -356,7 +357,7 @@ def commands() -> Dict[str, argparse.ArgumentParser]:
                 for name, part in action.choices.items():
                     walk(f"{words} {name}".strip(), part)
 
-    walk("", cli._parser())
+    walk("", cli.build_parser())
     return found
 
 
@@ -424,9 +425,9 @@ def test_usage_errors(arguments: List[str], reason: str, capsys: pytest.CaptureF
         (["refine", "--threshold", "nan"], "threshold"),
         (["refine", "--labels", "DATA/none.npy"], "No label file at"),
         (["refine", "--labels", "DATA/classes.txt"], "Labels are read from"),
-        (["refine", "--classes", "pascal"], "--classes must be voc, coco or a readable file; got 'pascal'"),
-        (["refine", "--classes", "DATA/val"], "--classes must be voc, coco or a readable file"),
-        (["refine", "--classes", "DATA/latin1.txt"], "--classes must be voc, coco or a readable file"),
+        (["refine", "--classes", "pascal"], "class names must be voc, coco or a readable file; got 'pascal'"),
+        (["refine", "--classes", "DATA/val"], "class names must be voc, coco or a readable file"),
+        (["refine", "--classes", "DATA/latin1.txt"], "class names must be voc, coco or a readable file"),
         (["refine", "--classes", "DATA/empty.txt"], "class"),
         (["refine", "--classes", "DATA/twice.txt"], "twice"),
         (["refine", "--classes", "DATA/broken.json"], "is not readable JSON"),
@@ -469,23 +470,23 @@ def test_wrong_arguments_end_in_one_line(
 
 
 def test_class_lists(tmp_path: Path) -> None:
-    assert cli.read_class_names("voc") == VOC_CLASSES and cli.read_class_names("coco") == COCO_CLASSES
+    assert read_class_names("voc") == VOC_CLASSES and read_class_names("coco") == COCO_CLASSES
     (tmp_path / "a.txt").write_text(" boat \n\nsea  gull\r\n", encoding="utf-8")
-    assert cli.read_class_names(str(tmp_path / "a.txt")) == ["boat", "sea  gull"]
+    assert read_class_names(str(tmp_path / "a.txt")) == ["boat", "sea  gull"]
     (tmp_path / "a.json").write_text('["boat", "train"]')
     (tmp_path / "b.json").write_text('{"boat": "ship", "train": "train"}')
-    assert cli.read_class_names(str(tmp_path / "a.json")) == ["boat", "train"]
-    assert cli.read_class_names(str(tmp_path / "b.json")) == {"boat": "ship", "train": "train"}
+    assert read_class_names(str(tmp_path / "a.json")) == ["boat", "train"]
+    assert read_class_names(str(tmp_path / "b.json")) == {"boat": "ship", "train": "train"}
 
 
 def test_assignments() -> None:
     given = ["a=1", "b=0.5", "c=None", "d=log1m", "e=['x', 'y']", "f=a=b", "g="]
-    assert cli.parse_assignments("--set", given) == {
+    assert parse_assignments("--set", given) == {
         "a": 1, "b": 0.5, "c": None, "d": "log1m", "e": ["x", "y"], "f": "a=b", "g": "",
     }  # fmt: skip
     for wrong in ("a", "=1", "a b=1", "1a=2"):
         with pytest.raises(ValueError, match="--set takes NAME=VALUE; got"):
-            cli.parse_assignments("--set", [wrong])
+            parse_assignments("--set", [wrong])
 
 
 # ---------------------------------------------------------------------------------------------------- semples prompts show
@@ -544,4 +545,4 @@ def test_prompts_show_with_another_clip(prompt_file: Path, tiny_clip: nn.Module,
 
 
 def test_class_lists_in_capitals() -> None:
-    assert list(cli.read_class_names("VOC")) == list(cli.read_class_names("voc")) and len(cli.read_class_names("COCO")) == 80
+    assert list(read_class_names("VOC")) == list(read_class_names("voc")) and len(read_class_names("COCO")) == 80

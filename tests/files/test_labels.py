@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from semples_plugin.class_names import COCO_CATEGORY_IDS, COCO_CLASSES, VOC_CLASSES
 from semples_plugin.errors import CamFileError
-from semples_plugin.files.labels import image_id, read_labels
+from semples_plugin.files.images import image_id
+from semples_plugin.files.labels import read_labels
 
 CLASSES = ["boat", "train", "bird"]
 ROWS = {"2007_000032": [1, 0, 1], "2007_000039": [0, 1, 0]}
@@ -225,7 +226,7 @@ class Evil:
         ("a.npy", {"x": [2, 0, 0]}, "3 labels of 0 and 1"),
         ("a.npy", {"x": [-1, 0, 1]}, "3 labels of 0 and 1"),
         ("a.npy", {"x": [float("nan"), 0, 1]}, "3 labels of 0 and 1"),
-        ("a.npy", {"x": [1, 0]}, r"3 labels of 0 and 1; got int64 of shape \(2,\). Do --classes and the file belong together"),
+        ("a.npy", {"x": [1, 0]}, r"3 labels of 0 and 1; got int64 of shape \(2,\). Was the file made for these classes"),
         ("a.npy", {"x": [1, 0, 0, 0]}, "3 labels of 0 and 1"),
         ("a.npy", {"x": [[1, 0, 0]]}, "3 labels of 0 and 1"),
         ("a.npy", {"x": ["1", "0", "0"]}, "3 labels of 0 and 1"),

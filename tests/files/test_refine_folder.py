@@ -396,7 +396,7 @@ BAD: Dict[str, Tuple[Callable[[World], None], str]] = {
     "negative class": (bad_cam({-1: ONES}), "class index -1"),
     "text class": (bad_cam({"boat": ONES}), "class indices as keys"),
     "superscript class": (bad_cam({"²": ONES}), "class indices as keys"),
-    "all classes and no labels": (bad_cam(np.ones((3, *SIZE))), "say with labels which are present"),
+    "all classes and no labels": (bad_cam(np.ones((3, *SIZE))), "give labels that say which are present"),
     "wrong number of classes": (bad_cam(np.ones((4, *SIZE))), "C = 3"),
     "code": (bad_cam(lambda world: {0: Evil(world.root / "marker")}), f"names {os.system.__module__}.system"),
     "code in a tensor": (bad_cam(lambda world: {0: Nested(world.root / "marker")}), ""),
@@ -570,7 +570,7 @@ def test_shards_share_the_work(
         assert summaries[-1] == json.loads((some.out / f"summary-{rank}-of-{number}.json").read_text())
         assert status == (1 if summaries[-1]["failed"] else 0)
     assert results(some.out) == results(some.root / "whole")
-    assert sum(s["refined"] for s in summaries) == 9 and not any(s["kept"] for s in summaries)
+    assert sum(s["refined"] for s in summaries) == 9 and not any(s["skipped"] for s in summaries)
     assert all(s["refined"] > 0 for s in summaries)
     assert [name for s in summaries for name in s["failed"]] == list(expected["failed"]) == ["lonely"]
     assert not (some.out / "summary.json").exists()
@@ -651,7 +651,9 @@ def test_json_and_quiet(some: World, capsys: pytest.CaptureFixture[str]) -> None
     assert some.refine("--json") == 1
     captured = capsys.readouterr()
     summary = json.loads(captured.out)
-    assert summary["refined"] == 9 and summary["kept"] == 0 and list(summary["failed"]) == ["lonely"] and summary["seconds"] > 0
+    assert (
+        summary["refined"] == 9 and summary["skipped"] == 0 and list(summary["failed"]) == ["lonely"] and summary["seconds"] > 0
+    )
     assert summary == json.loads((some.out / "summary.json").read_text())
     assert captured.err.startswith("failed: lonely: no image lonely.jpg") and len(captured.err.splitlines()) == 1
     loud = [item for item in some.arguments(out=some.root / "loud") if item != "--quiet"]

@@ -118,7 +118,7 @@ def test_one_page_without_anything_from_outside(data: Data) -> None:
 
 
 def test_class_names_are_escaped(data: Data) -> None:
-    page, _ = data.write(readings=[NearestWords("<b>&", 0.5, [("<i>", 0.25), ('"&amp;', 0.125)])], split="<u>")
+    page, _ = data.write(prompts=[NearestWords("<b>&", 0.5, [("<i>", 0.25), ('"&amp;', 0.125)])], split="<u>")
     assert not any(text in page.source for text in ("<b>&<", "<b>&,", "<i>", "<u>"))
     assert "<b>&" in page.text and "<i>" in page.text and '"&amp;' in page.text and "Split <u>, 3 images" in page.text
     assert any(attributes["alt"] == "CAM of <b>& of img0" for attributes in page.all("img"))
