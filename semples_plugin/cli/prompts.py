@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="prompt file")
     add("--clip", metavar="NAME", help="CLIP model or weights file, for the nearest words")
-    add("--vocabulary", type=Path, metavar="FILE", help="words to choose from, one per line (default: a list of our own)")
+    add("--vocabulary", type=Path, metavar="FILE", help="words to choose from, one per line (default: a built-in list)")
     add("--top", type=int, default=5, metavar="N", help="words per class (default: %(default)s)")
     add("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
@@ -56,7 +56,7 @@ def nearest_words(file: Path, clip: Optional[str], vocabulary: Optional[Path] = 
     Args:
         file: prompt file.
         clip: CLIP model or weights file; None for the one that the file names.
-        vocabulary: file of words; None for the package's own list.
+        vocabulary: file of words; None for the built-in list.
         top: words per class.
     """
     from ..prompts import read_vocabulary

@@ -18,9 +18,9 @@ __all__ = ["add_parser", "run"]
 DESCRIPTION = """\
 Reads the CAM files of MCTformer, WeakTr, TransCAM, SEAM and IRN (.npy), plain arrays and .npz; writes OUT/cams (same
 layout), OUT/labels (palette PNGs, 0 background, 1 + class index) and OUT/summary.json.
-An interrupted run is taken up by the same command; under torchrun the processes share the work.
+The same command resumes an interrupted run; under torchrun the processes share the work.
 
---suppress and --optimize ask CLIP. With --prompts, the configuration in that file counts, and --set overrides it."""
+--suppress and --optimize N use CLIP. With --prompts, the configuration in that file counts, and --set overrides it."""
 
 
 def add_parser(commands: Any) -> None:
@@ -64,10 +64,10 @@ def run(options: argparse.Namespace) -> int:
 
     classes = read_class_names(options.classes)
     overrides = parse_assignments("--set", options.set)
-    asks_clip = options.suppress or options.optimize > 0
-    _check(options, overrides, asks_clip)
+    uses_clip = options.suppress or options.optimize > 0
+    _check(options, overrides, uses_clip)
     labels = None if options.labels is None else read_labels(options.labels, list(classes))
-    refiner = _refiner(options, classes, overrides) if asks_clip else None
+    refiner = _refiner(options, classes, overrides) if uses_clip else None
     how = Options(
         threshold=options.threshold,
         align=None if options.align == "none" else options.align,
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
     return 1 if summary.failed else 0
 
 
-def _check(options: argparse.Namespace, overrides: Mapping[str, Any], asks_clip: bool) -> None:
+def _check(options: argparse.Namespace, overrides: Mapping[str, Any], uses_clip: bool) -> None:
     if options.optimize < 0 or options.batch_size < 1 or options.max_pixels < 1:
         raise ValueError("--optimize must be at least 0, --batch-size and --max-pixels at least 1.")
     if not 0 <= options.threshold <= 1:
@@ -121,7 +121,7 @@ def _check(options: argparse.Namespace, overrides: Mapping[str, Any], asks_clip:
         inner, outer = options.out.resolve(), getattr(options, name).resolve()
         if inner == outer or outer in inner.parents:
             raise ValueError(f"--out {options.out} is inside --{name} {outer}; choose a folder of its own.")
-    if not asks_clip and (options.prompts or options.clip or overrides or options.device != "cpu"):
+    if not uses_clip and (options.prompts or options.clip or overrides or options.device != "cpu"):
         raise ValueError(
             "--prompts, --clip, --set and --device matter only with --suppress or --optimize N; without them CLIP is not used."
         )

@@ -432,7 +432,7 @@ def test_usage_errors(arguments: List[str], reason: str, capsys: pytest.CaptureF
         (["refine", "--classes", "DATA/twice.txt"], "twice"),
         (["refine", "--classes", "DATA/broken.json"], "is not readable JSON"),
         (["refine", "--classes", "DATA/deep.json"], "is not readable JSON"),
-        (["refine", "--classes", "DATA/number.json"], "must hold a list of names or a mapping"),
+        (["refine", "--classes", "DATA/number.json"], "must hold a list of names, or a mapping"),
         (["refine", "--classes", "DATA/numbers.json"], "name"),
         (["evaluate", "--classes", "DATA/numbers.json"], "name"),
         (["evaluate", "--classes", "DATA/empty.txt"], "class"),
