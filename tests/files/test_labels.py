@@ -11,28 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from semples_plugin.class_names import COCO_CATEGORY_IDS, COCO_CLASSES, VOC_CLASSES
+from semples_plugin.class_names import COCO_CLASSES
 from semples_plugin.errors import CamFileError
-from semples_plugin.files.images import image_id
 from semples_plugin.files.labels import read_labels
+from tests.coco_categories import COCO_BY_ID
 
 CLASSES = ["boat", "train", "bird"]
 ROWS = {"2007_000032": [1, 0, 1], "2007_000039": [0, 1, 0]}
-
-# pycocotools' coco.loadCats(coco.getCatIds()), whole
-COCO_BY_ID = {
-    1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck", 9: "boat",
-    10: "traffic light", 11: "fire hydrant", 13: "stop sign", 14: "parking meter", 15: "bench", 16: "bird", 17: "cat",
-    18: "dog", 19: "horse", 20: "sheep", 21: "cow", 22: "elephant", 23: "bear", 24: "zebra", 25: "giraffe", 27: "backpack",
-    28: "umbrella", 31: "handbag", 32: "tie", 33: "suitcase", 34: "frisbee", 35: "skis", 36: "snowboard", 37: "sports ball",
-    38: "kite", 39: "baseball bat", 40: "baseball glove", 41: "skateboard", 42: "surfboard", 43: "tennis racket",
-    44: "bottle", 46: "wine glass", 47: "cup", 48: "fork", 49: "knife", 50: "spoon", 51: "bowl", 52: "banana", 53: "apple",
-    54: "sandwich", 55: "orange", 56: "broccoli", 57: "carrot", 58: "hot dog", 59: "pizza", 60: "donut", 61: "cake",
-    62: "chair", 63: "couch", 64: "potted plant", 65: "bed", 67: "dining table", 70: "toilet", 72: "tv", 73: "laptop",
-    74: "mouse", 75: "remote", 76: "keyboard", 77: "cell phone", 78: "microwave", 79: "oven", 80: "toaster", 81: "sink",
-    82: "refrigerator", 84: "book", 85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear", 89: "hair drier",
-    90: "toothbrush",
-}  # fmt: skip
 
 
 def as_lists(labels: Dict[str, np.ndarray]) -> Dict[str, List[int]]:
@@ -93,21 +78,7 @@ def test_images_without_label(tmp_path: Path) -> None:
         assert as_lists(read_labels(written(tmp_path / file, content), CLASSES)) == {"x": [0, 0, 0]}
 
 
-def test_ids() -> None:
-    assert image_id(2007000032) == image_id(np.int64(2007000032)) == image_id("2007_000032") == "2007_000032"
-    assert image_id("2007_000032.jpg") == image_id("2007_000032.JPEG") == image_id("2007_000032.png") == "2007_000032"
-    assert image_id(139) == "139" and image_id("000000000139.jpg") == "000000000139" and image_id("a.jpg.npy") == "a.jpg.npy"
-
-
 # ---------------------------------------------------------------------------------------------------- COCO
-
-
-def test_coco_names_and_ids_are_the_official_ones() -> None:
-    assert len(COCO_CATEGORY_IDS) == len(COCO_CLASSES) == 80 and set(COCO_CATEGORY_IDS) <= set(range(1, 91))
-    assert dict(zip(COCO_CATEGORY_IDS, COCO_CLASSES)) == COCO_BY_ID
-    assert dict(zip(COCO_CLASSES, COCO_CATEGORY_IDS)) == {name: number for number, name in COCO_BY_ID.items()}
-    assert list(VOC_CLASSES)[:3] == ["aeroplane", "bicycle", "bird"] and list(VOC_CLASSES) == sorted(VOC_CLASSES)
-    assert len(VOC_CLASSES) == 20 and list(VOC_CLASSES).index("person") == 14
 
 
 def coco(listed: bool, **changes: Any) -> Dict[str, Any]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -259,3 +260,15 @@ def test_with_learned_prompts(
     for reading in refiner.nearest_words(top=5):
         words = ", ".join(f"{word} {value:.2f}" for word, value in reading.words)
         assert f"{reading.name} {words} {reading.class_similarity:.2f}" in re.sub(r" ,", ",", page.text)
+
+
+def test_a_missing_jinja2_is_named_with_its_remedy(
+    data: Data, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ModuleNotFoundError, match=r"The report needs Jinja2: pip install 'semples-plugin\[cli\]'"):
+        data.write()
+    assert data.run() == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "jinja2 is missing" in captured.err and "'semples-plugin[cli]'" in captured.err
+    assert captured.err.count("\n") == 1 and not (data.root / "report.html").exists()
