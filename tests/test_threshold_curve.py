@@ -47,7 +47,7 @@ def test_curve_ties_by_hand() -> None:
     assert [np.diag(curve.confusion(i)).tolist() for i in range(3)] == [[1, 2, 1], [1, 1, 1], [1, 0, 0]]
 
 
-def test_curve_of_nothing() -> None:
+def test_curve_without_images_or_cams() -> None:
     curve = Curve([0.1, 0.2], 3)
     assert not curve.confusion(0).any() and all(math.isnan(value) for value in curve.miou())
     curve.add({}, np.zeros((2, 2), np.uint8))
@@ -56,7 +56,7 @@ def test_curve_of_nothing() -> None:
     assert curve.confusion(1).sum() == 4
 
 
-def test_curve_refuses() -> None:
+def test_curve_refuses_wrong_arguments() -> None:
     for thresholds in ([], [0.2, 0.1], [0.1, 0.1]):
         with pytest.raises(ValueError, match="`thresholds` must ascend and hold at least one"):
             Curve(thresholds, 3)

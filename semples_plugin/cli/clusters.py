@@ -18,7 +18,7 @@ __all__ = ["add_parser", "run"]
 DESCRIPTION = """\
 Asks a language model and refines its clusters until they no longer change (--model), groups CLIP's text features (--clip),
 or checks a file written by hand (--file). The API key is read from a variable of the environment. OUT is replaced only by
-complete clusters; if a language model fails, what was said until then is in OUT with the ending .partial.json."""
+complete clusters; if a language model fails, the questions and answers until then are in OUT with the ending .partial.json."""
 
 MODEL_DEFAULTS: Dict[str, Any] = {  # of the options that matter only with --model
     "base_url": None,

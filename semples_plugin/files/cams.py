@@ -99,7 +99,7 @@ def _read_npz(path: Path) -> Dict[str, np.ndarray]:
     except (CamFileError, FileNotFoundError):
         raise
     except Exception as error:
-        raise CamFileError(f"{path} is no readable .npz archive of arrays ({type(error).__name__}: {error}).") from error
+        raise CamFileError(f"{path} is not a readable .npz archive of arrays ({type(error).__name__}: {error}).") from error
 
 
 def _from_array(path: Path, content: np.ndarray, num_classes: int) -> CamFile:

@@ -39,7 +39,7 @@ def check_id(name: str) -> None:
         CamFileError: if the id is not a plain file name.
     """
     if re.search(r"[/\\\0]", name) or name in ("", ".", ".."):
-        raise CamFileError(f"{name!r} is no image id: ids are file names without folders")
+        raise CamFileError(f"{name!r} is not an image id: ids are file names without folders")
 
 
 def find_image(folder: Path, name: str) -> Path:
@@ -69,7 +69,7 @@ def read_image(path: Path) -> np.ndarray:
     data = np.fromfile(path, np.uint8)
     picture = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if data.size else None
     if picture is None:
-        raise CamFileError(f"{path} is no readable image")
+        raise CamFileError(f"{path} is not a readable image")
     return np.ascontiguousarray(picture[..., ::-1])
 
 
@@ -87,7 +87,7 @@ def read_label_png(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise CamFileError(f"there is no {path}") from None
     except Exception as error:
-        raise CamFileError(f"{path} is no readable PNG ({type(error).__name__})") from error
+        raise CamFileError(f"{path} is not a readable PNG ({type(error).__name__})") from error
     if labels.ndim != 2:
         raise CamFileError(f"{path} must be a palette or grey PNG of labels; got an image of shape {labels.shape}")
     return labels

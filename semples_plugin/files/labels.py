@@ -131,7 +131,7 @@ def _coco(path: Path, content: Mapping[str, Any], classes: Sequence[str]) -> Lab
         names = {int(image["id"]): image_id(str(image["file_name"])) for image in content["images"]}
         pairs = [(int(a["image_id"]), int(a["category_id"])) for a in content["annotations"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise CamFileError(f"{path} is no COCO instances file: {type(error).__name__} {error}.") from error
+        raise CamFileError(f"{path} is not a COCO instances file: {type(error).__name__} {error}.") from error
     if not categories:
         categories = dict(zip(COCO_CATEGORY_IDS, COCO_CLASSES))
     column = {number: list(classes).index(name) for number, name in categories.items() if name in classes}

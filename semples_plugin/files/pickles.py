@@ -183,7 +183,7 @@ def read_npy(path: PathLike) -> Any:
         except Exception as error:  # a damaged pickle can raise nearly anything
             why = " ".join(str(error).split())[:200]
             raise CamFileError(
-                f"{os.fspath(path)} is no readable .npy file ({type(error).__name__}: {why}); is it complete?"
+                f"{os.fspath(path)} is not a readable .npy file ({type(error).__name__}: {why}); is it complete?"
             ) from error
 
 

@@ -174,7 +174,7 @@ def _plan(cams: Path, images: Path) -> Tuple[List[_Item], Dict[str, str]]:
         except CamFileError as error:
             failed[name] = str(error)
         except Exception as error:
-            failed[name] = f"{images / name}: no readable image ({type(error).__name__})"
+            failed[name] = f"{images / name}: not a readable image ({type(error).__name__})"
     if not items:
         raise CamFileError(f"None of the {len(paths)} CAM files has an image: {next(iter(failed.values()))}.")
     return items, failed

@@ -12,7 +12,7 @@ from tests.cli.running import CLASSES, Data, run
 from tests.voc_metric import THRESHOLDS, literal_counts
 
 
-def test_cams_at_the_best_threshold(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cams_are_evaluated_at_the_best_threshold(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, *data.arguments("--json"))
     found, curve = json.loads(out), [data.miou(t) for t in THRESHOLDS]
     assert (status, err) == (0, "") and found["images"] == 4 and found["split"] == "val" and found["failed"] == {}
@@ -37,7 +37,7 @@ def test_cams_at_the_best_threshold(data: Data, capsys: pytest.CaptureFixture[st
     assert [float(value) for value in lines[3].split()[1:]] == [round(100 * value, 2) for value in list(row.values())[1:]]
 
 
-def test_a_given_threshold(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_given_threshold_is_used(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, *data.arguments("--threshold", 0.31, "--json"))
     found = json.loads(out)
     assert found["miou"] == pytest.approx(data.miou(0.31)) and found["threshold"] == 0.31 and len(found["curve"]) == 1
@@ -46,7 +46,7 @@ def test_a_given_threshold(data: Data, capsys: pytest.CaptureFixture[str]) -> No
     assert status == 0 and text.splitlines()[-1] == "split my val, 4 images; threshold 0.31: given"
 
 
-def test_the_range_of_thresholds(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_range_of_thresholds_is_tried(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, *data.arguments("--thresholds", "40:50", "--json"))
     found = json.loads(out)
     assert [t for t, _ in found["curve"]] == [i / 100 for i in range(40, 50)]
@@ -59,7 +59,7 @@ def test_the_range_of_thresholds(data: Data, capsys: pytest.CaptureFixture[str])
         ) and err == f"error: --thresholds takes two whole hundredths such as 0:60; got {wrong!r}.\n"
 
 
-def test_label_pngs(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+def test_label_pngs_are_evaluated_without_threshold(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, *data.arguments("--json", pred=data.labels))
     found = json.loads(out)
     assert status == 0 and found["miou"] == pytest.approx(data.miou(0.25)) and found["threshold"] is None
@@ -83,7 +83,7 @@ def test_refined_folders_are_evaluated_as_they_are(data: Data, capsys: pytest.Ca
     assert json.loads(labels)["miou"] == pytest.approx(json.loads(cams)["miou"], abs=1e-12)
 
 
-def test_csv(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+def test_csv_holds_the_table(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, *data.arguments("--csv", data.root / "table.csv", "--json"))
     with (data.root / "table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -96,7 +96,7 @@ def test_csv(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("form", ["{}", "{}.jpg", "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png", "  {}\t\n", "{} 1"])
 @pytest.mark.parametrize("pred", ["cams", "labels"])
-def test_lists(form: str, pred: str, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lists_choose_the_images(form: str, pred: str, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = list(data.images)[1:3]
     path = data.root / "train_aug.txt"
     path.write_text("".join(form.format(name) + "\n" for name in [*chosen, chosen[0]]))
@@ -129,10 +129,10 @@ def spoil(data: Data, name: str, how: str) -> str:
         return f"there is no {gt}"
     if how == "damaged ground truth":
         gt.write_bytes(b"no picture")
-        return f"{gt} is no readable PNG"
+        return f"{gt} is not a readable PNG"
     if how == "half a ground truth":
         gt.write_bytes(gt.read_bytes()[:60])
-        return f"{gt} is no readable PNG"
+        return f"{gt} is not a readable PNG"
     if how == "ground truth in colours":
         Image.fromarray(np.zeros((*shape, 3), np.uint8)).save(gt)
         return f"must be a palette or grey PNG of labels; got an image of shape ({shape[0]}, {shape[1]}, 3)"
@@ -144,7 +144,7 @@ def spoil(data: Data, name: str, how: str) -> str:
         return "(3, 3)"
     cam.write_bytes(b"no CAM")
     label.write_bytes(b"no label")
-    return "no readable"
+    return "not a readable"
 
 
 KINDS = ["no ground truth", "damaged ground truth", "half a ground truth", "ground truth in colours", "label out of range",
@@ -153,7 +153,7 @@ KINDS = ["no ground truth", "damaged ground truth", "half a ground truth", "grou
 
 @pytest.mark.parametrize("how", KINDS)
 @pytest.mark.parametrize("pred", ["cams", "labels"])
-def test_an_image_that_cannot_be_counted(how: str, pred: str, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_that_cannot_be_counted_is_named(how: str, pred: str, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     names = list(data.images)
     reason = spoil(data, names[1], how)
     status, out, err = run(capsys, *data.arguments("--json", "--threshold", 0.25, pred=data.root / pred))
@@ -166,13 +166,13 @@ def test_an_image_that_cannot_be_counted(how: str, pred: str, data: Data, capsys
 
 
 @pytest.mark.parametrize("pred", ["cams", "labels"])
-def test_a_listed_image_without_prediction(pred: str, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_listed_image_without_prediction_is_named(pred: str, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     (data.root / "list.txt").write_text("\n".join([*data.images, "2011_000001"]))
     status, _, err = run(capsys, *data.arguments("--list", data.root / "list.txt", pred=data.root / pred))
     assert status == 1 and err.startswith("failed: 2011_000001: there is no ") and len(err.splitlines()) == 1
 
 
-def test_nothing_can_be_counted(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_count_is_an_error(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     for path in data.gt.iterdir():
         path.unlink()
     status, out, err = run(capsys, *data.arguments())

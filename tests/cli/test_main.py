@@ -38,7 +38,7 @@ def commands() -> Dict[str, argparse.ArgumentParser]:
         ("prompts show", ["FILE", "--clip", "--vocabulary", "--top", "--json", "nearest words"]),
     ],
 )  # fmt: skip
-def test_help(command: str, words: List[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_the_options(command: str, words: List[str], capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, *command.split(), "--help")
     assert (status, err) == (0, "")
     flat = " ".join(out.split())

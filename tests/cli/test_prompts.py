@@ -50,7 +50,7 @@ def test_prompts_show_with_clip(
     assert len(out.splitlines()) == 6 and all(line.count(",") == 4 for line in out.splitlines()[3:])  # five words of our own
 
 
-def test_prompts_show_with_another_clip(prompt_file: Path, tiny_clip: nn.Module, tmp_path: Path, capsys: Any) -> None:
+def test_prompts_show_refuses_another_clip(prompt_file: Path, tiny_clip: nn.Module, tmp_path: Path, capsys: Any) -> None:
     torch.save(tiny_clip.state_dict(), tmp_path / "other.pt")
     status, out, err = run(capsys, "prompts", "show", prompt_file, "--clip", tmp_path / "other.pt")
     assert (status, out) == (2, "") and "were learned with other CLIP weights" in err and err.count("\n") == 1

@@ -49,7 +49,7 @@ def test_other_inputs_in_the_same_folder_are_refused(some: World, capsys: pytest
     assert some.refine("--cams", some.root / "same") == 0  # the same folder by another name
 
 
-def test_foreign_folders_are_refused(some: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_with_other_content_are_refused(some: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert some.refine(out=some.root) == 2  # it has a folder `cams`
     assert "holds results without a settings.json. Choose another folder." in capsys.readouterr().err
     (some.out / "labels").mkdir(parents=True)
@@ -73,12 +73,12 @@ def test_a_mistyped_folder_can_be_corrected(option: str, some: World, capsys: py
     assert some.refine() == 0  # the same OUT: nothing was made in it
 
 
-def test_a_folder_without_cams(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_cams_is_refused(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert world.refine() == 2
     assert capsys.readouterr().err == f"error: {world.cams} holds no .npy or .npz file.\n"
 
 
-# ---------------------------------------------------------------------------------------------------- what is said
+# ---------------------------------------------------------------------------------------------------- output
 
 
 def test_json_and_quiet(some: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +107,7 @@ def test_out_inside_an_input_folder_is_refused(some: World, capsys: pytest.Captu
         assert f"is inside --{name}" in capsys.readouterr().err and not (some.root / "images" / "new").exists()
 
 
-def test_images_without_a_positive_label_are_told(some: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_without_a_positive_label_are_counted(some: World, capsys: pytest.CaptureFixture[str]) -> None:
     (some.root / "none.json").write_text(json.dumps({f"img{i}": [] for i in range(9)}))
     assert some.refine("--labels", some.root / "none.json") == 0
     assert "9 images have no positive label; their pseudo labels are all background" in capsys.readouterr().out
@@ -142,17 +142,17 @@ def made(out: Path) -> Dict[str, bytes]:
 
 
 @pytest.mark.parametrize("how", [["--optimize", "3"], ["--suppress"], ["--suppress", "--optimize", "2"]])
-def test_asking_clip_changes_the_cams_and_gives_the_same_bytes_twice(how: List[str], folder: Path, clip_file: Path) -> None:
+def test_clip_changes_the_cams_and_two_runs_write_the_same_bytes(how: List[str], folder: Path, clip_file: Path) -> None:
     clip = ["--clip", clip_file, "--prompts", folder / "prompts.safetensors"]
     assert refine(folder, "plain", "--align", "none") == 0
     for out in ("a", "b"):
         assert refine(folder, out, "--align", "none", *how, *clip) == 0
     assert made(folder / "a") == made(folder / "b") and len(made(folder / "a")) == 6
     for i in range(3):
-        plain, asked = (read_cam_file(folder / out / "cams" / f"img{i}.npy", 3).cams for out in ("plain", "a"))
-        assert list(plain) == list(asked)
+        plain, refined = (read_cam_file(folder / out / "cams" / f"img{i}.npy", 3).cams for out in ("plain", "a"))
+        assert list(plain) == list(refined)
         for k in plain:
-            assert np.abs(plain[k] - asked[k]).max() > 0.01 and asked[k].min() >= 0 and asked[k].max() <= 1
+            assert np.abs(plain[k] - refined[k]).max() > 0.01 and refined[k].min() >= 0 and refined[k].max() <= 1
     facts = json.loads((folder / "a" / "settings.json").read_text())
     assert len(facts["prompts"]) == 64 and facts["clip"].startswith("clip.pt [") and facts["classes"] == CLASSES
 

@@ -67,7 +67,7 @@ def test_every_layout_is_read_and_written_again(kind: str, tmp_path: Path) -> No
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([path.name, again.name])  # nothing half written
 
 
-def test_what_is_written_is_what_the_baselines_load(tmp_path: Path) -> None:
+def test_baselines_can_load_what_is_written(tmp_path: Path) -> None:
     cam = maps(2)
     write_cam_file(tmp_path / "a.npy", CamFile({1: cam[0], 4: cam[1]}, "dict"))
     loaded = np.load(tmp_path / "a.npy", allow_pickle=True).item()  # MCTformer, WeakTr, TransCAM, SEAM
@@ -86,7 +86,7 @@ def test_what_is_written_is_what_the_baselines_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8", ">f8", "u1", "<i2", ">i4", "<i8"])
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("kind", ["array", "dict", "npz"])
-def test_number_types(dtype: str, order: str, kind: str, tmp_path: Path) -> None:
+def test_every_number_type_is_read(dtype: str, order: str, kind: str, tmp_path: Path) -> None:
     cam = np.asarray((maps(CLASSES) * 100).astype(dtype), order=order)  # type: ignore[call-overload]
     path = tmp_path / ("a.npz" if kind == "npz" else "a.npy")
     if kind == "npz":
@@ -98,7 +98,7 @@ def test_number_types(dtype: str, order: str, kind: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("tensor", [torch.rand(1, 4, 5, requires_grad=True), torch.rand(1, 4, 5).half()])
-def test_tensors_that_a_host_forgot_to_detach_or_saved_at_half_precision(tensor: torch.Tensor, tmp_path: Path) -> None:
+def test_tensors_with_gradient_or_half_precision_are_read(tensor: torch.Tensor, tmp_path: Path) -> None:
     path = saved(tmp_path / "a.npy", {"keys": torch.tensor([2]), "cam": tensor})
     read = read_cam_file(path, CLASSES).cams
     assert np.array_equal(read[2], tensor.detach().float().numpy()[0])
@@ -153,15 +153,15 @@ def broken(folder: Path) -> Dict[str, Tuple[Path, str]]:
         return npy(folder / f"{name}.npy", bytes(64), descr, shape)
 
     return {
-        "zero bytes": (new(b""), "no readable .npy file"),
-        "zero bytes, npz": (new(b"", ".npz"), "no readable .npz archive"),
-        "text": (new(b"<html>404 Not Found</html>"), "no readable .npy file"),
-        "magic only": (new(whole[:6]), "no readable .npy file"),
-        "header only": (new(header), "no readable .npy file"),
-        "truncated": (new(whole[:-9]), "no readable .npy file"),
+        "zero bytes": (new(b""), "not a readable .npy file"),
+        "zero bytes, npz": (new(b"", ".npz"), "not a readable .npz archive"),
+        "text": (new(b"<html>404 Not Found</html>"), "not a readable .npy file"),
+        "magic only": (new(whole[:6]), "not a readable .npy file"),
+        "header only": (new(header), "not a readable .npy file"),
+        "truncated": (new(whole[:-9]), "not a readable .npy file"),
         "truncated array": (new(new(maps(CLASSES)).read_bytes()[:-3]), "bytes follow"),
-        "truncated npz": (new(archive[:-9], ".npz"), "no readable .npz archive"),
-        "an array named npz": (new(whole, ".npz"), "no readable .npz archive"),
+        "truncated npz": (new(archive[:-9], ".npz"), "not a readable .npz archive"),
+        "an array named npz": (new(whole, ".npz"), "not a readable .npz archive"),
         "texts": (new({0: np.array([["a", "b"]])}), "maps of numbers"),
         "texts, array": (new(np.full((CLASSES, 2, 2), "a")), "maps of numbers"),
         "objects": (new({0: np.array([[1.0, None]], object)}), "maps of numbers"),
@@ -182,7 +182,7 @@ def broken(folder: Path) -> Dict[str, Tuple[Path, str]]:
         "other number of classes": (new(maps(CLASSES + 1)), r"C = 6; it has shape \(7, 4, 5\)"),
         "flat array": (new(cam), "must hold an array"),
         "several dicts": (new(np.array([{0: cam}, {0: cam}])), "must hold an array"),
-        "a list": (new(pickle.dumps([cam])), "no readable .npy file"),
+        "a list": (new(pickle.dumps([cam])), "not a readable .npy file"),
         "a pickled list": (npy(folder / "list.npy", pickle.dumps([1])), "it holds a list"),
         "a pickled number": (npy(folder / "number.npy", pickle.dumps(7)), "it holds a int"),
         "class out of range": (new({CLASSES: cam}), "class index 6; with 6 classes they run from 0 to 5"),
@@ -217,7 +217,7 @@ def broken(folder: Path) -> Dict[str, Tuple[Path, str]]:
         "header with code": (new(whole[:8] + struct.pack("<H", 30) + b"__import__('os').getcwd()     \n"), ""),
         "header without end": (new(b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31) + b"{" * 99), "longer than any header"),
         "npz without keys": (new({"cam": maps(1)}, ".npz"), "class indices as keys"),
-        "npz with a pickle": (new({"keys": np.array([0]), "cam": np.array([{}])}, ".npz"), "no readable .npz archive"),
+        "npz with a pickle": (new({"keys": np.array([0]), "cam": np.array([{}])}, ".npz"), "not a readable .npz archive"),
         "npz of texts": (new({"keys": np.array([0]), "cam": np.full((1, 2, 2), "a")}, ".npz"), "maps of numbers"),
         "npz with a huge shape": (new(bomb.getvalue(), ".npz"), ""),
         "npz that unpacks to too much": (new(bytes(liar), ".npz"), "unpacks to more than"),
@@ -280,7 +280,7 @@ def valid_files(tmp_path_factory: pytest.TempPathFactory) -> List[Tuple[Path, by
     return files
 
 
-def sound_or_refused(path: Path, data: bytes) -> None:
+def assert_read_or_refused(path: Path, data: bytes) -> None:
     damaged = path.with_name(f"damaged{path.suffix}")
     damaged.write_bytes(data)
     try:
@@ -303,26 +303,28 @@ fuzz = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCh
 @pytest.mark.filterwarnings("ignore")
 @fuzz
 @given(which=st.integers(0, 6), keep=st.floats(0, 1))
-def test_truncated_files(valid_files: List[Tuple[Path, bytes]], which: int, keep: float) -> None:
+def test_truncated_files_are_read_or_refused(valid_files: List[Tuple[Path, bytes]], which: int, keep: float) -> None:
     path, data = valid_files[which]
-    sound_or_refused(path, data[: int(keep * len(data))])
+    assert_read_or_refused(path, data[: int(keep * len(data))])
 
 
 @pytest.mark.usefixtures("limited")
 @pytest.mark.filterwarnings("ignore")
 @fuzz
 @given(which=st.integers(0, 6), flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1, max_size=4))
-def test_flipped_bytes(valid_files: List[Tuple[Path, bytes]], which: int, flips: List[Tuple[float, int]]) -> None:
+def test_files_with_flipped_bytes_are_read_or_refused(
+    valid_files: List[Tuple[Path, bytes]], which: int, flips: List[Tuple[float, int]]
+) -> None:
     path, data = valid_files[which]
     changed = bytearray(data)
     for where, bits in flips:
         changed[int(where * (len(data) - 1))] ^= bits
-    sound_or_refused(path, bytes(changed))
+    assert_read_or_refused(path, bytes(changed))
 
 
 @fuzz
 @given(st.binary(max_size=60))
-def test_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+def test_random_bytes_are_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     folder = tmp_path_factory.getbasetemp()
     for path in (folder / "any.npy", folder / "any.npz"):
         path.write_bytes(data)

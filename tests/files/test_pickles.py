@@ -40,7 +40,7 @@ def renamed(data: bytes, package: str) -> bytes:
 
 @pytest.mark.parametrize("package", ["numpy.core", "numpy._core"])
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_pickles_of_all_protocols_and_both_numpys(protocol: int, package: str, tmp_path: Path) -> None:
+def test_pickles_of_all_protocols_and_of_numpy_1_and_2_are_read(protocol: int, package: str, tmp_path: Path) -> None:
     cam = maps(2)
     content = {np.int64(1): cam[0], 4: np.asfortranarray(cam[1])}
     data = renamed(pickle.dumps(np.array(content, dtype=object), protocol), package)
@@ -158,7 +158,7 @@ def test_opcodes_that_call_without_reduce_are_refused(tmp_path: Path) -> None:
         assert not marker.exists()
 
 
-def test_a_file_cannot_change_what_it_names(tmp_path: Path) -> None:
+def test_a_file_cannot_set_attributes_of_what_it_names(tmp_path: Path) -> None:
     names = [b"ctorch._utils\n_rebuild_tensor_v2\n", b"c_codecs\nencode\n", b"ccollections\nOrderedDict\n"]
     for name in names:
         path = npy(tmp_path / "a.npy", b"\x80\x02" + name + b"N}X\x06\x00\x00\x00markerK\x01s\x86b.")
@@ -170,7 +170,7 @@ def test_a_file_cannot_change_what_it_names(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- files that crash or exhaust
 
 
-def read_apart(path: Path, seconds: float = 20.0) -> Tuple[str, float]:
+def read_in_a_process(path: Path, seconds: float = 20.0) -> Tuple[str, float]:
     """What reading a file says, in a process of its own that may die or be stopped, and the MiB that it took."""
     resource = pytest.importorskip("resource")
     context = multiprocessing.get_context("fork")
@@ -242,7 +242,7 @@ def hostile() -> Dict[str, Any]:
 
 @pytest.mark.parametrize("kind", list(hostile()))
 def test_forged_arrays_are_refused_without_crash_or_memory(kind: str, tmp_path: Path) -> None:
-    said, mib = read_apart(npy(tmp_path / "a.npy", pickle.dumps(hostile()[kind], 3)))
+    said, mib = read_in_a_process(npy(tmp_path / "a.npy", pickle.dumps(hostile()[kind], 3)))
     harmless = said == "read" and kind.startswith("numbers marked")  # numbers they are, whatever the file says of them
     assert (harmless or said.startswith("refused: ")) and "MemoryError" not in said and mib < 300, (said, mib)
 
@@ -262,6 +262,6 @@ def test_forged_arrays_are_refused_without_crash_or_memory(kind: str, tmp_path: 
         pytest.param(b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b".", id="a number of 2**31 bytes"),
     ],
 )
-def test_pickles_that_exhaust_are_refused(body: bytes, tmp_path: Path) -> None:
-    said, mib = read_apart(npy(tmp_path / "a.npy", body))
+def test_pickles_that_exhaust_memory_or_stack_are_refused(body: bytes, tmp_path: Path) -> None:
+    said, mib = read_in_a_process(npy(tmp_path / "a.npy", body))
     assert (said == "read" or said.startswith("refused: ")) and mib < 300, (said[:300], mib)

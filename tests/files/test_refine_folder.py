@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("align", ["pamr", "none"])
-def test_the_result_is_that_of_the_refiner(align: str, some: World, make_refiner: Callable[..., Any]) -> None:
+def test_refined_folders_equal_refine_masks(align: str, some: World, make_refiner: Callable[..., Any]) -> None:
     assert some.refine("--align", align, "--threshold", 0.35, "--batch-size", 2) == 0
     refiner = make_refiner()
     for name in cam_paths(some.cams):
@@ -42,7 +42,7 @@ def test_the_result_is_that_of_the_refiner(align: str, some: World, make_refiner
         assert (some.labels(name) == expected.labels[0].numpy()).mean() > 0.999
 
 
-def test_suppress_is_that_of_the_refiner(some: World, make_refiner: Callable[..., Any]) -> None:
+def test_suppress_equals_refine_masks(some: World, make_refiner: Callable[..., Any]) -> None:
     refiner = make_refiner(learned=True)
     options = Options(suppress=True, batch_size=4)
     summary = refine_folder(some.cams, some.images, some.out, 3, options, refiner=refiner, progress=False)
@@ -55,13 +55,13 @@ def test_suppress_is_that_of_the_refiner(some: World, make_refiner: Callable[...
 
 
 @pytest.mark.parametrize("options", [Options(suppress=True), Options(optimize=1)])
-def test_asking_clip_needs_a_refiner(options: Options, some: World) -> None:
+def test_using_clip_needs_a_refiner(options: Options, some: World) -> None:
     with pytest.raises(ValueError, match="need a refiner"):
         refine_folder(some.cams, some.images, some.out, 3, options, progress=False)
 
 
 @pytest.mark.parametrize("layout", ["dict", "irn", "array", "npz"])
-def test_layouts_are_kept(layout: str, world: World) -> None:
+def test_refined_cams_have_the_layout_of_the_input(layout: str, world: World) -> None:
     for name in "ab":
         world.add(name, keys=(0, 2), layout=layout)
     labels = world.root / "labels.json"
@@ -201,7 +201,7 @@ def test_odd_images_are_refined(make: Callable[[World], None], world: World, cap
     assert all(value.shape == expected for value in read_cam_file(world.out / "cams" / f"{name}.npy", 3).cams.values())
 
 
-def test_an_image_without_positive_label(world: World) -> None:
+def test_an_image_without_positive_label_is_all_background(world: World) -> None:
     for name, layout in (("a", "dict"), ("b", "irn"), ("c", "array"), ("d", "npz"), ("e", "dict")):
         world.add(name, layout=layout)
     (world.root / "labels.json").write_text(json.dumps({"a": [], "b": [], "c": [], "d": [], "e": ["boat"]}))
@@ -298,8 +298,8 @@ BAD: Dict[str, Tuple[Callable[[World], None], str]] = {
     "header of an image only": (bad_image(lambda data: data[:300]), "no readable image"),
     "an image that OpenCV does not take": (bad_image(bmp(2**20 + 1, 1)), ""),
     "a folder for a CAM": (folder_for_a_cam, ""),
-    "no bytes of a CAM": (bad_cam(b""), "no readable .npy file"),
-    "half a CAM": (bad_cam(truncated_cam), "no readable .npy file"),
+    "no bytes of a CAM": (bad_cam(b""), "not a readable .npy file"),
+    "half a CAM": (bad_cam(truncated_cam), "not a readable .npy file"),
     "NaN": (bad_cam({0: ONES * np.nan}), "finite"),
     "inf": (bad_cam({0: ONES * np.inf}), "finite"),
     "texts": (bad_cam({0: ONES.astype(str)}), "numbers"),
@@ -319,14 +319,14 @@ BAD: Dict[str, Tuple[Callable[[World], None], str]] = {
         bad_cam({"keys": np.array([1]), "cam": np.zeros((1, 0, 0)), "high_res": ONES[None]}), ""
     ),
     "low maps of one dimension": (bad_cam({"keys": np.array([1]), "cam": np.zeros(1), "high_res": ONES[None]}), ""),
-    "damaged npz": (bad_npz(b"PK\x03\x04"), "no readable .npz archive"),
-    "npz with objects": (bad_npz({"keys": np.array([1]), "cam": np.array([None])}), "no readable .npz archive"),
+    "damaged npz": (bad_npz(b"PK\x03\x04"), "not a readable .npz archive"),
+    "npz with objects": (bad_npz({"keys": np.array([1]), "cam": np.array([None])}), "not a readable .npz archive"),
     "npz without pixels": (bad_npz({"keys": np.array([1]), "cam": np.zeros((1, 0, 4))}), "(H, W)"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", list(BAD))
-def test_a_bad_image_ends_in_one_line_and_the_good_ones_finish(
+def test_a_bad_image_is_named_in_one_line_and_the_good_ones_are_refined(
     kind: str, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make, reason = BAD[kind]
@@ -345,7 +345,7 @@ def test_a_bad_image_ends_in_one_line_and_the_good_ones_finish(
     assert summary["refined"] == 2 and list(summary["failed"]) == ["bad"]
 
 
-def test_many_bad_ones_at_once_are_each_named(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_bad_image_is_named(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     world.add("good")
     names = ["absent", "missing_class", "no_picture", "not_an_array"]
     for name in names:
@@ -362,7 +362,7 @@ def test_many_bad_ones_at_once_are_each_named(world: World, capsys: pytest.Captu
     assert sorted(results(world.out)) == ["cams/good.npy", "labels/good.png"]
 
 
-def test_a_bad_image_can_be_mended_and_the_rest_is_kept(some: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_repaired_image_is_refined_and_the_rest_is_skipped(some: World, capsys: pytest.CaptureFixture[str]) -> None:
     good = (some.cams / "img4.npy").read_bytes()
     some.refine(out=some.root / "whole")
     (some.cams / "img4.npy").write_bytes(good[:-100])
@@ -374,7 +374,9 @@ def test_a_bad_image_can_be_mended_and_the_rest_is_kept(some: World, capsys: pyt
     assert results(some.out) == results(some.root / "whole")
 
 
-def test_a_full_disk_fails_the_image_and_leaves_no_part(some: World, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_full_disk_fails_the_image_and_leaves_no_partial_file(
+    some: World, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     replace = os.replace
 
     def full(source: Any, target: Any) -> None:
@@ -391,7 +393,7 @@ def test_a_full_disk_fails_the_image_and_leaves_no_part(some: World, monkeypatch
     assert some.refine() == 0 and len(results(some.out)) == 18
 
 
-def test_two_cam_files_of_one_image(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_cam_files_of_one_image_are_refused(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     world.add("a")
     world.cam("a", layout="npz")
     assert world.refine() == 2
@@ -401,7 +403,7 @@ def test_two_cam_files_of_one_image(world: World, capsys: pytest.CaptureFixture[
 # ---------------------------------------------------------------------------------------------------- the same bytes
 
 
-def test_the_same_bytes_twice(some: World) -> None:
+def test_two_runs_write_the_same_bytes(some: World) -> None:
     first, second = some.root / "first", some.root / "second"
     assert some.refine("--soft-masks", out=first) == some.refine("--soft-masks", out=second) == 0
     assert len(results(first)) == 27 and results(first) == results(second)
@@ -411,7 +413,7 @@ def test_the_same_bytes_twice(some: World) -> None:
     assert {p: p.stat().st_mtime_ns for p in first.rglob("*.np*")} == before  # nothing is done again
 
 
-def test_what_is_missing_is_done_again_with_the_same_bytes(some: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_results_are_written_again_with_the_same_bytes(some: World, capsys: pytest.CaptureFixture[str]) -> None:
     some.refine("--soft-masks")
     expected = results(some.out)
     for name in ("cams/img0.npy", "labels/img3.png", "masks/img5.npz"):
@@ -421,7 +423,7 @@ def test_what_is_missing_is_done_again_with_the_same_bytes(some: World, capsys: 
     assert capsys.readouterr().out.startswith("3 refined, 6 done before, 0 failed") and results(some.out) == expected
 
 
-def test_an_interrupt_between_two_files_of_an_image(some: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_interrupted_between_two_files_of_an_image_resumes(some: World, monkeypatch: pytest.MonkeyPatch) -> None:
     some.refine(out=some.root / "whole")
     write, count = folders.write_cam_file, [0]
 
@@ -439,7 +441,7 @@ def test_an_interrupt_between_two_files_of_an_image(some: World, monkeypatch: py
     assert results(some.out) == results(some.root / "whole")
 
 
-def test_killed_at_a_random_moment_and_taken_up_again(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_killed_at_a_random_moment_resumes(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     for i in range(80):
         world.add(f"img{i}", size=[(60, 80), (80, 60), (61, 80)][i % 3])
     world.refine("--batch-size", 4, out=world.root / "whole")
@@ -462,7 +464,7 @@ def test_killed_at_a_random_moment_and_taken_up_again(world: World, capsys: pyte
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_shards_share_the_work(
+def test_processes_share_the_work(
     number: int, some: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     some.cam("lonely")
