@@ -1,4 +1,7 @@
-"""Class names of the two benchmarks, in the order of the label columns that WSSS pipelines use; value: what CLIP is told."""
+"""Class names of PASCAL VOC and MS COCO in the order of the label columns, and class names from a file.
+
+The two mappings go from class name to the name that CLIP is prompted with.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from ._checks import check_classes
 
 __all__ = ["COCO_CATEGORY_IDS", "COCO_CLASSES", "VOC_CLASSES", "read_class_names"]
 
-_SPELLED = {
+_PROMPT_NAMES = {
     "aeroplane": "airplane",
     "diningtable": "dining table",
     "motorbike": "motorcycle",
@@ -19,13 +22,13 @@ _SPELLED = {
 }
 
 VOC_CLASSES: Dict[str, str] = {
-    name: _SPELLED.get(name, name)
+    name: _PROMPT_NAMES.get(name, name)
     for name in (
         "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
         "sofa train tvmonitor"
     ).split()
 }
-"""The 20 classes of PASCAL VOC, alphabetical as everywhere (class index 1 to 20 in its masks)."""
+"""The 20 classes of PASCAL VOC in alphabetical order; its masks number them from 1 to 20."""
 
 COCO_CLASSES: Dict[str, str] = {
     name: name
@@ -45,31 +48,46 @@ COCO_CATEGORY_IDS: Tuple[int, ...] = tuple(i for i in range(1, 91) if i not in (
 """Category id in COCO's annotation files (1 to 90) of each of the 80 label columns."""
 
 
-def read_class_names(text: str) -> Union[List[str], Dict[str, str]]:
-    """Class names from `voc`, `coco`, or a file: one name per line, a JSON list, or a JSON mapping name -> name for CLIP.
+def read_class_names(classes: str) -> Union[List[str], Dict[str, str]]:
+    """Class names from the name of a benchmark or from a file.
+
+    Args:
+        classes: `"voc"`, `"coco"`, or the path of a file: a text file with one name per line, or a `.json` file with a list of
+            names or a mapping from name to the name that CLIP is prompted with.
+
+    Returns:
+        The names, or the mapping, as `PromptRefiner` takes them.
 
     Raises:
-        TypeError, ValueError: if the file cannot be read or does not hold class names.
+        ValueError: if the file cannot be read, or its names are empty or not unique.
+        TypeError: if a name is not a string.
+
+    Example:
+        >>> list(read_class_names("voc"))[:3]
+        ['aeroplane', 'bicycle', 'bird']
     """
-    names = _read(text)
+    names = _benchmark_or_file(classes)
     check_classes(names)
     return names
 
 
-def _read(text: str) -> Union[List[str], Dict[str, str]]:
-    if text.lower() in ("voc", "coco"):
-        return dict(VOC_CLASSES if text.lower() == "voc" else COCO_CLASSES)
-    path = Path(text)
+def _benchmark_or_file(classes: str) -> Union[List[str], Dict[str, str]]:
+    benchmark = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}.get(classes.lower())
+    if benchmark is not None:
+        return dict(benchmark)
+    path = Path(classes)
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--classes must be voc, coco or a readable file; got {text!r} ({error}).") from error
+        raise ValueError(f"The class names must be voc, coco or a readable file; got {classes!r} ({error}).") from error
     if path.suffix != ".json":
         return [line.strip() for line in content.splitlines() if line.strip()]
     try:
-        found = json.loads(content)
+        names = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON: {error}.") from error
-    if not isinstance(found, (list, dict)):
-        raise ValueError(f"{path} must hold a list of names or a mapping name -> name for CLIP; got {type(found).__name__}.")
-    return found
+    if not isinstance(names, (list, dict)):
+        raise ValueError(
+            f"{path} must hold a list of names, or a mapping from name to the name for CLIP; got {type(names).__name__}."
+        )
+    return names

@@ -1,17 +1,10 @@
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, Tuple
 
-import cv2
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-
-from semples_plugin import cli
-from semples_plugin.files.cams import read_cam_file
 
 CLASSES = ["boat", "train", "bird"]
 
@@ -51,7 +44,7 @@ def test_the_result_is_a_weighed_normalised_cam(make_refiner: Callable[..., Any]
     assert not result[~labels.bool()].any()
 
 
-def test_a_rate_of_zero_gives_the_normalised_cam(make_refiner: Callable[..., Any]) -> None:
+def test_a_learning_rate_of_zero_gives_the_normalized_cam(make_refiner: Callable[..., Any]) -> None:
     img, cam, labels = scene()
     result = make_refiner().optimize_cam(img, cam, labels, steps=2, lr=0.0)
     expected = make_refiner().refine_masks(img, torch.nn.functional.interpolate(cam, size=40), labels, align=None).masks
@@ -118,8 +111,8 @@ def test_no_gradient_is_left_and_none_is_needed(make_refiner: Callable[..., Any]
         ({"steps": 0}, ValueError, "`steps` must be at least 1"),
         ({"steps": 1.5}, TypeError, "`steps` must be a whole number"),
         ({"grid": 0}, ValueError, "`grid` must be at least 1"),
-        ({"rate": -1.0}, ValueError, "`rate` must be at least 0"),
-        ({"rate": float("nan")}, ValueError, "`rate` must be at least 0"),
+        ({"lr": -1.0}, ValueError, "`lr` must be at least 0"),
+        ({"lr": float("nan")}, ValueError, "`lr` must be at least 0"),
     ],
 )
 def test_wrong_arguments(options: Dict[str, Any], error: Any, reason: str, make_refiner: Callable[..., Any]) -> None:
@@ -140,7 +133,7 @@ def test_wrong_batches(make_refiner: Callable[..., Any]) -> None:
 
 def test_encode_backgrounds_and_fit_prompts_on_are_fit_prompts(make_refiner: Callable[..., Any]) -> None:
     batches = [(*scene(seed)[:2], labels) for seed, labels in enumerate([scene()[2], torch.zeros(2, 3), torch.ones(2, 3)])]
-    settings: Dict[str, Any] = {"epochs": 3, "batch_size": 2, "rate": 0.05, "progress": False}
+    settings: Dict[str, Any] = {"epochs": 3, "batch_size": 2, "lr": 0.05, "progress": False}
     whole, by_hand = make_refiner(), make_refiner()
     cams = iter(cam for _, cam, _ in batches)
     expected = whole.fit_prompts([(img, labels) for img, _, labels in batches], lambda img: next(cams), **settings)
@@ -175,97 +168,3 @@ def test_fit_prompts_on_nothing(make_refiner: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="`epochs` must be at least 1"):
         refiner.fit_prompts_on(torch.rand(1, 64), torch.zeros(1, 2, dtype=torch.long), epochs=0)
     assert refiner.stage == "match"
-
-
-# ---------------------------------------------------------------------------------------------------- semples refine
-
-
-@pytest.fixture(scope="module")
-def clip_file(aligned_clip: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("clip") / "clip.pt"
-    torch.save(aligned_clip.state_dict(), path)
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path: Path, make_refiner: Callable[..., Any]) -> Path:
-    """Images, CAM files, class names and learned prompts."""
-    generator = np.random.default_rng(0)
-    for part in ("images", "cams"):
-        (tmp_path / part).mkdir()
-    for i in range(3):
-        picture = generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-        cv2.imwrite(str(tmp_path / "images" / f"img{i}.png"), cv2.blur(picture, (7, 7)))
-        cams = {k: cv2.blur(generator.random((40, 48)).astype(np.float32), (9, 9)) for k in [(0,), (0, 2), (1,)][i]}
-        np.save(tmp_path / "cams" / f"img{i}.npy", cams)  # type: ignore[arg-type]
-    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
-    make_refiner(learned=True).save(tmp_path / "prompts.safetensors")
-    return tmp_path
-
-
-def refine(folder: Path, out: str, *extra: Any) -> int:
-    own: List[Any] = ["refine", "--images", folder / "images", "--cams", folder / "cams", "--out", folder / out]
-    return cli.main([str(item) for item in (*own, "--classes", folder / "classes.txt", "--quiet", *extra)])
-
-
-def made(out: Path) -> Dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*.np*")) + sorted(out.rglob("*.png"))}
-
-
-@pytest.mark.parametrize("how", [["--optimize", "3"], ["--suppress"], ["--suppress", "--optimize", "2"]])
-def test_asking_clip_changes_the_cams_and_gives_the_same_bytes_twice(how: List[str], folder: Path, clip_file: Path) -> None:
-    clip = ["--clip", clip_file, "--prompts", folder / "prompts.safetensors"]
-    assert refine(folder, "plain", "--align", "none") == 0
-    for out in ("a", "b"):
-        assert refine(folder, out, "--align", "none", *how, *clip) == 0
-    assert made(folder / "a") == made(folder / "b") and len(made(folder / "a")) == 6
-    for i in range(3):
-        plain, asked = (read_cam_file(folder / out / "cams" / f"img{i}.npy", 3).cams for out in ("plain", "a"))
-        assert list(plain) == list(asked)
-        for k in plain:
-            assert np.abs(plain[k] - asked[k]).max() > 0.01 and asked[k].min() >= 0 and asked[k].max() <= 1
-    facts = json.loads((folder / "a" / "settings.json").read_text())
-    assert len(facts["prompts"]) == 64 and facts["clip"].startswith("clip.pt [") and facts["classes"] == CLASSES
-
-
-def test_prompts_and_clip_belong_to_the_settings(folder: Path, clip_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    clip = ["--clip", clip_file, "--optimize", 1]
-    assert refine(folder, "a", *clip) == 0
-    assert refine(folder, "a", *clip, "--prompts", folder / "prompts.safetensors") == 2
-    assert refine(folder, "a", *clip, "--set", "lambda_b=1") == 2
-    assert capsys.readouterr().err.count("holds results of other settings") == 2
-    assert refine(folder, "b", *clip, "--set", "lambda_b=9", "--set", "max_views=2") == 0
-    assert made(folder / "a") != made(folder / "b")
-
-
-@pytest.mark.parametrize(
-    "extra, reason",
-    [
-        (["--prompts", "prompts.safetensors"], "matter only with --suppress or --optimize"),
-        (["--clip", "clip.pt"], "matter only with --suppress or --optimize"),
-        (["--set", "lambda_b=1"], "matter only with --suppress or --optimize"),
-        (["--optimize", "-1"], "--optimize must be at least 0"),
-        (["--suppress", "--set", "lambda_b"], "--set takes NAME=VALUE; got 'lambda_b'"),
-        (["--suppress", "--clip", "CLIP", "--set", "unknown=1"], "unknown"),
-        (["--suppress", "--clip", "CLIP", "--set", "lambda_b=-1"], "`lambda_b` must be at least 0"),
-        (["--suppress", "--clip", "none.pt"], "none.pt"),
-        (["--suppress", "--clip", "FOLDER/classes.txt"], "is no CLIP weights file"),
-        (["--suppress", "--clip", "CLIP", "--prompts", "FOLDER/none"], "No prompt file at"),
-        (["--suppress", "--clip", "CLIP", "--prompts", "FOLDER/classes.txt"], "is damaged or no safetensors file"),
-        (["--suppress", "--clip", "CLIP", "--prompts", "FOLDER/prompts.safetensors", "--classes", "voc"], "3 classes"),
-        (["--suppress", "--clip", "CLIP", "--device", "nonsense"], "nonsense"),
-        pytest.param(
-            ["--suppress", "--clip", "CLIP", "--device", "cuda"],
-            "",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-        ),
-    ],
-)
-def test_wrong_options(
-    extra: List[str], reason: str, folder: Path, clip_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = [item.replace("FOLDER", str(folder)).replace("CLIP", str(clip_file)) for item in extra]
-    assert refine(folder, "out", *given) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and len(captured.err.splitlines()) == 1
-    assert captured.err.startswith("error: ") and reason in captured.err and not made(folder / "out")

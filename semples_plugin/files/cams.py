@@ -1,8 +1,8 @@
-"""CAM files of the ecosystem, read as what they are: untrusted pickles.
+"""CAM files of the known baselines: reading and writing.
 
-`.npy` files of MCTformer, WeakTr, TransCAM and SEAM hold a pickled dict {class index: (H, W) array}; IRN's hold
-{"keys": class indices, "cam": (K, h, w), "high_res": (K, H, W)}; others are plain arrays (C, H, W) or `.npz` archives. Reading
-admits arrays, tensors and plain scalars, and refuses everything else by name, so that no file runs code.
+MCTformer, WeakTr, TransCAM and SEAM write `.npy` files with a pickled dict {class index: (H, W) array}. IRN pickles
+{"keys": class indices, "cam": (K, h, w), "high_res": (K, H, W)}. Others write plain arrays (C, H, W) or `.npz` archives.
+Pickles are read by `pickles`, which runs no code of a file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .._files import PathLike, write_atomically
 from ..errors import CamFileError
 from .pickles import LARGEST, read_npy
 
-__all__ = ["CamFile", "read_cam_file", "write_cam_file"]
+__all__ = ["CamFile", "cam_paths", "read_cam_file", "write_cam_file"]
 
 
 class CamFile(NamedTuple):
@@ -26,8 +26,8 @@ class CamFile(NamedTuple):
 
     Attributes:
         cams: class index (from 0, without background) -> (H, W) float32, all of one shape.
-        layout: `"dict"`, `"irn"`, `"array"` or `"npz"`; `write_cam_file` writes the same again.
-        low: for `"irn"`, shape (h, w) of its `cam` entry.
+        layout: `"dict"`, `"irn"`, `"array"` or `"npz"`; `write_cam_file` writes the same layout.
+        low: shape (h, w) of the entry `cam` of a file of IRN, else None.
     """
 
     cams: Dict[int, np.ndarray]
@@ -35,8 +35,21 @@ class CamFile(NamedTuple):
     low: Optional[Tuple[int, int]] = None
 
 
+def cam_paths(folder: Path) -> Dict[str, Path]:
+    """Image id -> CAM file, of all CAM files in a folder, sorted by file name.
+
+    Raises:
+        CamFileError: if an image has both a `.npy` and a `.npz` file.
+    """
+    found = sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".npz") and not p.name.startswith("."))
+    twice = [p.stem for p in found if p.suffix == ".npz" and p.with_suffix(".npy") in found]
+    if twice:
+        raise CamFileError(f"{folder} holds both .npy and .npz for {', '.join(twice[:5])}; keep one.")
+    return {p.stem: p for p in found}
+
+
 def read_cam_file(path: PathLike, num_classes: int) -> CamFile:
-    """The CAMs of one image from a file of any known layout.
+    """Read the CAMs of one image from a file of any known layout.
 
     Args:
         path: a `.npy` or `.npz` file.
@@ -44,7 +57,8 @@ def read_cam_file(path: PathLike, num_classes: int) -> CamFile:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CamFileError: if it is damaged, names a class that does not exist, or holds maps that are not finite or differ in shape.
+        CamFileError: if the file is damaged, names a class that does not exist, or holds maps that are not finite or differ
+            in shape.
     """
     path = Path(path)
     try:
@@ -82,12 +96,10 @@ def _read_npz(path: Path) -> Dict[str, np.ndarray]:
                 raise CamFileError(f"{path} unpacks to more than {LARGEST / 2**30:.0f} GiB.")
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except CamFileError:
-        raise
-    except FileNotFoundError:
+    except (CamFileError, FileNotFoundError):
         raise
     except Exception as error:
-        raise CamFileError(f"{path} is no readable .npz archive of arrays ({type(error).__name__}: {error}).") from error
+        raise CamFileError(f"{path} is not a readable .npz archive of arrays ({type(error).__name__}: {error}).") from error
 
 
 def _from_array(path: Path, content: np.ndarray, num_classes: int) -> CamFile:
@@ -140,7 +152,7 @@ def _same_shape(path: Path, cams: Dict[int, np.ndarray]) -> Dict[int, np.ndarray
 
 
 def write_cam_file(path: PathLike, content: CamFile) -> None:
-    """Write CAMs in the layout they were read in: same keys, same kind of arrays, float32."""
+    """Write CAMs in their layout, as float32. The file appears whole or not at all."""
     path, cams = Path(path), content.cams
     keys = np.array(list(cams), np.int64)
     maps = np.stack(list(cams.values())) if cams else np.zeros((0, 1, 1), np.float32)
@@ -162,12 +174,3 @@ def _resize(value: np.ndarray, shape: Tuple[int, int]) -> np.ndarray:
     import cv2
 
     return cv2.resize(value, (shape[1], shape[0]), interpolation=cv2.INTER_AREA)
-
-
-def cam_paths(folder: Path) -> Dict[str, Path]:
-    """Image id -> CAM file of a folder, sorted."""
-    found = sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".npz") and not p.name.startswith("."))
-    twice = [p.stem for p in found if p.suffix == ".npz" and p.with_suffix(".npy") in found]
-    if twice:
-        raise CamFileError(f"{folder} holds both .npy and .npz for {', '.join(twice[:5])}; keep one.")
-    return {p.stem: p for p in found}

@@ -1,4 +1,4 @@
-"""Evaluation of whole folders: the VOC metric of pseudo labels or CAM files, with everything a reader must know beside it."""
+"""The VOC metric of a folder of pseudo labels or CAM files, and the conditions under which it was measured."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["Result", "evaluate_cams", "evaluate_labels"]
 
 
 class Result(NamedTuple):
-    """Figures of a folder; print it.
+    """The figures of a folder; `str(result)` is a table.
 
     Attributes:
         miou: mean IoU over the labels that occur, background included.
         classes: figures per label, background first; labels that neither prediction nor ground truth has are None.
         images: number of images counted.
         threshold: background threshold of CAM files, None for label maps.
-        chosen: whether that threshold is the best one on this very ground truth.
-        curve: (threshold, mIoU) of all thresholds tried.
+        chosen: whether that threshold was chosen as the best one on this ground truth.
+        curve: (threshold, mIoU) of every threshold that was tried.
         failed: id -> reason for images that were not counted.
         split: name of the split.
-        per_image: id -> mIoU of that image alone, for ranking; another metric than `miou`.
+        per_image: id -> mIoU of that image alone, for ranking images. `miou` is not the mean of these.
     """
 
     miou: float
@@ -47,12 +47,13 @@ class Result(NamedTuple):
 
     @property
     def policy(self) -> str:
-        """How the threshold came about, in words."""
+        """Where the threshold comes from, in words."""
         if self.threshold is None:
             return "label maps, no threshold"
         return "chosen on this ground truth" if self.chosen else "given"
 
     def as_json(self) -> Dict[str, Any]:
+        """All figures but `per_image`, as JSON can hold them."""
         return {
             "split": self.split,
             "images": self.images,
@@ -85,19 +86,20 @@ def _percent(value: Optional[float]) -> str:
     return f"{'-':>6}" if value is None else f"{100 * value:6.2f}"
 
 
-def evaluate_labels(pred: Path, gt: Path, names: Sequence[str], ids: Optional[Sequence[str]]) -> Result:
-    """Label PNGs against ground truth.
+def evaluate_labels(pred: Path, gt: Path, names: Sequence[str], ids: Optional[Sequence[str]], *, split: str = "") -> Result:
+    """Evaluate label PNGs against ground truth.
 
     Args:
         pred, gt: folders of PNGs.
         names: label names, background first.
         ids: images to count; by default all predictions.
+        split: name of the split, for the record.
     """
     total = np.zeros((len(names), len(names)), np.int64)
     failed: Dict[str, str] = {}
     per_image: Dict[str, float] = {}
     wanted = sorted(p.stem for p in pred.glob("*.png")) if ids is None else list(ids)
-    for name in _some(wanted, pred):
+    for name in _ids_or_error(wanted, pred):
         try:
             check_id(name)
             one = confusion_matrix(read_label_png(pred / f"{name}.png"), read_label_png(gt / f"{name}.png"), len(names))
@@ -106,13 +108,20 @@ def evaluate_labels(pred: Path, gt: Path, names: Sequence[str], ids: Optional[Se
             continue
         total += one
         per_image[name] = mean_iou(one)
-    return _result(total, names, per_image, None, False, [], failed)
+    return _result(total, names, per_image, None, False, [], failed, split)
 
 
 def evaluate_cams(
-    pred: Path, gt: Path, names: Sequence[str], ids: Optional[Sequence[str]], thresholds: Sequence[float], *, chosen: bool
+    pred: Path,
+    gt: Path,
+    names: Sequence[str],
+    ids: Optional[Sequence[str]],
+    thresholds: Sequence[float],
+    *,
+    chosen: bool,
+    split: str = "",
 ) -> Result:
-    """CAM files against ground truth, at every threshold; the figures are those of the best.
+    """Evaluate CAM files against ground truth at every threshold; the figures are those of the best one.
 
     Args:
         pred: folder of CAM files.
@@ -120,13 +129,14 @@ def evaluate_cams(
         names: label names, background first.
         ids: images to count; by default all predictions.
         thresholds: background thresholds, ascending.
-        chosen: whether taking the best counts as choosing on ground truth (False for a single given one).
+        chosen: whether the threshold counts as chosen on this ground truth; False for a single one chosen elsewhere.
+        split: name of the split, for the record.
     """
     total = Curve(thresholds, len(names))
     paths = cam_paths(pred)
     failed: Dict[str, str] = {}
     each: Dict[str, List[float]] = {}
-    for name in _some(list(paths) if ids is None else list(ids), pred):
+    for name in _ids_or_error(list(paths) if ids is None else list(ids), pred):
         one = Curve(thresholds, len(names))
         try:
             if name not in paths:
@@ -141,10 +151,10 @@ def evaluate_cams(
     best = max(range(len(curve)), key=lambda i: (curve[i] if curve[i] == curve[i] else -1.0, -i))
     per_image = {name: values[best] for name, values in each.items()}
     points = list(zip([float(t) for t in thresholds], curve))
-    return _result(total.confusion(best), names, per_image, float(thresholds[best]), chosen, points, failed)
+    return _result(total.confusion(best), names, per_image, float(thresholds[best]), chosen, points, failed, split)
 
 
-def _some(ids: List[str], pred: Path) -> List[str]:
+def _ids_or_error(ids: List[str], pred: Path) -> List[str]:
     if not ids:
         raise CamFileError(f"There is nothing to evaluate: {pred} holds no predictions, or the list is empty.")
     return list(dict.fromkeys(ids))
@@ -158,6 +168,7 @@ def _result(
     chosen: bool,
     curve: List[Tuple[float, float]],
     failed: Dict[str, str],
+    split: str,
 ) -> Result:
     scores = class_scores(confusion, names)
-    return Result(mean_iou(confusion), scores, len(per_image), threshold, chosen, curve, failed, "", per_image)
+    return Result(mean_iou(confusion), scores, len(per_image), threshold, chosen, curve, failed, split, per_image)

@@ -1,55 +1,52 @@
-"""Images and label maps on disk."""
+"""Image ids, images, and label maps as PNGs with VOC's palette."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import List
+from typing import Any, List
 
 import numpy as np
 
 from .._files import PathLike, write_atomically
 from ..errors import CamFileError
 
-__all__ = ["voc_palette", "write_label_png"]
-
-
-def voc_palette() -> List[int]:
-    """The 256 colours of VOC's masks, R, G, B each."""
-    colours = []
-    for label in range(256):
-        red = green = blue = 0
-        for bit in range(8):
-            red |= (label >> (3 * bit) & 1) << (7 - bit)
-            green |= (label >> (3 * bit + 1) & 1) << (7 - bit)
-            blue |= (label >> (3 * bit + 2) & 1) << (7 - bit)
-        colours += [red, green, blue]
-    return colours
-
-
-def write_label_png(path: PathLike, labels: np.ndarray) -> None:
-    """A label map (H, W) of 0..255 as a PNG with VOC's palette, as evaluation scripts and viewers expect it."""
-    from PIL import Image
-
-    picture = Image.fromarray(labels.astype(np.uint8), mode="P")
-    picture.putpalette(voc_palette())
-    write_atomically(Path(path), lambda file: picture.save(file, format="PNG"))
-
+__all__ = ["check_id", "find_image", "image_id", "read_image", "read_label_png", "voc_palette", "write_label_png"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
 
+def image_id(key: Any) -> str:
+    """The id of an image from what a file calls it.
+
+    Args:
+        key: an id, a file name, or a number: IRN writes 2007000032 for `2007_000032`.
+
+    Example:
+        >>> image_id("2007_000032.jpg"), image_id(2007000032), image_id(139)
+        ('2007_000032', '2007_000032', '139')
+    """
+    text = str(int(key)) if isinstance(key, (int, np.integer)) else str(key)
+    if isinstance(key, (int, np.integer)) and len(text) == 10:
+        return f"{text[:4]}_{text[4:]}"
+    return re.sub(r"\.(jpe?g|png)$", "", text, flags=re.IGNORECASE)
+
+
 def check_id(name: str) -> None:
-    """An id from a list or a label file must not lead out of the folder it is looked up in."""
+    """Refuse an id that would lead out of the folder in which it is looked up.
+
+    Raises:
+        CamFileError: if the id is not a plain file name.
+    """
     if re.search(r"[/\\\0]", name) or name in ("", ".", ".."):
-        raise CamFileError(f"{name!r} is no image id: ids are file names without folders")
+        raise CamFileError(f"{name!r} is not an image id: ids are file names without folders")
 
 
 def find_image(folder: Path, name: str) -> Path:
     """The image file of an id.
 
     Raises:
-        CamFileError: if there is none, or the id is no plain file name.
+        CamFileError: if there is no such image, or the id is not a plain file name.
     """
     check_id(name)
     for suffix in SUFFIXES:
@@ -60,18 +57,28 @@ def find_image(folder: Path, name: str) -> Path:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, as stored: a rotation in the EXIF data is not applied, as CAM networks' loaders do not apply it."""
+    """An image as (H, W, 3) uint8 RGB.
+
+    A rotation in the EXIF data is not applied, because the loaders of CAM networks do not apply it either.
+
+    Raises:
+        CamFileError: if the file is not a readable image.
+    """
     import cv2
 
     data = np.fromfile(path, np.uint8)
     picture = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if data.size else None
     if picture is None:
-        raise CamFileError(f"{path} is no readable image")
+        raise CamFileError(f"{path} is not a readable image")
     return np.ascontiguousarray(picture[..., ::-1])
 
 
 def read_label_png(path: Path) -> np.ndarray:
-    """A label map (H, W) from a palette or grey PNG."""
+    """A label map (H, W) from a palette or grey PNG.
+
+    Raises:
+        CamFileError: if the file is missing, damaged, or an image in colours.
+    """
     from PIL import Image
 
     try:
@@ -80,7 +87,29 @@ def read_label_png(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise CamFileError(f"there is no {path}") from None
     except Exception as error:
-        raise CamFileError(f"{path} is no readable PNG ({type(error).__name__})") from error
+        raise CamFileError(f"{path} is not a readable PNG ({type(error).__name__})") from error
     if labels.ndim != 2:
         raise CamFileError(f"{path} must be a palette or grey PNG of labels; got an image of shape {labels.shape}")
     return labels
+
+
+def write_label_png(path: PathLike, labels: np.ndarray) -> None:
+    """Write a label map (H, W) of values 0 to 255 as a PNG with VOC's palette, which evaluation scripts and viewers expect."""
+    from PIL import Image
+
+    picture = Image.fromarray(labels.astype(np.uint8), mode="P")
+    picture.putpalette(voc_palette())
+    write_atomically(Path(path), lambda file: picture.save(file, format="PNG"))
+
+
+def voc_palette() -> List[int]:
+    """The 256 colours of VOC's masks, as red, green, blue of each in one flat list."""
+    colours = []
+    for label in range(256):
+        red = green = blue = 0
+        for bit in range(8):
+            red |= (label >> (3 * bit) & 1) << (7 - bit)
+            green |= (label >> (3 * bit + 1) & 1) << (7 - bit)
+            blue |= (label >> (3 * bit + 2) & 1) << (7 - bit)
+        colours += [red, green, blue]
+    return colours

@@ -1,10 +1,9 @@
-"""Image-level labels from the files that pipelines have: pickled dicts, archives, JSON, CSV, VOC XML, COCO instances."""
+"""Image-level labels from the formats that pipelines use: pickled dicts, archives, JSON, CSV, VOC XML, COCO instances."""
 
 from __future__ import annotations
 
 import csv
 import json
-import re
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence
 from xml.etree import ElementTree
@@ -14,28 +13,33 @@ import numpy as np
 from .._files import PathLike
 from ..class_names import COCO_CATEGORY_IDS, COCO_CLASSES
 from ..errors import CamFileError
+from .images import image_id
 from .pickles import read_npy
 
-__all__ = ["image_id", "read_labels"]
+__all__ = ["read_labels"]
 
 Labels = Dict[str, np.ndarray]
 
 
 def read_labels(path: PathLike, classes: Sequence[str]) -> Labels:
-    """Image id -> (C,) multi-hot labels, uint8.
+    """Read image-level labels.
 
     Args:
         path: one of
-            a `.npy` file with a pickled dict id -> (C,) array (`cls_labels.npy` of the baselines; read without running code);
+            `.npy` with a pickled dict id -> (C,) array (`cls_labels.npy` of the baselines; no code of the file is run);
             `.npz` with `ids` (N,) and `labels` (N, C);
             `.json` with {id: [names or indices]} or {id: multi-hot list}, or COCO instances (`images`, `annotations`);
-            `.csv` with the header `image,<class>,<class>,...` of 0 and 1, or `image,labels` with names split by ";";
+            `.csv` with the header `image,<class>,<class>,...` and values 0 and 1, or with the header `image,labels` and
+            names separated by ";";
             a folder of VOC XML annotations.
         classes: C class names, in the order of the columns.
 
+    Returns:
+        Image id -> (C,) uint8, 1 for each class in the image.
+
     Raises:
         FileNotFoundError: if there is no such file or folder.
-        CamFileError: if the file is damaged, or its classes are others.
+        CamFileError: if the file is damaged, or was made for other classes.
     """
     path, classes = Path(path), list(classes)
     try:
@@ -64,21 +68,13 @@ def _read(path: Path, classes: List[str]) -> Labels:
     return labels
 
 
-def image_id(key: Any) -> str:
-    """The id of an image as pipelines write it: `2007_000032`, also for 2007000032 (IRN) and `2007_000032.jpg`."""
-    text = str(int(key)) if isinstance(key, (int, np.integer)) else str(key)
-    if isinstance(key, (int, np.integer)) and len(text) == 10:
-        return f"{text[:4]}_{text[4:]}"
-    return re.sub(r"\.(jpe?g|png)$", "", text, flags=re.IGNORECASE)
-
-
 def _row(path: Path, key: Any, value: Any, classes: Sequence[str]) -> np.ndarray:
     """Multi-hot labels of one image."""
     row = np.asarray(value)
     if row.shape != (len(classes),) or row.dtype.kind not in "biuf" or not np.isin(row, (0, 1)).all():
         raise CamFileError(
             f"{path}: image {key!r} must have {len(classes)} labels of 0 and 1; got {row.dtype} of shape {row.shape}. "
-            "Do --classes and the file belong together?"
+            "Was the file made for these classes?"
         )
     return row.astype(np.uint8)
 
@@ -114,7 +110,7 @@ def _json(path: Path, classes: Sequence[str]) -> Labels:
 
 
 def _named(path: Path, key: Any, value: Any, classes: Sequence[str]) -> np.ndarray:
-    """Labels from a list of names, of indices, or a multi-hot list. A list of C zeros and ones is multi-hot."""
+    """Labels from a list of names or indices, or from a multi-hot list. A list of C zeros and ones counts as multi-hot."""
     if not isinstance(value, list):
         raise CamFileError(f"{path}: image {key!r} must have a list of labels; got {type(value).__name__}.")
     if len(value) == len(classes) > 1 and all(type(item) is int and item in (0, 1) for item in value):
@@ -129,13 +125,13 @@ def _named(path: Path, key: Any, value: Any, classes: Sequence[str]) -> np.ndarr
 
 
 def _coco(path: Path, content: Mapping[str, Any], classes: Sequence[str]) -> Labels:
-    """COCO instances: category ids run from 1 to 90 with gaps; columns are 0 to 79 in the order of the ids."""
+    """Labels from COCO instances. Category ids run from 1 to 90 with gaps; columns 0 to 79 follow the order of the ids."""
     try:
         categories = {int(c["id"]): str(c["name"]) for c in content.get("categories", ())}
         names = {int(image["id"]): image_id(str(image["file_name"])) for image in content["images"]}
         pairs = [(int(a["image_id"]), int(a["category_id"])) for a in content["annotations"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise CamFileError(f"{path} is no COCO instances file: {type(error).__name__} {error}.") from error
+        raise CamFileError(f"{path} is not a COCO instances file: {type(error).__name__} {error}.") from error
     if not categories:
         categories = dict(zip(COCO_CATEGORY_IDS, COCO_CLASSES))
     column = {number: list(classes).index(name) for number, name in categories.items() if name in classes}

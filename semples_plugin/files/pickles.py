@@ -1,4 +1,8 @@
-"""A restricted pickle reader: arrays, tensors and plain containers, and nothing that runs code."""
+"""Reading `.npy` files that hold pickles, without running code.
+
+A pickle is a program: it names functions and calls them. The reader here knows the few names that arrays and tensors need, maps
+each to a function of this module that checks its arguments, and refuses every other name.
+"""
 
 from __future__ import annotations
 
@@ -18,37 +22,37 @@ from ..errors import CamFileError
 
 __all__ = ["LARGEST", "read_npy"]
 
-LARGEST = 2**31  # bytes of one file that are read; a CAM of 20 classes at 6000 x 4000 pixels takes 1.9e9
+LARGEST = 2**31  # bytes; larger files are refused. The CAMs of 20 classes at 6000 x 4000 pixels take 1.9e9.
 
 
 def _storage(data: Any) -> Any:
+    """The storage of a tensor, read by torch's own restricted reader."""
     import torch
 
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's own text advises to read it all the same
-        found = re.search(r"(?:GLOBAL|class) `?(\w+\.[\w.]*\w)", str(error))  # torch's words before and after 2.0
-        raise CamFileError(f"a tensor in it holds {found.group(1) if found else 'something'} that is no number") from None
+    except Exception as error:  # not torch's own message, which advises to switch the restriction off
+        found = re.search(r"(?:GLOBAL|class) `?(\w+\.[\w.]*\w)", str(error))  # "GLOBAL" or "class", by the torch version
+        raise CamFileError(f"a tensor in it holds {found.group(1) if found else 'something'} that is not a number") from None
 
 
 def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Any:
     """The array of a tensor; bfloat16, which NumPy lacks, becomes float32."""
     import torch
 
-    untyped = storage.untyped() if hasattr(storage, "untyped") else storage._untyped()
-    if math.prod(size) * torch.empty(0, dtype=storage.dtype).element_size() > untyped.nbytes():
+    if math.prod(size) * torch.empty(0, dtype=storage.dtype).element_size() > storage.untyped().nbytes():
         raise CamFileError("a tensor in it is larger than its storage")
     tensor = torch.empty(0, dtype=storage.dtype).set_(storage, offset, tuple(size), tuple(stride))
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy().copy()
 
 
 class _Dtype:
-    """A dtype of numbers, texts or objects by its name; of the state only the byte order counts."""
+    """A dtype of numbers, texts or objects, built from its name. Of its pickled state only the byte order is used."""
 
     def __init__(self, name: Any, *_: Any):
         self.made = np.dtype(name) if isinstance(name, str) else np.dtype("V")
         if self.made.kind not in "biufcSUOMm" or self.made.names is not None or self.made.subdtype is not None:
-            raise CamFileError(f"it holds an array of {name!r}, and only arrays of numbers are read")
+            raise CamFileError(f"it holds an array of {name!r}, but only arrays of numbers are read")
 
     def __setstate__(self, state: Any) -> None:
         if state[1] in ("<", ">"):
@@ -56,7 +60,7 @@ class _Dtype:
 
 
 class _Array(np.ndarray):
-    """An array whose pickled state must fit its shape; raw bytes never become objects."""
+    """An array whose pickled state must fit its shape. Raw bytes are never taken for objects, that is for pointers."""
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, raw = state
@@ -105,14 +109,19 @@ for _package in ("numpy.core", "numpy._core"):
     _ALLOWED[f"{_package}.multiarray", "_reconstruct"] = _empty
     _ALLOWED[f"{_package}.multiarray", "scalar"] = _scalar
     _ALLOWED[f"{_package}.numeric", "_frombuffer"] = _frombuffer
-_PythonUnpickler: Any = getattr(pickle, "_Unpickler")  # noqa: B009  # in every CPython, not in the type stubs
+_PythonUnpickler: Any = getattr(pickle, "_Unpickler")  # noqa: B009  # CPython has it, the type stubs do not
 
 
 class _Reader(_PythonUnpickler):
-    """A pickle reader that makes arrays, tensors and plain containers only.
+    """An unpickler that builds arrays, tensors and plain containers only.
 
-    It is Python's own reader written in Python: the one in C lets a file of 100 bytes ask for gigabytes of memo, set the state
-    of anything it may name, and hash keys nested half a million deep.
+    The standard library has two unpicklers: `pickle.Unpickler`, written in C, and `pickle._Unpickler`, written in Python. This
+    class needs the second one, because only there a subclass can change what single instructions of a pickle do. With the first
+    one, a hostile file of a few bytes could
+
+    - allocate gigabytes for the table of objects that are used again (the memo),
+    - set attributes of any function or class that it is allowed to name,
+    - crash the process by a dict key that is nested half a million levels deep.
     """
 
     dispatch: Dict[int, Any] = dict(_PythonUnpickler.dispatch)
@@ -120,33 +129,33 @@ class _Reader(_PythonUnpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = _ALLOWED.get((module, name))
         if found is None:
-            raise CamFileError(f"it names {module}.{name}, and only numpy arrays, tensors and plain numbers are read")
+            raise CamFileError(f"it names {module}.{name}, but only numpy arrays, tensors and plain numbers are read")
         return found
 
     def load_build(self) -> None:
         if not isinstance(self.stack[-2], (_Array, _Dtype)):
-            raise CamFileError(f"it sets a state of {type(self.stack[-2]).__name__}")
+            raise CamFileError(f"it sets the state of a {type(self.stack[-2]).__name__}")
         super().load_build()
 
     def load_setitem(self) -> None:
-        self._check(self.stack[-2:-1])
+        self._check_keys(self.stack[-2:-1])
         super().load_setitem()
 
     def load_setitems(self) -> None:
-        self._check(self.stack[::2])
+        self._check_keys(self.stack[::2])
         super().load_setitems()
 
     def load_dict(self) -> None:
-        self._check(self.stack[::2])
+        self._check_keys(self.stack[::2])
         super().load_dict()
 
-    def _check(self, keys: Any) -> None:
+    def _check_keys(self, keys: Any) -> None:
         for key in keys:
             if isinstance(key, tuple) or not isinstance(key, (int, float, str, bytes, np.generic, type(None))):
                 raise CamFileError(f"it has a {type(key).__name__} as a key")
 
     def refuse(self) -> None:
-        raise CamFileError("it holds more than arrays and numbers")
+        raise CamFileError("it holds something other than arrays and numbers")
 
     dispatch[pickle.BUILD[0]] = load_build
     dispatch[pickle.SETITEM[0]] = load_setitem
@@ -157,7 +166,7 @@ class _Reader(_PythonUnpickler):
 
 
 def read_npy(path: PathLike) -> Any:
-    """The content of a `.npy` file: an array, or the object in a pickled 0-d one, without running code.
+    """Read a `.npy` file without running code: an array, or the object that a pickled 0-d array holds.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -174,7 +183,7 @@ def read_npy(path: PathLike) -> Any:
         except Exception as error:  # a damaged pickle can raise nearly anything
             why = " ".join(str(error).split())[:200]
             raise CamFileError(
-                f"{os.fspath(path)} is no readable .npy file ({type(error).__name__}: {why}); is it complete?"
+                f"{os.fspath(path)} is not a readable .npy file ({type(error).__name__}: {why}); is it complete?"
             ) from error
 
 
@@ -188,7 +197,7 @@ def _parse_npy(file: Any, size: int) -> Any:
     dtype = np.lib.format.descr_to_dtype(header["descr"])
     if dtype.hasobject:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # dtypes pickled by an older numpy
+            warnings.simplefilter("ignore")  # numpy warns of dtypes that an older numpy pickled
             content = _Reader(file, encoding="latin1").load()
         return content.item() if isinstance(content, np.ndarray) and content.shape == () else content
     count = math.prod(shape)

@@ -1,8 +1,8 @@
-"""A folder of CAM files in, refined CAMs and pseudo labels out; nothing breaks on the ten-thousandth file.
+"""A folder of CAM files -> refined CAM files and pseudo labels. A bad file fails its own image, not the run.
 
-Flow: plan (read every image's size, group by size into chunks) -> per chunk: read, refine, write -> summary. Chunks depend on
-the folder alone, not on what is done already or on the number of processes, so that an interrupted run that is taken up again
-ends with the same bytes. Every file appears whole or not at all.
+Flow: plan (read the size of every image, group the images by size into chunks) -> for each chunk: read, refine, write ->
+summary. The chunks depend on the folder alone, not on what is done already or on the number of processes. An interrupted run
+that is started again therefore ends with the same bytes. Every file appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..refiner import PromptRefiner
 from .cams import CamFile, cam_paths, read_cam_file, write_cam_file
 from .images import find_image, read_image, write_label_png
 
-__all__ = ["Options", "Summary", "refine_folder"]
+__all__ = ["Options", "Summary", "refine_folder", "write_summary"]
 
 
 class Options(NamedTuple):
@@ -32,12 +32,12 @@ class Options(NamedTuple):
 
     Attributes:
         threshold: background score of the pseudo labels.
-        align: `"pamr"` or None.
-        suppress: weigh the CAMs with CLIP's dense features; needs a refiner.
-        optimize: gradient steps per chunk on the refiner's losses; needs a refiner.
+        align: `"pamr"` to align the masks to the edges of the image, or None.
+        suppress: weight the CAMs by CLIP's dense features; needs a refiner.
+        optimize: gradient steps on the refiner's losses; needs a refiner.
         batch_size: images per chunk.
-        max_pixels: larger images are refined at a smaller size, and the masks enlarged again.
-        soft_masks: also write the refined masks as 8-bit `.npz`.
+        max_pixels: images with more pixels are refined at a smaller size, and their masks are enlarged again.
+        soft_masks: whether to write the refined masks also as 8-bit `.npz` files.
     """
 
     threshold: float = 0.4
@@ -50,11 +50,18 @@ class Options(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What became of the images: number refined now, found done, refined without any positive label, and id -> reason for the
-    failed ones."""
+    """What happened to the images.
+
+    Attributes:
+        refined: number of images that this run refined.
+        skipped: number of images that were done before.
+        empty: how many of the refined images have no positive label.
+        failed: id -> reason, for images that could not be refined.
+        seconds: duration of the run.
+    """
 
     refined: int
-    kept: int
+    skipped: int
     empty: int
     failed: Dict[str, str]
     seconds: float
@@ -80,37 +87,38 @@ def refine_folder(
     progress: bool = True,
     settings: Optional[Dict[str, Any]] = None,
 ) -> Summary:
-    """Refine every CAM file of a folder; what is done already is kept.
+    """Refine every CAM file of a folder. Images that are done already are skipped.
 
     Args:
         cams: folder of CAM files.
         images: folder of images, named as the CAM files.
-        out: gets `cams/`, `labels/` and, if asked for, `masks/`.
+        out: folder for the results: `cams/`, `labels/` and, with `soft_masks`, `masks/`.
         num_classes: C.
         options: how to refine.
-        labels: image id -> (C,) multi-hot; by default the classes that a CAM file holds.
-        refiner: a `PromptRefiner` built with `image_stats=None`; needed for `suppress` and `optimise`.
-        shard: (index, number) of this process among several that share the work.
-        progress: show a progress bar.
-        settings: what else decides the result (prompts, CLIP); `out` remembers it and refuses other settings.
+        labels: image id -> (C,) multi-hot; by default the classes that each CAM file holds.
+        refiner: a `PromptRefiner` built with `image_stats=None`; needed for `suppress` and `optimize`.
+        shard: (index, number) of this process among those that share the work.
+        progress: whether to show a progress bar.
+        settings: everything else that decides the result (prompts, CLIP), as JSON can hold it. `out/settings.json` records it.
 
     Raises:
+        ValueError: if `options` needs a refiner and there is none.
         CamFileError: if the folder has no CAM file, or `out` holds results of other settings.
     """
     from tqdm import tqdm
 
     if (options.suppress or options.optimize) and refiner is None:
-        raise ValueError("`suppress` and `optimise` need a refiner: they ask CLIP. Got none.")
+        raise ValueError("`suppress` and `optimize` use CLIP, so they need a refiner; got none.")
     start = time.monotonic()
     items, failed = _plan(cams, images)
     _remember(out, {**options._asdict(), **(settings or {})})
     mine = [chunk for i, chunk in enumerate(_chunks(items, options)) if i % shard[1] == shard[0]]
     failed = {name: why for i, (name, why) in enumerate(sorted(failed.items())) if i % shard[1] == shard[0]}
-    refined = kept = empty = 0
+    refined = skipped = empty = 0
     bar = tqdm(total=sum(map(len, mine)), desc="refining", disable=not progress)
     for chunk in mine:
         todo = [item for item in chunk if not _done(out, item.name, options)]
-        kept += len(chunk) - len(todo)
+        skipped += len(chunk) - len(todo)
         if todo:
             loaded, broken = _load(chunk, labels, num_classes, options)
             failed.update(broken)
@@ -119,7 +127,7 @@ def refine_folder(
                 refined += _refine_chunk(loaded, {item.name for item in todo}, out, num_classes, options, refiner, failed)
         bar.update(len(chunk))
     bar.close()
-    return Summary(refined, kept, empty, failed, time.monotonic() - start)
+    return Summary(refined, skipped, empty, failed, time.monotonic() - start)
 
 
 def _remember(out: Path, settings: Dict[str, Any]) -> None:
@@ -166,7 +174,7 @@ def _plan(cams: Path, images: Path) -> Tuple[List[_Item], Dict[str, str]]:
         except CamFileError as error:
             failed[name] = str(error)
         except Exception as error:
-            failed[name] = f"{images / name}: no readable image ({type(error).__name__})"
+            failed[name] = f"{images / name}: not a readable image ({type(error).__name__})"
     if not items:
         raise CamFileError(f"None of the {len(paths)} CAM files has an image: {next(iter(failed.values()))}.")
     return items, failed
@@ -184,7 +192,7 @@ def _chunks(items: Sequence[_Item], options: Options) -> List[List[_Item]]:
 
 
 def _targets(out: Path, name: str, options: Options) -> Dict[str, Path]:
-    """The files of one image, in the order of writing."""
+    """The files of one image."""
     files = {"cams": out / "cams" / f"{name}.npy", "labels": out / "labels" / f"{name}.png"}
     if options.soft_masks:
         files["masks"] = out / "masks" / f"{name}.npz"
@@ -218,7 +226,7 @@ def _load(
             loaded.append(_Loaded(item, _shrink(picture, options.max_pixels), content, row))
         except CamFileError as error:
             failed[item.name] = str(error)
-        except Exception as error:  # OpenCV has its own; one image must not end the run
+        except Exception as error:  # such as OpenCV's own errors; one image must not end the run
             failed[item.name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return loaded, failed
 
@@ -226,7 +234,7 @@ def _load(
 def _row(name: str, content: CamFile, labels: Optional[Dict[str, np.ndarray]], num_classes: int) -> np.ndarray:
     if labels is None:
         if content.layout == "array":
-            raise CamFileError("its CAM file holds all classes; say with labels which are present")
+            raise CamFileError("its CAM file holds all classes; give labels that say which are present")
         row = np.zeros(num_classes, np.uint8)
         row[list(content.cams)] = 1
         return row
@@ -280,32 +288,31 @@ def _refine_chunk(
 
 
 def _cam_tensor(content: CamFile, size: Sequence[int], num_classes: int) -> Tensor:
-    """(C, h, w) at the size at which the image is refined; zero where the file has no CAM."""
+    """The CAMs as (C, h, w), at the size at which the image is refined; 0 for classes that the file does not hold."""
     result = torch.zeros(num_classes, *size)
     for k, value in content.cams.items():
-        result[k] = F.interpolate(torch.from_numpy(value)[None, None], size=tuple(size), mode="bilinear", align_corners=False)[
-            0, 0
-        ]
+        one = torch.from_numpy(value)[None, None]  # (1, 1, H, W)
+        result[k] = F.interpolate(one, size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
     return result
 
 
 def _write(out: Path, one: _Loaded, result: Tensor, options: Options) -> None:
-    """All files of one image, the CAM last, so that its presence means that the others are there."""
-    keep = one.labels.nonzero()[0].tolist()
-    full = F.interpolate(result[:, keep], size=one.item.size, mode="bilinear", align_corners=False) if keep else None
+    """Write all files of one image, the CAM file last: where it exists, the others exist too."""
+    present = one.labels.nonzero()[0].tolist()
+    full = F.interpolate(result[:, present], size=one.item.size, mode="bilinear", align_corners=False) if present else None
     if full is None:
         label_map, cams = np.zeros(one.item.size, np.uint8), {}
     else:
         index = masks.pseudo_labels(full, options.threshold)[0].cpu().numpy()
-        label_map = np.array([0, *(k + 1 for k in keep)], np.uint8)[index]
-        cams = {k: full[0, i].cpu().numpy() for i, k in enumerate(keep)}
+        label_map = np.array([0, *(k + 1 for k in present)], np.uint8)[index]
+        cams = {k: full[0, i].cpu().numpy() for i, k in enumerate(present)}
     files = _targets(out, one.item.name, options)
     for path in files.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     write_label_png(files["labels"], label_map)
     if options.soft_masks:
         levels = np.stack([np.round(value * 255) for value in cams.values()]) if cams else np.zeros((0, *one.item.size))
-        content: Dict[str, np.ndarray] = {"keys": np.array(keep, np.int64), "masks": levels.astype(np.uint8)}
+        content: Dict[str, np.ndarray] = {"keys": np.array(present, np.int64), "masks": levels.astype(np.uint8)}
         write_atomically(files["masks"], lambda file: _savez(file, content))
     if one.content.layout == "array":
         cams = {k: cams.get(k, np.zeros(one.item.size, np.float32)) for k in one.content.cams}
@@ -318,6 +325,6 @@ def _savez(file: Any, content: Dict[str, np.ndarray]) -> None:
 
 
 def write_summary(path: Path, summary: Summary) -> None:
-    """The summary as JSON."""
+    """Write the summary as JSON."""
     text = json.dumps(summary._asdict(), indent=2, ensure_ascii=False)
     write_atomically(path, lambda file: file.write((text + "\n").encode()))

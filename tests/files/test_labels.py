@@ -11,27 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from semples_plugin.class_names import COCO_CATEGORY_IDS, COCO_CLASSES, VOC_CLASSES
+from semples_plugin.class_names import COCO_CLASSES
 from semples_plugin.errors import CamFileError
-from semples_plugin.files.labels import image_id, read_labels
+from semples_plugin.files.labels import read_labels
+from tests.coco_categories import COCO_BY_ID
 
 CLASSES = ["boat", "train", "bird"]
 ROWS = {"2007_000032": [1, 0, 1], "2007_000039": [0, 1, 0]}
-
-# pycocotools' coco.loadCats(coco.getCatIds()), whole
-COCO_BY_ID = {
-    1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck", 9: "boat",
-    10: "traffic light", 11: "fire hydrant", 13: "stop sign", 14: "parking meter", 15: "bench", 16: "bird", 17: "cat",
-    18: "dog", 19: "horse", 20: "sheep", 21: "cow", 22: "elephant", 23: "bear", 24: "zebra", 25: "giraffe", 27: "backpack",
-    28: "umbrella", 31: "handbag", 32: "tie", 33: "suitcase", 34: "frisbee", 35: "skis", 36: "snowboard", 37: "sports ball",
-    38: "kite", 39: "baseball bat", 40: "baseball glove", 41: "skateboard", 42: "surfboard", 43: "tennis racket",
-    44: "bottle", 46: "wine glass", 47: "cup", 48: "fork", 49: "knife", 50: "spoon", 51: "bowl", 52: "banana", 53: "apple",
-    54: "sandwich", 55: "orange", 56: "broccoli", 57: "carrot", 58: "hot dog", 59: "pizza", 60: "donut", 61: "cake",
-    62: "chair", 63: "couch", 64: "potted plant", 65: "bed", 67: "dining table", 70: "toilet", 72: "tv", 73: "laptop",
-    74: "mouse", 75: "remote", 76: "keyboard", 77: "cell phone", 78: "microwave", 79: "oven", 80: "toaster", 81: "sink",
-    82: "refrigerator", 84: "book", 85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear", 89: "hair drier",
-    90: "toothbrush",
-}  # fmt: skip
 
 
 def as_lists(labels: Dict[str, np.ndarray]) -> Dict[str, List[int]]:
@@ -78,11 +64,11 @@ def voc(*names: str, head: str = "") -> str:
         ("a.csv", '"labels","image"\n"bird;boat","2007_000032"\ntrain,2007_000039\n'),
     ],
 )
-def test_every_format(file: str, content: Any, tmp_path: Path) -> None:
+def test_every_format_is_read(file: str, content: Any, tmp_path: Path) -> None:
     assert as_lists(read_labels(written(tmp_path / file, content), CLASSES)) == ROWS
 
 
-def test_images_without_label(tmp_path: Path) -> None:
+def test_images_without_labels_get_zeros(tmp_path: Path) -> None:
     for file, content in [
         ("a.npy", {"x": np.zeros(3)}),
         ("a.json", {"x": []}),
@@ -92,21 +78,7 @@ def test_images_without_label(tmp_path: Path) -> None:
         assert as_lists(read_labels(written(tmp_path / file, content), CLASSES)) == {"x": [0, 0, 0]}
 
 
-def test_ids() -> None:
-    assert image_id(2007000032) == image_id(np.int64(2007000032)) == image_id("2007_000032") == "2007_000032"
-    assert image_id("2007_000032.jpg") == image_id("2007_000032.JPEG") == image_id("2007_000032.png") == "2007_000032"
-    assert image_id(139) == "139" and image_id("000000000139.jpg") == "000000000139" and image_id("a.jpg.npy") == "a.jpg.npy"
-
-
 # ---------------------------------------------------------------------------------------------------- COCO
-
-
-def test_coco_names_and_ids_are_the_official_ones() -> None:
-    assert len(COCO_CATEGORY_IDS) == len(COCO_CLASSES) == 80 and set(COCO_CATEGORY_IDS) <= set(range(1, 91))
-    assert dict(zip(COCO_CATEGORY_IDS, COCO_CLASSES)) == COCO_BY_ID
-    assert dict(zip(COCO_CLASSES, COCO_CATEGORY_IDS)) == {name: number for number, name in COCO_BY_ID.items()}
-    assert list(VOC_CLASSES)[:3] == ["aeroplane", "bicycle", "bird"] and list(VOC_CLASSES) == sorted(VOC_CLASSES)
-    assert len(VOC_CLASSES) == 20 and list(VOC_CLASSES).index("person") == 14
 
 
 def coco(listed: bool, **changes: Any) -> Dict[str, Any]:
@@ -120,7 +92,7 @@ def coco(listed: bool, **changes: Any) -> Dict[str, Any]:
 
 
 @pytest.mark.parametrize("categories", [True, False])
-def test_coco_instances(categories: bool, tmp_path: Path) -> None:
+def test_coco_instances_are_read(categories: bool, tmp_path: Path) -> None:
     labels = read_labels(written(tmp_path / "instances.json", coco(categories)), list(COCO_CLASSES))
     assert labels["000000000009"].shape == (80,)
     assert labels["000000000009"].nonzero()[0].tolist() == [0, 11, 79]  # person, stop sign, toothbrush
@@ -137,7 +109,7 @@ def test_every_coco_category_has_its_column(categories: bool, tmp_path: Path) ->
         assert [list(COCO_CLASSES)[k] for k in labels[str(number)].nonzero()[0]] == [name]
 
 
-def test_coco_with_classes_of_ones_own(tmp_path: Path) -> None:
+def test_coco_labels_of_other_classes(tmp_path: Path) -> None:
     path = written(tmp_path / "a.json", coco(True))
     labels = read_labels(path, ["toothbrush", "unicorn", "person"])  # "stop sign" is lacking, "unicorn" not in the file
     assert as_lists(labels) == {"000000000009": [1, 0, 1], "000000000025": [0, 0, 0]}
@@ -150,17 +122,17 @@ def test_coco_with_classes_of_ones_own(tmp_path: Path) -> None:
     [
         ({"annotations": [{"image_id": 7, "category_id": 1}]}, "an annotation names image 7, category 1"),
         ({"annotations": [{"image_id": 9, "category_id": 12}]}, "an annotation names image 9, category 12"),
-        ({"annotations": [{"image_id": 9}]}, "no COCO instances file: KeyError 'category_id'"),
-        ({"annotations": None}, "no COCO instances file"),
+        ({"annotations": [{"image_id": 9}]}, "not a COCO instances file: KeyError 'category_id'"),
+        ({"annotations": None}, "not a COCO instances file"),
         ({"annotations": [{"image_id": float("inf"), "category_id": 1}]}, ""),
-        ({"annotations": [{"image_id": float("nan"), "category_id": 1}]}, "no COCO instances file"),
-        ({"images": [9]}, "no COCO instances file"),
-        ({"images": {"9": "a.jpg"}}, "no COCO instances file"),
-        ({"categories": ["person"]}, "no COCO instances file"),
+        ({"annotations": [{"image_id": float("nan"), "category_id": 1}]}, "not a COCO instances file"),
+        ({"images": [9]}, "not a COCO instances file"),
+        ({"images": {"9": "a.jpg"}}, "not a COCO instances file"),
+        ({"categories": ["person"]}, "not a COCO instances file"),
         ({"images": [], "annotations": []}, "holds no image"),
     ],
 )
-def test_broken_coco(changes: Dict[str, Any], reason: str, tmp_path: Path) -> None:
+def test_broken_coco_files_are_refused(changes: Dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(CamFileError, match=reason or None):
         read_labels(written(tmp_path / "a.json", coco(True, **changes)), list(COCO_CLASSES))
 
@@ -168,7 +140,7 @@ def test_broken_coco(changes: Dict[str, Any], reason: str, tmp_path: Path) -> No
 # ---------------------------------------------------------------------------------------------------- VOC
 
 
-def test_voc_annotations(tmp_path: Path) -> None:
+def test_voc_annotations_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "Annotations"
     folder.mkdir()
     written(folder / "2007_000032.xml", voc("bird", "boat", "bird", "unknown"))
@@ -195,14 +167,14 @@ ENTITIES = '<!DOCTYPE annotation [<!ENTITY a "bird"><!ENTITY b SYSTEM "file:///e
         (voc("bird", head='<?xml version="1.0" encoding="utf-7"?>'), "not readable XML"),
     ],
 )
-def test_broken_voc(content: Any, reason: str, tmp_path: Path) -> None:
+def test_broken_voc_annotations_are_refused(content: Any, reason: str, tmp_path: Path) -> None:
     written(tmp_path / "a.xml", content)
     with pytest.raises(CamFileError, match=reason or None) as caught:
         read_labels(tmp_path, CLASSES)
     assert "a.xml" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_folder_without_annotations(tmp_path: Path) -> None:
+def test_a_folder_without_annotations_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CamFileError, match="holds no .xml file; expected VOC's Annotations folder"):
         read_labels(tmp_path, CLASSES)
 
@@ -225,7 +197,7 @@ class Evil:
         ("a.npy", {"x": [2, 0, 0]}, "3 labels of 0 and 1"),
         ("a.npy", {"x": [-1, 0, 1]}, "3 labels of 0 and 1"),
         ("a.npy", {"x": [float("nan"), 0, 1]}, "3 labels of 0 and 1"),
-        ("a.npy", {"x": [1, 0]}, r"3 labels of 0 and 1; got int64 of shape \(2,\). Do --classes and the file belong together"),
+        ("a.npy", {"x": [1, 0]}, r"3 labels of 0 and 1; got int64 of shape \(2,\). Was the file made for these classes"),
         ("a.npy", {"x": [1, 0, 0, 0]}, "3 labels of 0 and 1"),
         ("a.npy", {"x": [[1, 0, 0]]}, "3 labels of 0 and 1"),
         ("a.npy", {"x": ["1", "0", "0"]}, "3 labels of 0 and 1"),
@@ -233,7 +205,7 @@ class Evil:
         ("a.npy", {"x": None}, "3 labels of 0 and 1"),
         ("a.npy", {}, "holds no image"),
         ("a.npy", np.eye(3), "must hold a pickled dict image id -> labels; it holds a ndarray"),
-        ("a.npy", b"", "no readable .npy file"),
+        ("a.npy", b"", "not a readable .npy file"),
         ("a.npz", {"ids": ["x"]}, "must be an archive of `ids` .* and `labels`"),
         ("a.npz", {"ids": ["x"], "labels": [[1, 0]]}, r"must hold labels \(1, 3\); got \(1, 2\)"),
         ("a.npz", {"ids": ["x"], "labels": [[0.5, 0, 0]]}, "3 labels of 0 and 1"),
@@ -270,14 +242,14 @@ class Evil:
         ("a.txt", "x boat\n", "Labels are read from .npy, .npz, .json, .csv files or a folder of VOC XML"),
     ],
 )
-def test_refused(file: str, content: Any, reason: str, tmp_path: Path) -> None:
+def test_unusable_labels_are_refused(file: str, content: Any, reason: str, tmp_path: Path) -> None:
     path = written(tmp_path / file, content)
     with pytest.raises(CamFileError, match=reason or None) as caught:
         read_labels(path, CLASSES)
     assert file in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
-def test_missing(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="No label file at .*none.npy"):
         read_labels(tmp_path / "none.npy", CLASSES)
 
@@ -295,7 +267,9 @@ def test_labels_that_run_code_are_refused(where: str, tmp_path: Path) -> None:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(which=st.integers(0, 5), cut=st.floats(0, 1), where=st.floats(0, 1), bits=st.integers(0, 255))
-def test_damaged_files(tmp_path_factory: pytest.TempPathFactory, which: int, cut: float, where: float, bits: int) -> None:
+def test_damaged_files_are_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, which: int, cut: float, where: float, bits: int
+) -> None:
     folder = tmp_path_factory.getbasetemp() / "damaged"
     folder.mkdir(exist_ok=True)
     file, content = [

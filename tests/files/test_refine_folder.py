@@ -9,112 +9,27 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import cv2
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import semples_plugin.files.refine_folder as folders
-from semples_plugin import cli
-from semples_plugin.errors import CamFileError
 from semples_plugin.files.cams import cam_paths, read_cam_file
-from semples_plugin.files.images import find_image, read_image
 from semples_plugin.files.refine_folder import Options, refine_folder
+from tests.files.refine_world import SIZE, World, parts, results, tensors
 
 ROOT = Path(__file__).resolve().parents[2]
-CLASSES = ["boat", "train", "bird"]
-SIZE = (24, 32)
-
-
-class World:
-    """Folders of images and CAM files, and what `semples refine` makes of them."""
-
-    def __init__(self, root: Path):
-        self.root, self.images, self.cams, self.out = root, root / "images", root / "cams", root / "out"
-        self.images.mkdir(parents=True)
-        self.cams.mkdir()
-        self.classes = root / "classes.txt"
-        self.classes.write_text("\n".join(CLASSES))
-        self.random = np.random.default_rng(0)
-
-    def image(self, name: str, size: Tuple[int, int] = SIZE) -> Path:
-        path = self.images / f"{name}.jpg"
-        cv2.imwrite(str(path), cv2.blur(self.random.integers(0, 256, (*size, 3), dtype=np.uint8), (5, 5)))
-        return path
-
-    def cam(self, name: str, keys: Sequence[int] = (0, 2), size: Tuple[int, int] = SIZE, layout: str = "dict") -> Path:
-        values = self.random.random((len(CLASSES) if layout == "array" else len(keys), *size)).astype(np.float32)
-        path = self.cams / f"{name}.{'npz' if layout == 'npz' else 'npy'}"
-        if layout == "dict":
-            np.save(path, dict(zip(keys, values)))  # type: ignore[arg-type]
-        elif layout == "irn":
-            low = torch.from_numpy(values[:, ::4, ::4].copy())
-            np.save(path, {"keys": torch.tensor(list(keys)), "cam": low, "high_res": values})  # type: ignore[arg-type]
-        elif layout == "array":
-            np.save(path, values)
-        else:
-            np.savez(path, keys=np.array(keys), cam=values)
-        return path
-
-    def add(self, name: str, keys: Sequence[int] = (0, 2), size: Tuple[int, int] = SIZE, layout: str = "dict") -> None:
-        self.image(name, size)
-        self.cam(name, keys, size, layout)
-
-    def arguments(self, *extra: Any, out: Optional[Path] = None) -> List[str]:
-        own = ["refine", "--images", self.images, "--cams", self.cams, "--out", out or self.out, "--classes", self.classes]
-        return [str(item) for item in (*own, "--quiet", *extra)]
-
-    def refine(self, *extra: Any, out: Optional[Path] = None) -> int:
-        return cli.main(self.arguments(*extra, out=out))
-
-    def labels(self, name: str, out: Optional[Path] = None) -> np.ndarray:
-        return np.array(Image.open((out or self.out) / "labels" / f"{name}.png"))
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path / "world")
-
-
-@pytest.fixture
-def some(world: World) -> World:
-    """Nine images of two sizes."""
-    for i in range(9):
-        world.add(f"img{i}", keys=[(0,), (1, 2), (0, 1, 2)][i % 3], size=[(24, 32), (32, 24)][i % 2])
-    return world
-
-
-def results(out: Path) -> Dict[str, bytes]:
-    """Name -> bytes of what a run made, without the records of the run itself."""
-    files = [p for p in out.rglob("*") if p.is_file() and p.suffix not in (".json", ".part")]
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(files)}
-
-
-def parts(out: Path) -> List[Path]:
-    return list(out.rglob("*.part"))
-
-
-def tensors(world: World, names: Sequence[str]) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """img, cam and labels of images of one size, as a loader would give them."""
-    img = torch.stack([torch.from_numpy(read_image(find_image(world.images, n))).permute(2, 0, 1).float() / 255 for n in names])
-    cam, labels = torch.zeros(len(names), 3, *img.shape[2:]), torch.zeros(len(names), 3, dtype=torch.long)
-    for i, name in enumerate(names):
-        for k, value in read_cam_file(cam_paths(world.cams)[name], 3).cams.items():
-            one = torch.from_numpy(value)[None, None]
-            cam[i, k] = F.interpolate(one, size=img.shape[2:], mode="bilinear", align_corners=False)[0, 0]
-            labels[i, k] = 1
-    return img, cam, labels
 
 
 # ---------------------------------------------------------------------------------------------------- results
 
 
 @pytest.mark.parametrize("align", ["pamr", "none"])
-def test_the_result_is_that_of_the_refiner(align: str, some: World, make_refiner: Callable[..., Any]) -> None:
+def test_refined_folders_equal_refine_masks(align: str, some: World, make_refiner: Callable[..., Any]) -> None:
     assert some.refine("--align", align, "--threshold", 0.35, "--batch-size", 2) == 0
     refiner = make_refiner()
     for name in cam_paths(some.cams):
@@ -127,7 +42,7 @@ def test_the_result_is_that_of_the_refiner(align: str, some: World, make_refiner
         assert (some.labels(name) == expected.labels[0].numpy()).mean() > 0.999
 
 
-def test_suppress_is_that_of_the_refiner(some: World, make_refiner: Callable[..., Any]) -> None:
+def test_suppress_equals_refine_masks(some: World, make_refiner: Callable[..., Any]) -> None:
     refiner = make_refiner(learned=True)
     options = Options(suppress=True, batch_size=4)
     summary = refine_folder(some.cams, some.images, some.out, 3, options, refiner=refiner, progress=False)
@@ -140,13 +55,13 @@ def test_suppress_is_that_of_the_refiner(some: World, make_refiner: Callable[...
 
 
 @pytest.mark.parametrize("options", [Options(suppress=True), Options(optimize=1)])
-def test_asking_clip_needs_a_refiner(options: Options, some: World) -> None:
+def test_using_clip_needs_a_refiner(options: Options, some: World) -> None:
     with pytest.raises(ValueError, match="need a refiner"):
         refine_folder(some.cams, some.images, some.out, 3, options, progress=False)
 
 
 @pytest.mark.parametrize("layout", ["dict", "irn", "array", "npz"])
-def test_layouts_are_kept(layout: str, world: World) -> None:
+def test_refined_cams_have_the_layout_of_the_input(layout: str, world: World) -> None:
     for name in "ab":
         world.add(name, keys=(0, 2), layout=layout)
     labels = world.root / "labels.json"
@@ -286,7 +201,7 @@ def test_odd_images_are_refined(make: Callable[[World], None], world: World, cap
     assert all(value.shape == expected for value in read_cam_file(world.out / "cams" / f"{name}.npy", 3).cams.values())
 
 
-def test_an_image_without_positive_label(world: World) -> None:
+def test_an_image_without_positive_label_is_all_background(world: World) -> None:
     for name, layout in (("a", "dict"), ("b", "irn"), ("c", "array"), ("d", "npz"), ("e", "dict")):
         world.add(name, layout=layout)
     (world.root / "labels.json").write_text(json.dumps({"a": [], "b": [], "c": [], "d": [], "e": ["boat"]}))
@@ -383,8 +298,8 @@ BAD: Dict[str, Tuple[Callable[[World], None], str]] = {
     "header of an image only": (bad_image(lambda data: data[:300]), "no readable image"),
     "an image that OpenCV does not take": (bad_image(bmp(2**20 + 1, 1)), ""),
     "a folder for a CAM": (folder_for_a_cam, ""),
-    "no bytes of a CAM": (bad_cam(b""), "no readable .npy file"),
-    "half a CAM": (bad_cam(truncated_cam), "no readable .npy file"),
+    "no bytes of a CAM": (bad_cam(b""), "not a readable .npy file"),
+    "half a CAM": (bad_cam(truncated_cam), "not a readable .npy file"),
     "NaN": (bad_cam({0: ONES * np.nan}), "finite"),
     "inf": (bad_cam({0: ONES * np.inf}), "finite"),
     "texts": (bad_cam({0: ONES.astype(str)}), "numbers"),
@@ -396,7 +311,7 @@ BAD: Dict[str, Tuple[Callable[[World], None], str]] = {
     "negative class": (bad_cam({-1: ONES}), "class index -1"),
     "text class": (bad_cam({"boat": ONES}), "class indices as keys"),
     "superscript class": (bad_cam({"²": ONES}), "class indices as keys"),
-    "all classes and no labels": (bad_cam(np.ones((3, *SIZE))), "say with labels which are present"),
+    "all classes and no labels": (bad_cam(np.ones((3, *SIZE))), "give labels that say which are present"),
     "wrong number of classes": (bad_cam(np.ones((4, *SIZE))), "C = 3"),
     "code": (bad_cam(lambda world: {0: Evil(world.root / "marker")}), f"names {os.system.__module__}.system"),
     "code in a tensor": (bad_cam(lambda world: {0: Nested(world.root / "marker")}), ""),
@@ -404,14 +319,14 @@ BAD: Dict[str, Tuple[Callable[[World], None], str]] = {
         bad_cam({"keys": np.array([1]), "cam": np.zeros((1, 0, 0)), "high_res": ONES[None]}), ""
     ),
     "low maps of one dimension": (bad_cam({"keys": np.array([1]), "cam": np.zeros(1), "high_res": ONES[None]}), ""),
-    "damaged npz": (bad_npz(b"PK\x03\x04"), "no readable .npz archive"),
-    "npz with objects": (bad_npz({"keys": np.array([1]), "cam": np.array([None])}), "no readable .npz archive"),
+    "damaged npz": (bad_npz(b"PK\x03\x04"), "not a readable .npz archive"),
+    "npz with objects": (bad_npz({"keys": np.array([1]), "cam": np.array([None])}), "not a readable .npz archive"),
     "npz without pixels": (bad_npz({"keys": np.array([1]), "cam": np.zeros((1, 0, 4))}), "(H, W)"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", list(BAD))
-def test_a_bad_image_ends_in_one_line_and_the_good_ones_finish(
+def test_a_bad_image_is_named_in_one_line_and_the_good_ones_are_refined(
     kind: str, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make, reason = BAD[kind]
@@ -430,7 +345,7 @@ def test_a_bad_image_ends_in_one_line_and_the_good_ones_finish(
     assert summary["refined"] == 2 and list(summary["failed"]) == ["bad"]
 
 
-def test_many_bad_ones_at_once_are_each_named(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_bad_image_is_named(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     world.add("good")
     names = ["absent", "missing_class", "no_picture", "not_an_array"]
     for name in names:
@@ -447,7 +362,7 @@ def test_many_bad_ones_at_once_are_each_named(world: World, capsys: pytest.Captu
     assert sorted(results(world.out)) == ["cams/good.npy", "labels/good.png"]
 
 
-def test_a_bad_image_can_be_mended_and_the_rest_is_kept(some: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_repaired_image_is_refined_and_the_rest_is_skipped(some: World, capsys: pytest.CaptureFixture[str]) -> None:
     good = (some.cams / "img4.npy").read_bytes()
     some.refine(out=some.root / "whole")
     (some.cams / "img4.npy").write_bytes(good[:-100])
@@ -459,7 +374,9 @@ def test_a_bad_image_can_be_mended_and_the_rest_is_kept(some: World, capsys: pyt
     assert results(some.out) == results(some.root / "whole")
 
 
-def test_a_full_disk_fails_the_image_and_leaves_no_part(some: World, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_full_disk_fails_the_image_and_leaves_no_partial_file(
+    some: World, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     replace = os.replace
 
     def full(source: Any, target: Any) -> None:
@@ -476,14 +393,7 @@ def test_a_full_disk_fails_the_image_and_leaves_no_part(some: World, monkeypatch
     assert some.refine() == 0 and len(results(some.out)) == 18
 
 
-@pytest.mark.parametrize("name", ["../secret", "a/b", "/etc/passwd", "..", ".", "", "a\\b", "a\0b"])
-def test_an_id_is_a_plain_file_name(name: str, world: World) -> None:
-    (world.root / "secret.jpg").write_bytes(b"x")
-    with pytest.raises(CamFileError, match="is no image id: ids are file names without folders"):
-        find_image(world.images, name)
-
-
-def test_two_cam_files_of_one_image(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_cam_files_of_one_image_are_refused(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     world.add("a")
     world.cam("a", layout="npz")
     assert world.refine() == 2
@@ -493,7 +403,7 @@ def test_two_cam_files_of_one_image(world: World, capsys: pytest.CaptureFixture[
 # ---------------------------------------------------------------------------------------------------- the same bytes
 
 
-def test_the_same_bytes_twice(some: World) -> None:
+def test_two_runs_write_the_same_bytes(some: World) -> None:
     first, second = some.root / "first", some.root / "second"
     assert some.refine("--soft-masks", out=first) == some.refine("--soft-masks", out=second) == 0
     assert len(results(first)) == 27 and results(first) == results(second)
@@ -503,7 +413,7 @@ def test_the_same_bytes_twice(some: World) -> None:
     assert {p: p.stat().st_mtime_ns for p in first.rglob("*.np*")} == before  # nothing is done again
 
 
-def test_what_is_missing_is_done_again_with_the_same_bytes(some: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_results_are_written_again_with_the_same_bytes(some: World, capsys: pytest.CaptureFixture[str]) -> None:
     some.refine("--soft-masks")
     expected = results(some.out)
     for name in ("cams/img0.npy", "labels/img3.png", "masks/img5.npz"):
@@ -513,7 +423,7 @@ def test_what_is_missing_is_done_again_with_the_same_bytes(some: World, capsys: 
     assert capsys.readouterr().out.startswith("3 refined, 6 done before, 0 failed") and results(some.out) == expected
 
 
-def test_an_interrupt_between_two_files_of_an_image(some: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_interrupted_between_two_files_of_an_image_resumes(some: World, monkeypatch: pytest.MonkeyPatch) -> None:
     some.refine(out=some.root / "whole")
     write, count = folders.write_cam_file, [0]
 
@@ -531,7 +441,7 @@ def test_an_interrupt_between_two_files_of_an_image(some: World, monkeypatch: py
     assert results(some.out) == results(some.root / "whole")
 
 
-def test_killed_at_a_random_moment_and_taken_up_again(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_killed_at_a_random_moment_resumes(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     for i in range(80):
         world.add(f"img{i}", size=[(60, 80), (80, 60), (61, 80)][i % 3])
     world.refine("--batch-size", 4, out=world.root / "whole")
@@ -554,7 +464,7 @@ def test_killed_at_a_random_moment_and_taken_up_again(world: World, capsys: pyte
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_shards_share_the_work(
+def test_processes_share_the_work(
     number: int, some: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     some.cam("lonely")
@@ -570,7 +480,7 @@ def test_shards_share_the_work(
         assert summaries[-1] == json.loads((some.out / f"summary-{rank}-of-{number}.json").read_text())
         assert status == (1 if summaries[-1]["failed"] else 0)
     assert results(some.out) == results(some.root / "whole")
-    assert sum(s["refined"] for s in summaries) == 9 and not any(s["kept"] for s in summaries)
+    assert sum(s["refined"] for s in summaries) == 9 and not any(s["skipped"] for s in summaries)
     assert all(s["refined"] > 0 for s in summaries)
     assert [name for s in summaries for name in s["failed"]] == list(expected["failed"]) == ["lonely"]
     assert not (some.out / "summary.json").exists()
@@ -582,85 +492,7 @@ def test_shards_share_the_work(
     assert results(some.out) == results(some.root / "whole")
 
 
-# ---------------------------------------------------------------------------------------------------- the folder of results
-
-
-@pytest.mark.parametrize(
-    "other",
-    [("--threshold", 0.5), ("--align", "none"), ("--batch-size", 3), ("--max-pixels", 100), ("--soft-masks",)],
-)
-def test_other_settings_in_the_same_folder_are_refused(
-    other: Sequence[Any], some: World, capsys: pytest.CaptureFixture[str]
-) -> None:
-    some.refine()
-    before = results(some.out)
-    capsys.readouterr()
-    assert some.refine(*other) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and "holds results of other settings" in error and " there, " in error
-    assert results(some.out) == before
-    assert some.refine() == 0
-
-
-def test_other_inputs_in_the_same_folder_are_refused(some: World, capsys: pytest.CaptureFixture[str]) -> None:
-    some.refine()
-    (some.root / "other.txt").write_text("boat\ntrain\ncat")
-    (some.root / "labels.json").write_text(json.dumps({f"img{i}": ["boat"] for i in range(9)}))
-    os.symlink(some.cams, some.root / "same")
-    for extra in (["--classes", some.root / "other.txt"], ["--labels", some.root / "labels.json"], ["--images", some.cams]):
-        assert some.refine(*extra) == 2
-        expected = "has an image" if extra[0] == "--images" else "holds results of other settings"
-        assert expected in capsys.readouterr().err
-    assert some.refine("--cams", some.root / "same") == 0  # the same folder by another name
-
-
-def test_foreign_folders_are_refused(some: World, capsys: pytest.CaptureFixture[str]) -> None:
-    assert some.refine(out=some.root) == 2  # it has a folder `cams`
-    assert "holds results without a settings.json. Choose another folder." in capsys.readouterr().err
-    (some.out / "labels").mkdir(parents=True)
-    (some.out / "labels" / "mine.png").write_bytes(b"mine")
-    assert some.refine() == 2 and (some.out / "labels" / "mine.png").read_bytes() == b"mine"
-    (some.root / "mine").mkdir()
-    (some.root / "mine" / "settings.json").write_text("{}")
-    assert some.refine(out=some.root / "mine") == 2
-    assert (some.root / "mine" / "settings.json").read_text() == "{}"
-    (some.root / "file").write_text("")
-    capsys.readouterr()
-    assert some.refine(out=some.root / "file") == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-@pytest.mark.parametrize("option", ["--cams", "--images"])
-def test_a_mistyped_folder_can_be_corrected(option: str, some: World, capsys: pytest.CaptureFixture[str]) -> None:
-    assert some.refine(option, some.root / "mistyped") == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and "there is no folder" in error and "mistyped" in error
-    assert some.refine() == 0  # the same OUT: nothing was made in it
-
-
-def test_a_folder_without_cams(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    assert world.refine() == 2
-    assert capsys.readouterr().err == f"error: {world.cams} holds no .npy or .npz file.\n"
-
-
-# ---------------------------------------------------------------------------------------------------- what is said
-
-
-def test_json_and_quiet(some: World, capsys: pytest.CaptureFixture[str]) -> None:
-    some.cam("lonely")
-    assert some.refine("--json") == 1
-    captured = capsys.readouterr()
-    summary = json.loads(captured.out)
-    assert summary["refined"] == 9 and summary["kept"] == 0 and list(summary["failed"]) == ["lonely"] and summary["seconds"] > 0
-    assert summary == json.loads((some.out / "summary.json").read_text())
-    assert captured.err.startswith("failed: lonely: no image lonely.jpg") and len(captured.err.splitlines()) == 1
-    loud = [item for item in some.arguments(out=some.root / "loud") if item != "--quiet"]
-    (some.cams / "lonely.npy").unlink()
-    assert cli.main(loud) == 0
-    captured = capsys.readouterr()
-    assert "refining" in captured.err and "9/9" in captured.err  # the bar
-    assert captured.out.startswith("9 refined, 0 done before, 0 failed, ")
-    assert f": {some.root / 'loud'}\nlabels: background threshold 0.4\n" in captured.out
+# ---------------------------------------------------------------------------------------------------- memory
 
 
 MEMORY = """
@@ -706,16 +538,3 @@ def test_memory_does_not_grow_with_the_folder_nor_with_absent_classes(tmp_path: 
     assert world.labels("a").shape == (4000, 6000) and world.labels("b").shape == SIZE
     assert read_cam_file(world.out / "cams" / "a.npy", 3).cams[1].shape == (4000, 6000)
     assert large - many < 1200  # one class of 20 is present: 92 MiB a map; all of them would take 1830 MiB
-
-
-def test_out_inside_an_input_folder_is_refused(some: World, capsys: pytest.CaptureFixture[str]) -> None:
-    for out, name in ((some.cams, "cams"), (some.root / "images" / "new", "images")):
-        before = sorted(path.name for path in some.cams.iterdir())
-        assert some.refine(out=out) == 2 and sorted(path.name for path in some.cams.iterdir()) == before
-        assert f"is inside --{name}" in capsys.readouterr().err and not (some.root / "images" / "new").exists()
-
-
-def test_images_without_a_positive_label_are_told(some: World, capsys: pytest.CaptureFixture[str]) -> None:
-    (some.root / "none.json").write_text(json.dumps({f"img{i}": [] for i in range(9)}))
-    assert some.refine("--labels", some.root / "none.json") == 0
-    assert "9 images have no positive label; their pseudo labels are all background" in capsys.readouterr().out

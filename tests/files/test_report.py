@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -99,7 +100,7 @@ def data(tmp_path: Path) -> Data:
     return Data(tmp_path / "data")
 
 
-def test_one_page_without_anything_from_outside(data: Data) -> None:
+def test_the_page_is_inert_and_self_contained(data: Data) -> None:
     page, failed = data.write(split="val", title="My <title> & more")
     assert failed == {} and page.source.startswith("<!DOCTYPE html>")
     assert "http:" not in page.source and "https:" not in page.source and "url(" not in page.source
@@ -118,7 +119,7 @@ def test_one_page_without_anything_from_outside(data: Data) -> None:
 
 
 def test_class_names_are_escaped(data: Data) -> None:
-    page, _ = data.write(readings=[NearestWords("<b>&", 0.5, [("<i>", 0.25), ('"&amp;', 0.125)])], split="<u>")
+    page, _ = data.write(prompts=[NearestWords("<b>&", 0.5, [("<i>", 0.25), ('"&amp;', 0.125)])], split="<u>")
     assert not any(text in page.source for text in ("<b>&<", "<b>&,", "<i>", "<u>"))
     assert "<b>&" in page.text and "<i>" in page.text and '"&amp;' in page.text and "Split <u>, 3 images" in page.text
     assert any(attributes["alt"] == "CAM of <b>& of img0" for attributes in page.all("img"))
@@ -152,7 +153,7 @@ def test_figures_are_those_of_the_evaluation(data: Data) -> None:
     assert [len(line.split()) for line in points] == [100, 100]
 
 
-def test_a_change_is_signed(data: Data) -> None:
+def test_the_change_has_a_sign(data: Data) -> None:
     for i in range(3):
         (data.root / "after" / f"img{i}.npy").write_bytes((data.root / "before" / "img1.npy").read_bytes())
         cv2.imwrite(str(data.root / "images" / f"img{i}.png"), np.zeros((21, 30, 3), np.uint8))
@@ -163,7 +164,7 @@ def test_a_change_is_signed(data: Data) -> None:
     assert change and float(change[1]) > 10 and "Most improved" in page.text and "Most worsened" not in page.text
 
 
-def test_rows_and_lists(data: Data) -> None:
+def test_rows_and_ids_choose_the_images(data: Data) -> None:
     page, _ = data.write(rows=1)
     assert len(page.all("article")) == 3
     page, _ = data.write(rows=0)
@@ -175,7 +176,7 @@ def test_rows_and_lists(data: Data) -> None:
 
 
 @pytest.mark.parametrize("layout", ["npz", "array"])
-def test_other_layouts(layout: str, data: Data) -> None:
+def test_npz_and_array_cams_are_shown(layout: str, data: Data) -> None:
     for path in list((data.root / "after").iterdir()):
         cams = np.load(path, allow_pickle=True).item()
         path.unlink()
@@ -187,7 +188,7 @@ def test_other_layouts(layout: str, data: Data) -> None:
     assert failed == {} and len(page.all("article")) == 5
 
 
-def test_what_is_missing_is_listed_and_the_page_is_written(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_image_is_named_and_the_page_is_written(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     (data.root / "images" / "img0.png").unlink()
     assert data.run() == 1
     captured = capsys.readouterr()
@@ -198,7 +199,7 @@ def test_what_is_missing_is_listed_and_the_page_is_written(data: Data, capsys: p
 
 
 @pytest.mark.parametrize("part", ["before", "after", "gt"])
-def test_an_image_that_cannot_be_counted(part: str, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_that_cannot_be_counted_is_named(part: str, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     path = next(path for path in (data.root / part).iterdir() if path.stem == "img1")
     path.write_bytes(b"no")
     assert data.run() == 1
@@ -208,7 +209,7 @@ def test_an_image_that_cannot_be_counted(part: str, data: Data, capsys: pytest.C
     assert "Most improved" in page.text and "Most worsened" not in page.text and len(page.all("article")) == 3
 
 
-def test_a_picture_of_another_size_than_its_ground_truth(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_of_another_size_than_its_ground_truth_is_named(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     cv2.imwrite(str(data.root / "images" / "img0.png"), np.zeros((50, 70, 3), np.uint8))
     assert data.run() in (0, 1)  # its pictures are made to fit, or it is named
     captured = capsys.readouterr()
@@ -216,14 +217,14 @@ def test_a_picture_of_another_size_than_its_ground_truth(data: Data, capsys: pyt
     assert len(Page(data.root / "report.html").all("article")) >= 3
 
 
-def test_an_image_without_any_class(data: Data) -> None:
+def test_an_image_without_any_class_is_shown(data: Data) -> None:
     for part in ("before", "after"):
         np.save(data.root / part / "img0.npy", {})  # type: ignore[arg-type]
     page, failed = data.write()
     assert failed == {} and "no class" in page.text
 
 
-def test_nothing_can_be_counted(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_without_counted_images_is_written(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (data.root / "gt").iterdir():
         path.unlink()
     assert data.run() == 1
@@ -231,7 +232,7 @@ def test_nothing_can_be_counted(data: Data, capsys: pytest.CaptureFixture[str]) 
     assert "0 images" in Page(data.root / "report.html").text
 
 
-def test_wrong_arguments(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_write_no_page(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     for extra in (
         ["--before", data.root / "none"],
         ["--classes", "none"],
@@ -244,7 +245,7 @@ def test_wrong_arguments(data: Data, capsys: pytest.CaptureFixture[str]) -> None
     assert not (data.root / "report.html").exists() and not list(data.root.rglob("*.part"))
 
 
-def test_with_learned_prompts(
+def test_learned_prompts_are_shown_in_words(
     data: Data, make_refiner: Callable[..., Any], aligned_clip: nn.Module, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refiner = make_refiner(CLASSES, learned=True)
@@ -259,3 +260,15 @@ def test_with_learned_prompts(
     for reading in refiner.nearest_words(top=5):
         words = ", ".join(f"{word} {value:.2f}" for word, value in reading.words)
         assert f"{reading.name} {words} {reading.class_similarity:.2f}" in re.sub(r" ,", ",", page.text)
+
+
+def test_a_missing_jinja2_is_named_with_its_remedy(
+    data: Data, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ModuleNotFoundError, match=r"The report needs Jinja2: pip install 'semples-plugin\[cli\]'"):
+        data.write()
+    assert data.run() == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "jinja2 is missing" in captured.err and "'semples-plugin[cli]'" in captured.err
+    assert captured.err.count("\n") == 1 and not (data.root / "report.html").exists()

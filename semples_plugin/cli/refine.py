@@ -1,0 +1,155 @@
+"""`semples refine`: refine a folder of CAM files, without training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional
+
+from ..class_names import read_class_names
+from ..config import VOC, parse_assignments
+from .arguments import add_classes
+from .printing import print_failed
+
+__all__ = ["add_parser", "run"]
+
+DESCRIPTION = """\
+Reads the CAM files of MCTformer, WeakTr, TransCAM, SEAM and IRN (.npy), plain arrays and .npz; writes OUT/cams (same
+layout), OUT/labels (palette PNGs, 0 background, 1 + class index) and OUT/summary.json.
+The same command resumes an interrupted run; under torchrun the processes share the work.
+
+--suppress and --optimize N use CLIP. With --prompts, the configuration in that file counts, and --set overrides it."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of `semples`."""
+    parser = commands.add_parser(
+        "refine",
+        help="refine a folder of CAM files, without training",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=DESCRIPTION,
+    )
+    add = parser.add_argument
+    add("--images", type=Path, required=True, metavar="DIR", help="images, named as the CAM files")
+    add("--cams", type=Path, required=True, metavar="DIR", help="CAM files")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    add("--labels", type=Path, metavar="FILE", help="image-level labels: cls_labels.npy, .npz, .json, .csv, COCO instances, "
+        "or a folder of VOC XML (default: the classes in each CAM file)")  # fmt: skip
+    add_classes(parser)
+    add("--prompts", type=Path, metavar="FILE", help="learned background prompts, for --suppress and --optimize")
+    add("--clip", metavar="NAME", help="CLIP model or weights file (default: that of the prompts, else ViT-B/32)")
+    add("--threshold", type=float, default=0.4, help="background score (default: %(default)s)")
+    add("--align", choices=["pamr", "none"], default="pamr",
+        help="how masks follow the edges of the image (default: %(default)s)")  # fmt: skip
+    add("--suppress", action="store_true", help="weight the CAMs by CLIP's dense features")
+    add("--optimize", type=int, default=0, metavar="N", help="gradient steps on the refiner's losses (default: %(default)s)")
+    add("--set", action="append", default=[], metavar="NAME=VALUE",
+        help="option of RefinerConfig, such as lambda_area=1; may be given several times")  # fmt: skip
+    add("--batch-size", type=int, default=8, metavar="N", help="images at once (default: %(default)s)")
+    add("--max-pixels", type=int, default=1_000_000, metavar="N",
+        help="refine images with more pixels at this size (default: %(default)s)")  # fmt: skip
+    add("--soft-masks", action="store_true", help="also write OUT/masks, 8-bit masks of the present classes")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
+    add("--json", action="store_true", help="print the summary as JSON")
+    add("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=run, interrupted=lambda _: "`semples refine` goes on from here with the same command.")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Refine the folder; returns 1 if an image failed, else 0."""
+    from ..files.labels import read_labels
+    from ..files.refine_folder import Options, refine_folder, write_summary
+
+    classes = read_class_names(options.classes)
+    overrides = parse_assignments("--set", options.set)
+    uses_clip = options.suppress or options.optimize > 0
+    _check(options, overrides, uses_clip)
+    labels = None if options.labels is None else read_labels(options.labels, list(classes))
+    refiner = _refiner(options, classes, overrides) if uses_clip else None
+    how = Options(
+        threshold=options.threshold,
+        align=None if options.align == "none" else options.align,
+        suppress=options.suppress,
+        optimize=options.optimize,
+        batch_size=options.batch_size,
+        max_pixels=options.max_pixels,
+        soft_masks=options.soft_masks,
+    )
+    settings: Dict[str, Any] = {
+        "classes": list(classes),
+        "cams": str(options.cams.resolve()),
+        "images": str(options.images.resolve()),
+        "labels": None if options.labels is None else str(options.labels.resolve()),
+    }
+    if refiner is not None:
+        settings.update(clip=refiner.encoder.id, prompts=_sha256(options.prompts), refiner=overrides)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    summary = refine_folder(
+        options.cams,
+        options.images,
+        options.out,
+        len(classes),
+        how,
+        labels=labels,
+        refiner=refiner,
+        shard=(rank, world),
+        progress=not options.quiet and rank == 0,
+        settings=settings,
+    )
+    write_summary(options.out / ("summary.json" if world == 1 else f"summary-{rank}-of-{world}.json"), summary)
+    if options.json:
+        print(json.dumps(summary._asdict(), ensure_ascii=False))
+    else:
+        speed = f", {summary.refined / summary.seconds:.1f} images/s" if summary.refined else ""
+        counts = f"{summary.refined} refined, {summary.skipped} done before, {len(summary.failed)} failed"
+        print(f"{counts}{speed}: {options.out}")
+        print(f"labels: background threshold {how.threshold:g}")
+        if summary.empty:
+            print(f"{summary.empty} images have no positive label; their pseudo labels are all background")
+    print_failed(summary.failed, options.out / "summary.json" if world == 1 else None)
+    return 1 if summary.failed else 0
+
+
+def _check(options: argparse.Namespace, overrides: Mapping[str, Any], uses_clip: bool) -> None:
+    if options.optimize < 0 or options.batch_size < 1 or options.max_pixels < 1:
+        raise ValueError("--optimize must be at least 0, --batch-size and --max-pixels at least 1.")
+    if not 0 <= options.threshold <= 1:
+        raise ValueError(f"--threshold must be from 0 to 1; got {options.threshold}.")
+    for name in ("images", "cams"):
+        inner, outer = options.out.resolve(), getattr(options, name).resolve()
+        if inner == outer or outer in inner.parents:
+            raise ValueError(f"--out {options.out} is inside --{name} {outer}; choose a folder of its own.")
+    if not uses_clip and (options.prompts or options.clip or overrides or options.device != "cpu"):
+        raise ValueError(
+            "--prompts, --clip, --set and --device matter only with --suppress or --optimize N; without them CLIP is not used."
+        )
+    if overrides.get("image_stats") is not None:
+        raise ValueError("--set image_stats is not possible: images are read as values from 0 to 1. Leave it out.")
+
+
+def _refiner(options: argparse.Namespace, classes: Any, overrides: Mapping[str, Any]) -> Any:
+    from ..refiner import PromptRefiner
+
+    overrides = {**overrides, "image_stats": None}  # images are read as values from 0 to 1
+    if options.prompts is None:
+        refiner = PromptRefiner(classes, options.clip or "ViT-B/32", VOC.replace(**overrides))
+    else:
+        refiner = PromptRefiner.load(options.prompts, clip=options.clip, **overrides)
+        if refiner.classes != list(classes):
+            raise ValueError(
+                f"{options.prompts} was learned for {len(refiner.classes)} classes ({', '.join(refiner.classes[:3])}, ...) and "
+                f"--classes names {len(classes)} ({', '.join(list(classes)[:3])}, ...). They must be the same, in this order."
+            )
+    try:
+        return refiner.to(options.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {options.device!r} cannot be used: {reason}") from error
+
+
+def _sha256(path: Optional[Path]) -> Optional[str]:
+    import hashlib
+
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Sequence
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from semples_plugin import cli
+from semples_plugin.files.cams import read_cam_file
+from tests.files.refine_world import World, results
+
+CLASSES = ["boat", "train", "bird"]
+
+
+# ---------------------------------------------------------------------------------------------------- the folder of results
+
+
+@pytest.mark.parametrize(
+    "other",
+    [("--threshold", 0.5), ("--align", "none"), ("--batch-size", 3), ("--max-pixels", 100), ("--soft-masks",)],
+)
+def test_other_settings_in_the_same_folder_are_refused(
+    other: Sequence[Any], some: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some.refine()
+    before = results(some.out)
+    capsys.readouterr()
+    assert some.refine(*other) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "holds results of other settings" in error and " there, " in error
+    assert results(some.out) == before
+    assert some.refine() == 0
+
+
+def test_other_inputs_in_the_same_folder_are_refused(some: World, capsys: pytest.CaptureFixture[str]) -> None:
+    some.refine()
+    (some.root / "other.txt").write_text("boat\ntrain\ncat")
+    (some.root / "labels.json").write_text(json.dumps({f"img{i}": ["boat"] for i in range(9)}))
+    os.symlink(some.cams, some.root / "same")
+    for extra in (["--classes", some.root / "other.txt"], ["--labels", some.root / "labels.json"], ["--images", some.cams]):
+        assert some.refine(*extra) == 2
+        expected = "has an image" if extra[0] == "--images" else "holds results of other settings"
+        assert expected in capsys.readouterr().err
+    assert some.refine("--cams", some.root / "same") == 0  # the same folder by another name
+
+
+def test_folders_with_other_content_are_refused(some: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert some.refine(out=some.root) == 2  # it has a folder `cams`
+    assert "holds results without a settings.json. Choose another folder." in capsys.readouterr().err
+    (some.out / "labels").mkdir(parents=True)
+    (some.out / "labels" / "mine.png").write_bytes(b"mine")
+    assert some.refine() == 2 and (some.out / "labels" / "mine.png").read_bytes() == b"mine"
+    (some.root / "mine").mkdir()
+    (some.root / "mine" / "settings.json").write_text("{}")
+    assert some.refine(out=some.root / "mine") == 2
+    assert (some.root / "mine" / "settings.json").read_text() == "{}"
+    (some.root / "file").write_text("")
+    capsys.readouterr()
+    assert some.refine(out=some.root / "file") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--cams", "--images"])
+def test_a_mistyped_folder_can_be_corrected(option: str, some: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert some.refine(option, some.root / "mistyped") == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "there is no folder" in error and "mistyped" in error
+    assert some.refine() == 0  # the same OUT: nothing was made in it
+
+
+def test_a_folder_without_cams_is_refused(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert world.refine() == 2
+    assert capsys.readouterr().err == f"error: {world.cams} holds no .npy or .npz file.\n"
+
+
+# ---------------------------------------------------------------------------------------------------- output
+
+
+def test_json_and_quiet(some: World, capsys: pytest.CaptureFixture[str]) -> None:
+    some.cam("lonely")
+    assert some.refine("--json") == 1
+    captured = capsys.readouterr()
+    summary = json.loads(captured.out)
+    assert (
+        summary["refined"] == 9 and summary["skipped"] == 0 and list(summary["failed"]) == ["lonely"] and summary["seconds"] > 0
+    )
+    assert summary == json.loads((some.out / "summary.json").read_text())
+    assert captured.err.startswith("failed: lonely: no image lonely.jpg") and len(captured.err.splitlines()) == 1
+    loud = [item for item in some.arguments(out=some.root / "loud") if item != "--quiet"]
+    (some.cams / "lonely.npy").unlink()
+    assert cli.main(loud) == 0
+    captured = capsys.readouterr()
+    assert "refining" in captured.err and "9/9" in captured.err  # the bar
+    assert captured.out.startswith("9 refined, 0 done before, 0 failed, ")
+    assert f": {some.root / 'loud'}\nlabels: background threshold 0.4\n" in captured.out
+
+
+def test_out_inside_an_input_folder_is_refused(some: World, capsys: pytest.CaptureFixture[str]) -> None:
+    for out, name in ((some.cams, "cams"), (some.root / "images" / "new", "images")):
+        before = sorted(path.name for path in some.cams.iterdir())
+        assert some.refine(out=out) == 2 and sorted(path.name for path in some.cams.iterdir()) == before
+        assert f"is inside --{name}" in capsys.readouterr().err and not (some.root / "images" / "new").exists()
+
+
+def test_images_without_a_positive_label_are_counted(some: World, capsys: pytest.CaptureFixture[str]) -> None:
+    (some.root / "none.json").write_text(json.dumps({f"img{i}": [] for i in range(9)}))
+    assert some.refine("--labels", some.root / "none.json") == 0
+    assert "9 images have no positive label; their pseudo labels are all background" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------- --suppress, --optimize
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_refiner: Callable[..., Any]) -> Path:
+    """Images, CAM files, class names and learned prompts."""
+    generator = np.random.default_rng(0)
+    for part in ("images", "cams"):
+        (tmp_path / part).mkdir()
+    for i in range(3):
+        picture = generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / "images" / f"img{i}.png"), cv2.blur(picture, (7, 7)))
+        cams = {k: cv2.blur(generator.random((40, 48)).astype(np.float32), (9, 9)) for k in [(0,), (0, 2), (1,)][i]}
+        np.save(tmp_path / "cams" / f"img{i}.npy", cams)  # type: ignore[arg-type]
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    make_refiner(learned=True).save(tmp_path / "prompts.safetensors")
+    return tmp_path
+
+
+def refine(folder: Path, out: str, *extra: Any) -> int:
+    own: List[Any] = ["refine", "--images", folder / "images", "--cams", folder / "cams", "--out", folder / out]
+    return cli.main([str(item) for item in (*own, "--classes", folder / "classes.txt", "--quiet", *extra)])
+
+
+def made(out: Path) -> Dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*.np*")) + sorted(out.rglob("*.png"))}
+
+
+@pytest.mark.parametrize("how", [["--optimize", "3"], ["--suppress"], ["--suppress", "--optimize", "2"]])
+def test_clip_changes_the_cams_and_two_runs_write_the_same_bytes(how: List[str], folder: Path, clip_file: Path) -> None:
+    clip = ["--clip", clip_file, "--prompts", folder / "prompts.safetensors"]
+    assert refine(folder, "plain", "--align", "none") == 0
+    for out in ("a", "b"):
+        assert refine(folder, out, "--align", "none", *how, *clip) == 0
+    assert made(folder / "a") == made(folder / "b") and len(made(folder / "a")) == 6
+    for i in range(3):
+        plain, refined = (read_cam_file(folder / out / "cams" / f"img{i}.npy", 3).cams for out in ("plain", "a"))
+        assert list(plain) == list(refined)
+        for k in plain:
+            assert np.abs(plain[k] - refined[k]).max() > 0.01 and refined[k].min() >= 0 and refined[k].max() <= 1
+    facts = json.loads((folder / "a" / "settings.json").read_text())
+    assert len(facts["prompts"]) == 64 and facts["clip"].startswith("clip.pt [") and facts["classes"] == CLASSES
+
+
+def test_prompts_and_clip_belong_to_the_settings(folder: Path, clip_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clip = ["--clip", clip_file, "--optimize", 1]
+    assert refine(folder, "a", *clip) == 0
+    assert refine(folder, "a", *clip, "--prompts", folder / "prompts.safetensors") == 2
+    assert refine(folder, "a", *clip, "--set", "lambda_b=1") == 2
+    assert capsys.readouterr().err.count("holds results of other settings") == 2
+    assert refine(folder, "b", *clip, "--set", "lambda_b=9", "--set", "max_views=2") == 0
+    assert made(folder / "a") != made(folder / "b")
+
+
+@pytest.mark.parametrize(
+    "extra, reason",
+    [
+        (["--prompts", "prompts.safetensors"], "matter only with --suppress or --optimize"),
+        (["--clip", "clip.pt"], "matter only with --suppress or --optimize"),
+        (["--set", "lambda_b=1"], "matter only with --suppress or --optimize"),
+        (["--optimize", "-1"], "--optimize must be at least 0"),
+        (["--suppress", "--set", "lambda_b"], "--set takes NAME=VALUE; got 'lambda_b'"),
+        (["--suppress", "--clip", "CLIP", "--set", "unknown=1"], "unknown"),
+        (["--suppress", "--clip", "CLIP", "--set", "lambda_b=-1"], "`lambda_b` must be at least 0"),
+        (["--suppress", "--clip", "none.pt"], "none.pt"),
+        (["--suppress", "--clip", "FOLDER/classes.txt"], "is no CLIP weights file"),
+        (["--suppress", "--clip", "CLIP", "--prompts", "FOLDER/none"], "No prompt file at"),
+        (["--suppress", "--clip", "CLIP", "--prompts", "FOLDER/classes.txt"], "is damaged or no safetensors file"),
+        (["--suppress", "--clip", "CLIP", "--prompts", "FOLDER/prompts.safetensors", "--classes", "voc"], "3 classes"),
+        (["--suppress", "--clip", "CLIP", "--device", "nonsense"], "nonsense"),
+        pytest.param(
+            ["--suppress", "--clip", "CLIP", "--device", "cuda"],
+            "",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_wrong_options(
+    extra: List[str], reason: str, folder: Path, clip_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [item.replace("FOLDER", str(folder)).replace("CLIP", str(clip_file)) for item in extra]
+    assert refine(folder, "out", *given) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1
+    assert captured.err.startswith("error: ") and reason in captured.err and not made(folder / "out")
+
+
+def test_set_takes_the_names_of_the_configuration(folder: Path, clip_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for clip in (["--clip", clip_file], ["--clip", clip_file, "--prompts", folder / "prompts.safetensors"]):
+        assert refine(folder, "out", "--optimize", 1, *clip, "--set", "lambda_aera=1") == 2
+        expected = "error: PromptRefiner has no option 'lambda_aera'; did you mean 'lambda_area'?\n"
+        assert capsys.readouterr() == ("", expected)
+
+
+def test_the_image_statistics_cannot_be_set(folder: Path, clip_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refine(folder, "out", "--optimize", 1, "--clip", clip_file, "--set", "image_stats=imagenet") == 2
+    assert capsys.readouterr().err.startswith("error: --set image_stats is not possible: images are read as values from 0 to 1")
+    assert refine(folder, "out", "--optimize", 1, "--clip", clip_file, "--set", "image_stats=None") == 0
+
+
+def test_the_configuration_in_the_prompt_file_counts_and_set_overrides_it(
+    folder: Path, clip_file: Path, make_refiner: Callable[..., Any]
+) -> None:
+    usual, other = folder / "prompts.safetensors", folder / "other.safetensors"
+    refiner = make_refiner(lambda_b=9.0, lambda_area=2.0, image_stats="imagenet", background_channel=True)
+    refiner.load_prompts(usual).save(other)
+    how = ["--optimize", 3, "--align", "none", "--clip", clip_file, "--prompts"]
+    assert refine(folder, "usual", *how, usual) == 0
+    assert refine(folder, "from_the_file", *how, other) == 0
+    assert refine(folder, "set", *how, usual, "--set", "lambda_b=9", "--set", "lambda_area=2") == 0
+    assert refine(folder, "back", *how, other, "--set", "lambda_b=2.4", "--set", "lambda_area=0") == 0
+    assert made(folder / "from_the_file") == made(folder / "set") != made(folder / "usual")
+    assert made(folder / "back") == made(folder / "usual")
