@@ -15,7 +15,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 import torch
 from torch import Tensor, nn
 
-from .. import losses
+from . import losses
 from .._checks import check_number, hard_labels
 from .._files import read_tensors, write_tensors
 from .._hooks import Hook, follow, unwrap
@@ -25,13 +25,13 @@ from .categories import CategoryClusters
 from .heads import HVBiLSTM, PatchClassifier, confident_patches, top_k_pool
 from .tokens import OWNER, ClusterTokens, check_free, find_blocks, token_size
 
-__all__ = ["BranchInsertion", "BranchOutput", "ClusterBranch", "Seen"]
+__all__ = ["BranchInsertion", "BranchOutput", "ClusterBranch", "HostTokens"]
 
 FORMAT = "semples-plugin cluster branch"
 FORMAT_VERSION = 1
 
 
-class Seen(NamedTuple):
+class HostTokens(NamedTuple):
     """What one forward pass of the host left for the branch.
 
     Attributes:
@@ -66,7 +66,7 @@ class ClusterBranch(nn.Module):
 
     with L_tokens of `ClusterTokens`, L_MCE of the top-k pooled patch scores, and the patch contrast of CPC. A weight of 0
     leaves a part out, and what only it needs is not built. The branch has parameters of its own: give them to your optimiser
-    (with several processes their gradients are yours to average), or `adapters.attach(..., clusters=branch,
+    (with several processes their gradients are yours to average), or `adapters.attach(..., branch=branch,
     branch_optimizer=...)` does both.
 
     Args:
@@ -156,7 +156,7 @@ class ClusterBranch(nn.Module):
                 self.norm = nn.LayerNorm(size)
                 self.bilstm = HVBiLSTM(size, dropout=dropout) if bilstm else None
                 self.classifier = PatchClassifier(size if self.bilstm is None else self.bilstm.out_dim, len(clusters.classes))
-        self._seen: Optional[Seen] = None
+        self._seen: Optional[HostTokens] = None
 
     @property
     def options(self) -> Dict[str, Any]:
@@ -178,7 +178,7 @@ class ClusterBranch(nn.Module):
         follow(self, model)
         return BranchInsertion(self, model)
 
-    def take(self) -> Seen:
+    def pop_tokens(self) -> HostTokens:
         """What the last forward pass left, and forget it, so that its graph is the caller's alone.
 
         Raises:
@@ -188,13 +188,13 @@ class ClusterBranch(nn.Module):
         if seen is None:
             raise HostError(
                 "There is no forward pass of the host to read: expected one inside `with branch.insert(model):`, and then the "
-                "branch, once per pass and still inside. adapters.attach(..., clusters=branch) adds the loss by itself."
+                "branch, once per pass and still inside. adapters.attach(..., branch=branch) adds the loss by itself."
             )
         return seen
 
     def _note(self, patches: Tensor, grid: Tuple[int, int]) -> None:
-        tokens = None if self.tokens is None else self.tokens.take()
-        self._seen = Seen(tokens, patches, grid, torch.is_grad_enabled())
+        tokens = None if self.tokens is None else self.tokens.pop_output()
+        self._seen = HostTokens(tokens, patches, grid, torch.is_grad_enabled())
 
     def _forget(self) -> None:
         self._seen = None
@@ -212,9 +212,9 @@ class ClusterBranch(nn.Module):
         """
         return self.compute(labels).loss
 
-    def compute(self, labels: Tensor, seen: Optional[Seen] = None) -> BranchOutput:
+    def compute(self, labels: Tensor, tokens: Optional[HostTokens] = None) -> BranchOutput:
         """Loss and named terms; arguments as for `forward`, `seen` if a pass was taken before."""
-        seen = self.take() if seen is None else seen
+        seen = self.pop_tokens() if tokens is None else tokens
         expected = (len(seen.patches), len(self.clusters.classes))
         if tuple(labels.shape) != expected:
             raise ValueError(f"`labels` must have shape (B, C) = {expected}; got {tuple(labels.shape)}.")
@@ -227,7 +227,7 @@ class ClusterBranch(nn.Module):
         with full_precision(device):
             return self._terms(seen, hard_labels(labels).to(device), device)
 
-    def _terms(self, seen: Seen, labels: Tensor, device: torch.device) -> BranchOutput:
+    def _terms(self, seen: HostTokens, labels: Tensor, device: torch.device) -> BranchOutput:
         terms: Dict[str, Tensor] = {}
         if self.tokens is not None:
             terms["cluster_tokens"] = self.tokens.loss(labels, seen.tokens)
@@ -243,10 +243,10 @@ class ClusterBranch(nn.Module):
         loss = torch.stack([self.weights[name] * term.float() for name, term in terms.items()]).sum()
         return BranchOutput(loss, terms)
 
-    def features(self, seen: Seen) -> Tensor:
+    def features(self, seen: HostTokens) -> Tensor:
         """Patch features (B, N, D') that are classified: LayerNorm, then HV-BiLSTM if there is one."""
-        if not isinstance(seen, Seen):
-            raise TypeError(f"`seen` must be what branch.take() returns after a forward pass; got {type(seen).__name__}.")
+        if not isinstance(seen, HostTokens):
+            raise TypeError(f"`seen` must be what branch.pop_tokens() returns after a forward pass; got {type(seen).__name__}.")
         if self.norm is None:
             raise HostError("This branch has no patch classifier; build it with lambda_mce > 0.")
         follow(self, seen.patches.device)
@@ -254,7 +254,7 @@ class ClusterBranch(nn.Module):
             x = self.norm(seen.patches.float())
             return x if self.bilstm is None else self.bilstm(x, seen.grid)
 
-    def cam(self, seen: Seen) -> Tensor:
+    def cam(self, seen: HostTokens) -> Tensor:
         """The patch classifier's own class map (B, C, h, w) in [0, 1], Z without its background: PCC makes its masks of it.
 
         Raises:

@@ -135,7 +135,7 @@ class ClusterTokens(nn.Module):
         follow(self, model)
         return Insertion(self, model)
 
-    def take(self) -> Tensor:
+    def pop_output(self) -> Tensor:
         """(B, K, D) tokens of the last forward pass, and forget them, so that their graph is the caller's alone.
 
         Raises:
@@ -164,7 +164,7 @@ class ClusterTokens(nn.Module):
             Scalar, attached to the tokens and the host.
         """
         if output is None:
-            output = self.take()
+            output = self.pop_output()
             if torch.is_grad_enabled() and self.training and self.tokens.requires_grad and not output.requires_grad:
                 raise HostError(
                     "The host's last forward pass ran without gradients, so this loss would train nothing. Ask for the loss "
