@@ -28,8 +28,11 @@ from torch.utils.data import DataLoader
 
 from semples_plugin import PromptRefiner, __version__
 from semples_plugin.adapters import __main__ as command
-from semples_plugin.adapters import source
-from semples_plugin.adapters.runner import stages
+from semples_plugin.adapters import make_source
+from semples_plugin.adapters.runner import compat, stages
+from semples_plugin.adapters.runner.collector import Collector
+from semples_plugin.adapters.runner.record import Record, commit
+from semples_plugin.config import COCO, VOC, RefinerConfig
 from semples_plugin.errors import HostError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Pillow 10:DeprecationWarning")
@@ -256,7 +259,7 @@ def test_record_says_what_was_run(complete: Complete) -> None:
     asked = record["run"]
     assert asked["host"] == "generic" and asked["script"] == ["train.py"] and asked["adapter"] == {"cam": "head"}
     assert asked["repo"] == asked["cwd"] == str(complete.run.repo) and asked["clip"] == str(complete.run.clip)
-    assert asked["refiner"] == {"recipe": "voc", "seed": 7, "image_stats": None, "prompt_length": 4}
+    assert asked["refiner"] == VOC.replace(seed=7, image_stats=None, prompt_length=4).as_dict()
     assert (asked["seed"], asked["prompt_epochs"], asked["mode"], asked["weight"]) == (7, 2, "add", 1.0)
     versions = record["versions"]
     assert versions["semples_plugin"] == __version__ and versions["torch"] == torch.__version__
@@ -294,7 +297,7 @@ def test_log_of_terms(stage: str, complete: Complete) -> None:
     assert [line["step"] for line in lines] == [1, 3, 5]  # --log-every 2
     names = {"step", "match_foreground", "match_background", "loss"} | ({"refine"} if stage == "refine" else set())
     assert all(set(line) == names and all(np.isfinite(list(line.values()))) for line in lines)
-    for line in lines:  # the VOC recipe's numbers
+    for line in lines:  # the weights of VOC
         total = line["match_foreground"] + 2.4 * line["match_background"] + 0.05 * line.get("refine", 0.0)
         assert line["loss"] == pytest.approx(total, rel=1e-5)
 
@@ -502,13 +505,13 @@ def test_damaged_record(content: bytes, copied: Run, start: Any, capsys: Any) ->
 
 
 def test_record_is_whole_or_as_before(tmp_path: Path) -> None:
-    record = stages.Record(tmp_path / "new")
+    record = Record(tmp_path / "new")
     record.stage("match", state="running")
     before = digest(record.path)
     with pytest.raises(TypeError):
         record.stage("match", state=object())  # fails while it is being written
     assert digest(record.path) == before and os.listdir(record.path.parent) == ["record.json"]
-    assert stages.Record(tmp_path / "new").state("match") == "running"
+    assert Record(tmp_path / "new").state("match") == "running"
 
 
 # ------------------------------------------------------------------------------------------------ the stages
@@ -585,7 +588,7 @@ def test_prompt_stage_sees_the_host_as_match_left_it(complete: Complete, run: Ru
 
     found = re.findall(r"weight (\S+)", (run.repo / "log.txt").read_text())
     start_weight = model.head.weight.detach().double().sum().item()
-    assert len(found) == BATCHES and all(abs(float(value) - start_weight) > 1e-4 for value in found)  # the optimiser stepped
+    assert len(found) == BATCHES and all(abs(float(value) - start_weight) > 1e-4 for value in found)  # the optimizer stepped
     assert not (run.repo / "ckpt").exists()  # the script never came to its end
 
 
@@ -636,7 +639,7 @@ def test_prompt_stage_stills_dropout_in_attention(make_refiner: Any, make_batch:
     """torch's MultiheadAttention holds a layer, and drops by itself."""
     model, refiner = Attentive().train(), make_refiner()
     img, _, labels = make_batch()
-    with stages._Collector(source("generic", cam="head"), None, refiner) as collector:
+    with Collector(make_source("generic", cam="head"), refiner) as collector:
         collector.bind(model)
         for _ in range(2):
             torch.nn.functional.multilabel_soft_margin_loss(model(img), labels.float()).backward()
@@ -866,15 +869,22 @@ def test_unknown_host(run: Run, start: Any, capsys: Any) -> None:
     assert leave.value.code == 2 and "mctformer" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("setting", ["lambda_aera=1", "lambda_area=much", "eps=0"])
-def test_wrong_settings_of_the_refiner(setting: str, run: Run, start: Any, capsys: Any) -> None:
-    """Said in a line, not in a traceback, and the record stays JSON."""
-    with contextlib.suppress(SystemExit):
-        assert start(run.arguments("--stage", "match", "--set", setting)) == 1
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("lambda_aera=1", "has no option 'lambda_aera'; did you mean 'lambda_area'?"),
+        ("lambda_area=much", "`lambda_area` must be a number; got 'much'"),
+        ("eps=0", "`eps` must be at least 1e-12"),
+        ("repel=both", "`repel` must be 'log' or 'log1m'; got 'both'"),
+    ],
+)
+def test_wrong_settings_of_the_refiner(setting: str, message: str, run: Run, start: Any, capsys: Any) -> None:
+    """They are refused before anything runs, in a line and not in a traceback."""
+    with pytest.raises(SystemExit) as leave:
+        start(run.arguments("--stage", "match", "--set", setting))
     error = capsys.readouterr().err
-    assert setting.split("=")[0] in error and "Traceback" not in error
-    if run.out.exists():
-        read_record(run.out)
+    assert leave.value.code == 2 and message in error and "Traceback" not in error
+    assert not run.out.exists()
 
 
 @pytest.mark.parametrize("setting", ["background_texts={'a lake.'}", "background_texts=[b'a lake.']", "eps=1e999"])
@@ -904,7 +914,7 @@ def test_help(capsys: Any, monkeypatch: Any) -> None:
     text = capsys.readouterr().out
     assert leave.value.code == 0 and text.startswith("usage: python -m semples_plugin.adapters HOST --repo DIR")
     assert all(len(line) <= 130 for line in text.splitlines()) and "%(" not in text
-    for option in command._parser()._actions:
+    for option in command.make_parser()._actions:
         assert option.help and all(name in text for name in option.option_strings)
     for word in ("match", "prompt", "refine", "plain", "generic", "mctformer", "transcam", "weaktr", "voc|coco|FILE"):
         assert word in text
@@ -931,12 +941,16 @@ def test_classes_from_a_file(name: str, text: str, expected: Any, run: Run, tmp_
     assert (refiner.classes, refiner.prompt_names) == expected
 
 
-@pytest.mark.parametrize("name, count, recipe", [("voc", 20, "voc"), ("coco", 80, "coco")])
-def test_classes_of_the_benchmarks(name: str, count: int, recipe: str, run: Run, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("name, count, config", [("voc", 20, VOC), ("coco", 80, COCO), ("COCO", 80, COCO)])
+def test_classes_and_configuration_of_the_benchmarks(
+    name: str, count: int, config: RefinerConfig, run: Run, monkeypatch: Any
+) -> None:
     jobs: List[Any] = []
     monkeypatch.setattr(command, "run_stage", lambda job, stage: jobs.append(job))
     assert command.main(run._replace(classes=Path(name)).arguments("--stage", "match")) == 0
-    assert len(jobs[0].facts["classes"]) == count and jobs[0].facts["refiner"]["recipe"] == recipe
+    expected = config.replace(seed=7, image_stats=None, prompt_length=4)
+    assert len(jobs[0].facts["classes"]) == count and jobs[0].facts["refiner"] == expected.as_dict()
+    assert jobs[0].refiner().config == expected
 
 
 @pytest.mark.parametrize(
@@ -1014,7 +1028,7 @@ def test_process_is_as_before(
     with monkeypatch.context() as patch:
         patch.setattr(command, "run_stage", lambda *job: jobs.append(job))
         command.main(run.arguments(*ours, script=script))
-    with stages.compat.old_libraries():
+    with compat.old_libraries():
         pass  # loads the libraries that it is about
     before = surroundings()
     went = "well"
@@ -1055,12 +1069,12 @@ def test_seed_reaches_every_generator(run: Run, start: Any) -> None:
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_record_names_the_hosts_commit(run: Run, monkeypatch: Any) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(run.repo.parent))
-    assert stages._commit(run.repo) == {"commit": None, "changed_files": None}
+    assert commit(run.repo) == {"commit": None, "changed_files": None}
     git = ["git", "-C", str(run.repo), "-c", "user.name=toy", "-c", "user.email=toy@example.org", "-c", "commit.gpgsign=false"]
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "toy"]):
         subprocess.run([*git, *arguments], check=True, capture_output=True)
-    found = stages._commit(run.repo)
+    found = commit(run.repo)
     assert re.fullmatch("[0-9a-f]{40,64}", found["commit"]) and found["changed_files"] == []
     (run.repo / "utils.py").write_text("changed = True\n")
     (run.repo / "log.txt").write_text("the host's own output is no change\n")
-    assert stages._commit(run.repo) == {"commit": found["commit"], "changed_files": [" M utils.py"]}
+    assert commit(run.repo) == {"commit": found["commit"], "changed_files": [" M utils.py"]}

@@ -155,7 +155,7 @@ class ClusterChecks(Checks):
             without = self.bench.cams(img)
             with branch.insert(self.bench.model):
                 cams = self.bench.cams(img)
-                patches = list(branch.cam(branch.take()).shape)
+                patches = list(branch.cam(branch.pop_tokens()).shape)
                 ours = {kind: adapters.cam_of(self.name, self.bench.model, cam=kind)(img) for kind in cams}
             for kind, cam in cams.items():
                 changed = compare([cam], [without[kind]])
@@ -260,7 +260,7 @@ def timm_passive(model: nn.Module) -> Dict[str, Any]:
             its = timm_outputs(model.train(mode == "training"), img)
             with branch.insert(model):
                 ours = timm_outputs(model, img)
-                grid = list(branch.take().grid)
+                grid = list(branch.pop_tokens().grid)
             outputs, features = (compare([a], [b]) for a, b in zip(ours, its))
             found[f"{mode} {height}x{width} {dtype}"] = {"outputs": outputs, "features": features, "grid": grid}
     model.float()
