@@ -162,7 +162,7 @@ def _reinstall(error: str) -> str:
     """The message for a torchvision that does not go with torch, from the facts that pip has of it."""
     try:
         distribution = importlib.metadata.distribution("torchvision")
-        wanted = [re.match(r"torch\s*==\s*([\w.]+)", text) for text in distribution.requires or []]
+        wanted = [re.match(r"torch\s*\(?\s*==\s*([\w.]+)", text) for text in distribution.requires or []]
         built_for = next((found[1] for found in wanted if found), None)
     except importlib.metadata.PackageNotFoundError:
         built_for = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from semples_plugin import DetachedCamError, PromptRefiner, SemplesError, adapters
 from semples_plugin.adapters.mctformer import safe_sqrt
+from semples_plugin.adapters.registry import HOSTS
 from tests.adapters.toy_hosts import (
     CLASSES,
     TOYS,
@@ -827,6 +829,14 @@ def test_other_image_statistics_than_the_hosts_warn_at_the_callers_line(make_ref
         adapters.attach("mctformer", ToyMCTformer(), make_refiner(CLASSES, image_stats="imagenet"))
         adapters.attach("generic", ToyCNN(), make_refiner(CLASSES, image_stats=half), image_stats=[[0.5] * 3, [0.5] * 3], **CNN)
         adapters.attach("generic", ToyCNN(), make_refiner(CLASSES), **CNN)
+
+
+def test_every_host_of_the_registry_is_a_source_in_a_module_of_its_name() -> None:
+    for name, kind in HOSTS.items():
+        module = importlib.import_module(f"semples_plugin.adapters.{name}")
+        found = getattr(module, kind)
+        assert issubclass(found, adapters.CamSource) and found.__module__ == module.__name__ and kind in module.__all__
+    assert sorted(HOSTS) == adapters.names()
 
 
 def test_unknown_hosts_and_options(refiner: PromptRefiner, cnn: ToyCNN) -> None:

@@ -784,6 +784,19 @@ def test_script_that_raises(run: Run, start: Any) -> None:
     assert start(run.arguments(script=["variants.py", "raise"])) == 1
 
 
+@pytest.mark.parametrize("stage", ["plain", "match"])
+def test_script_that_imports_a_torchvision_for_another_torch(
+    stage: str, run: Run, start: Any, capsys: Any, monkeypatch: Any
+) -> None:
+    """The error says what to reinstall."""
+    (run.repo / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    (run.repo / "imports.py").write_text("import torchvision\n")
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    assert start(run.arguments("--stage", stage, script=["imports.py"])) == 1
+    message = capsys.readouterr().err
+    assert "python -m pip install --force-reinstall torch" in message and "Traceback" not in message
+
+
 def test_script_that_is_interrupted(run: Run, start: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         start(run.arguments("--stage", "match", script=["variants.py", "interrupt"]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Dict
@@ -104,11 +103,9 @@ def timm(hosts: Any, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Any]
     if importlib.util.find_spec("timm") is None:
         pytest.skip("install timm")
     folder = tmp_path_factory.mktemp("timm")
-    command = [sys.executable, "-B", "-W", "ignore", Path(__file__).with_name("clusters_worker.py"), "timm", "", hosts.clip]
-    done = subprocess.run(
-        [str(part) for part in (*command, folder / "out.json")], cwd=folder, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    worker = Path(__file__).with_name("clusters_worker.py")
+    command = [sys.executable, "-B", "-W", "ignore", worker, "timm", "", hosts.clip, folder / "out.json"]
+    hosts.finish([str(part) for part in command], folder)
     return json.loads((folder / "out.json").read_text(encoding="utf-8"))
 
 
