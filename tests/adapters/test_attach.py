@@ -53,7 +53,7 @@ def cnn() -> ToyCNN:
 
 
 def still(model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer that moves nothing, so that what a loop did can be computed again."""
+    """An optimizer with lr = 0, so that what a loop did can be computed by hand."""
     return torch.optim.SGD(model.parameters(), lr=0.0)
 
 
@@ -645,7 +645,7 @@ def test_a_custom_source(refiner: PromptRefiner) -> None:
         adapters.attach(OwnSource(), model, refiner, cam="patch")
 
 
-def test_records(refiner: PromptRefiner) -> None:
+def test_records_of_modules_that_ran_and_that_did_not(refiner: PromptRefiner) -> None:
     img, labels = make_loader(1)[0]
     model = DictHost().train()
     seen: List[Any] = []
@@ -831,6 +831,14 @@ def test_other_image_statistics_than_the_hosts_warn_at_the_callers_line(make_ref
         adapters.attach("generic", ToyCNN(), make_refiner(CLASSES), **CNN)
 
 
+def test_a_warning_of_the_refiner_points_to_the_line_of_the_label_loss(refiner: PromptRefiner, cnn: ToyCNN) -> None:
+    img, labels = make_loader(1)[0]
+    with pytest.warns(UserWarning, match="all its values are in") as caught:
+        with adapters.attach("generic", cnn, refiner, **CNN):
+            F.multilabel_soft_margin_loss(cnn(img.clamp(0, 1)), labels).backward()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_every_host_of_the_registry_is_a_source_in_a_module_of_its_name() -> None:
     for name, kind in HOSTS.items():
         module = importlib.import_module(f"semples_plugin.adapters.{name}")
@@ -899,7 +907,7 @@ class Stop(Exception):
 
 
 class Failing(ToyCNN):
-    """Fails in the third forward pass if it is told to, between the watched module and the end."""
+    """Fails in its third forward pass, after the watched module, if `fail` is set."""
 
     calls, fail = 0, False
 

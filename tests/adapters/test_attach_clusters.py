@@ -57,7 +57,7 @@ def refiner(make_refiner: Callable[..., PromptRefiner]) -> PromptRefiner:
 
 
 def make_branch(clusters: CategoryClusters = CLUSTERS, **options: Any) -> ClusterBranch:
-    """Without dropout, so that a run can be computed again; a low threshold, so that the contrast has patches."""
+    """Without dropout, so that a run can be repeated by hand; a low threshold, so that the contrast has patches."""
     return ClusterBranch(clusters, WIDTH, **{"dropout": 0.0, "threshold": 0.3, "top_k": 3, **options})
 
 
@@ -154,7 +154,7 @@ def assert_branch_is_free(branch: ClusterBranch, *models: nn.Module) -> None:
 
 @each_toy
 @pytest.mark.parametrize("weight", [1.0, 0.25])
-def test_the_first_loss_holds_both(toy: Toy, weight: float, refiner: PromptRefiner) -> None:
+def test_the_first_loss_is_the_sum_of_host_refiner_and_branch(toy: Toy, weight: float, refiner: PromptRefiner) -> None:
     loader = make_loader(1)
     expected_model, expected_branch = toy.build().train(), make_branch()
     with expected_branch.insert(expected_model):
@@ -213,7 +213,7 @@ def test_one_forward_pass_per_step(toy: Toy, refiner: PromptRefiner) -> None:
 
 @each_toy
 def test_the_cam_source_sees_the_hosts_own_tokens(toy: Toy, refiner: PromptRefiner) -> None:
-    """Shapes of all that it is given, and its CAM: that of the host's inference with the tokens in place."""
+    """The shapes that it gets are those without tokens; its CAM is that of the host's inference with the tokens."""
     img, labels = make_loader(1, size=(32, 48) if toy.name == "vit" else (32, 32))[0]
     model, branch = toy.build(), make_branch()
     with branch.insert(model):
@@ -271,7 +271,7 @@ def test_training_equals_a_loop_written_by_hand(toy: Toy, contrast: float, refin
 
 @each_toy
 def test_the_branch_alone(toy: Toy) -> None:
-    """Without a refiner."""
+    """A branch trains without a refiner."""
     loader = make_loader(4)
     a_model, a = toy.build(), make_branch()
     expected = train_by_hand(toy, a_model, None, a, loader, moving(a_model), own_optimizer(a))
@@ -286,8 +286,8 @@ def test_the_branch_alone(toy: Toy) -> None:
 
 
 @each_toy
-def test_replace(toy: Toy, refiner: PromptRefiner) -> None:
-    """What is left is the refiner's loss, the branch's, and what of the host is no label loss."""
+def test_replace_keeps_the_losses_of_refiner_and_branch(toy: Toy, refiner: PromptRefiner) -> None:
+    """The total is the refiner's loss, the branch's, and what of the host's loss is no label loss."""
     loader = make_loader(1)
     model, branch = toy.build().train(), make_branch()
     with branch.insert(model), torch.no_grad():
@@ -416,7 +416,7 @@ def test_a_refiner_and_a_branch_attached_one_by_one(refiner: PromptRefiner) -> N
 
 @pytest.mark.parametrize("toy", [MCT, WEAKTR], ids=lambda toy: toy.name)
 def test_a_gradient_scaler(toy: Toy, refiner: PromptRefiner) -> None:
-    """The factor on the loss is no factor on the step."""
+    """A factor on the loss does not change the step."""
     found = []
     for scale in (1.0, 1024.0, 1 / 3):
         model, branch = toy.build(), make_branch()
@@ -455,7 +455,7 @@ def test_gradient_accumulation(refiner: PromptRefiner) -> None:
 )
 @pytest.mark.filterwarnings("ignore:1 steps of the cluster branch were left out")
 def test_a_step_whose_gradient_is_not_finite_is_left_out(where: str, factor: float, refiner: PromptRefiner) -> None:
-    """As a gradient scaler leaves it out; what comes after is as if the batch had not been."""
+    """As a gradient scaler does; later steps are those of a run without this batch."""
     loader = make_loader(3)
     found = []
     for batches in ((0, 1, 2), (0, 2)):
@@ -544,7 +544,7 @@ def test_a_with_without_training_is_no_error(refiner: PromptRefiner) -> None:
 
 
 @each_toy
-def test_one_with_per_epoch_is_one_long_with(toy: Toy, refiner: PromptRefiner) -> None:
+def test_one_with_per_epoch_equals_one_long_with(toy: Toy, refiner: PromptRefiner) -> None:
     """The optimizer keeps its state, the last step of an epoch is made before its `with` ends."""
     found = []
     for epochs in (1, 3):
@@ -582,7 +582,7 @@ def test_new_attachments_per_epoch(refiner: PromptRefiner) -> None:
 
 @each_toy
 def test_evaluation_in_the_middle(toy: Toy, refiner: PromptRefiner) -> None:
-    """It has the tokens in place, is no step, and changes nothing; also between a forward pass and its label loss."""
+    """Evaluation runs with the tokens, is no step and changes nothing, also between a forward pass and its label loss."""
     loader = make_loader(2)
     img, labels = make_loader(1, seed=5)[0]
 
@@ -627,7 +627,7 @@ def test_evaluation_in_the_middle(toy: Toy, refiner: PromptRefiner) -> None:
 
 @pytest.mark.parametrize("kind", ["AdamW", "SGD"])
 def test_evaluation_in_inference_mode(kind: str, refiner: PromptRefiner) -> None:
-    """The first step is made when it begins, and the state of the optimizer with it."""
+    """An evaluation under inference mode between two steps leaves the optimizer's state usable."""
     found = []
     for evaluating in (False, True):
         model, branch = ToyViT(), make_branch()
@@ -722,7 +722,7 @@ class Stop(Exception):
 
 
 class FailingHost(ToyMCTformer):
-    """Fails in its third forward pass if it is told to, after its blocks."""
+    """Fails in its third forward pass, after its blocks, if `fail` is set."""
 
     calls, fail = 0, False
 
@@ -900,7 +900,7 @@ def test_smoothed_labels_are_hard_ones_for_a_branch_alone() -> None:
 
 
 def test_running_a_copy_of_the_host_is_no_step(refiner: PromptRefiner) -> None:
-    """An average of the weights, as many loops keep one."""
+    """Many loops keep such a copy, with averaged weights."""
     model, branch = ToyMCTformer(), make_branch()
     own = own_optimizer(branch)
     (img, labels) = make_loader()[0]

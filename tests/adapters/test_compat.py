@@ -193,7 +193,7 @@ def test_pillow_has_its_old_names(old: Any) -> None:
     assert {name: vars(image).get(name) for name in before} == before
 
 
-def test_pillow_10_gets_its_old_names_for_the_time(old: Any, monkeypatch: Any) -> None:
+def test_pillow_10_gets_its_old_names_in_the_with_alone(old: Any, monkeypatch: Any) -> None:
     image = pytest.importorskip("PIL.Image")
     for name in ("CUBIC", "LINEAR", "ANTIALIAS"):
         if name in vars(image):

@@ -1,5 +1,7 @@
-"""The runner on a toy host. One run in processes of its own, killed in its last stage, serves most tests; what comes after it,
-and all others, run in this process."""
+"""The runner on a toy host. One run in processes of its own, killed in its last stage, serves most tests.
+
+The run that continues it, and all others, run in this process.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,7 @@ def digest(path: Path) -> str:
 
 
 def read_record(out: Path) -> Dict[str, Any]:
-    """record.json, by the letter of JSON: no NaN, no Infinity."""
+    """record.json, read as strict JSON: no NaN, no Infinity."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"record.json holds {constant}, which is not JSON")
@@ -104,7 +106,7 @@ def same(a: Dict[str, Tensor], b: Dict[str, Tensor]) -> bool:
 
 
 def toy_module(name: str) -> Any:
-    """A module of the toy host under a name that collides with nothing."""
+    """A module of the toy host, imported under a name of its own."""
     spec = importlib.util.spec_from_file_location(f"semples_toy_{name}", TOY / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -212,7 +214,7 @@ class Complete(NamedTuple):
 
 
 def stand_ins(folder: Path) -> Path:
-    """Libraries of the age of the hosts that hold nothing: without the real ones a process starts in half the time."""
+    """Empty libraries with the versions that the hosts were written for: a process starts in half the time."""
     for name, version in (("timm", "0.4.12"), ("torchvision", "0.5.0")):
         (folder / name / "models").mkdir(parents=True)
         (folder / name / "__init__.py").write_text(f"__version__ = {version!r}\n")
@@ -321,7 +323,7 @@ def test_host_folder_has_what_the_script_wrote_and_no_more(complete: Complete) -
     assert complete.host_files == sorted([*listing(TOY), "ckpt/toy.pt", "log.txt"])
 
 
-def test_output_tells_what_happens(complete: Complete) -> None:
+def test_output_names_every_stage_and_what_it_does(complete: Complete) -> None:
     first, second = complete.killed.stderr, complete.output
     for line in ("match: starting", "attached to ToyNet", "prompt: starting", "background of boat: ", "refine: starting"):
         assert line in first
@@ -341,7 +343,7 @@ def test_killed_run_has_a_true_record(complete: Complete) -> None:
     assert sorted(complete.files_when_killed) == sorted(set(FILES) - {"refine.pt"})
 
 
-def test_killed_run_goes_on_where_it_was(complete: Complete) -> None:
+def test_killed_run_continues_where_it_was(complete: Complete) -> None:
     out, before = complete.run.out, complete.files_when_killed
     assert all(digest(out / name) == before[name] for name in ("match.pt", "match.jsonl", "prompts.safetensors"))
     stages, earlier = read_record(out)["stages"], complete.record_when_killed["stages"]
@@ -413,7 +415,7 @@ def test_other_arguments_are_refused(
 
 
 def test_other_names_for_clip_are_another_run(run: Run, start: Any, capsys: Any, tmp_path: Path) -> None:
-    """What CLIP is told a class is called, and the order of the classes, belong to the run."""
+    """The names that CLIP gets for the classes, and their order, belong to the run."""
     path = tmp_path / "names.json"
     orders = [
         {"boat": "ship", "train": "train", "bird": "bird"},
@@ -428,8 +430,10 @@ def test_other_names_for_clip_are_another_run(run: Run, start: Any, capsys: Any,
 
 
 @pytest.mark.parametrize("option, name", [("--prompts", "prompts.safetensors"), ("--checkpoint", "match.pt")])
-def test_other_inputs_are_not_passed_over_in_silence(option: str, name: str, copied: Run, start: Any, tmp_path: Path) -> None:
-    """A run that is done with its own prompts and weights is not done with other ones."""
+def test_other_prompts_or_checkpoints_are_no_finished_run(
+    option: str, name: str, copied: Run, start: Any, tmp_path: Path
+) -> None:
+    """A run that is finished with its own prompts and weights is not finished with others."""
     shutil.copy(copied.out / name, tmp_path / name)
     (copied.out / "refine.pt").unlink()
     status = start(copied.arguments(option, str(tmp_path / name)))
@@ -437,7 +441,7 @@ def test_other_inputs_are_not_passed_over_in_silence(option: str, name: str, cop
 
 
 @pytest.mark.filterwarnings("ignore:.*should be normalised")
-def test_arguments_survive_the_record(run: Run, start: Any) -> None:
+def test_a_tuple_in_the_arguments_is_the_same_run_again(run: Run, start: Any) -> None:
     """A tuple is a list in JSON; the same command must still be the same run."""
     stats = "image_stats=((0.5,0.5,0.5),(0.25,0.25,0.25))"
     arguments = run.arguments("--set", stats, "--stage", "match")
@@ -485,7 +489,7 @@ def test_restart_keeps_what_the_user_brings(copied: Run, start: Any, monkeypatch
     assert stopped.value.code == 2 and all(path.exists() for path in brought)
 
 
-def test_restart_under_torchrun_is_rank_0s(copied: Run, start: Any, monkeypatch: Any) -> None:
+def test_only_rank_0_forgets_a_run_under_torchrun(copied: Run, start: Any, monkeypatch: Any) -> None:
     """A slower rank must not delete what rank 0 has begun to write."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -636,7 +640,7 @@ class Attentive(nn.Module):
 
 
 def test_prompt_stage_stills_dropout_in_attention(make_refiner: Any, make_batch: Any) -> None:
-    """torch's MultiheadAttention holds a layer, and drops by itself."""
+    """torch's MultiheadAttention has a child module and applies its dropout itself."""
     model, refiner = Attentive().train(), make_refiner()
     img, _, labels = make_batch()
     with Collector(make_source("generic", cam="head"), refiner) as collector:
@@ -731,7 +735,7 @@ def of_no_network(path: Path) -> None:
         (of_no_network, "must hold a state dict"),
     ],
 )
-def test_checkpoints_that_are_none(write: Any, message: str, run: Run, start: Any, capsys: Any, tmp_path: Path) -> None:
+def test_files_that_are_no_checkpoint(write: Any, message: str, run: Run, start: Any, capsys: Any, tmp_path: Path) -> None:
     path = tmp_path / "host.pt"
     write(path)
     assert start(run.arguments("--stage", "prompt", "--checkpoint", str(path))) == 1
@@ -909,7 +913,7 @@ def test_settings_that_no_record_can_hold(setting: str, run: Run, start: Any, ca
         read_record(run.out)
 
 
-def test_world_size_and_all(run: Run, start: Any, capsys: Any, monkeypatch: Any) -> None:
+def test_all_is_refused_under_torchrun(run: Run, start: Any, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     run.out.mkdir()
     (run.out / "match.pt").write_text("an earlier run")
@@ -920,7 +924,7 @@ def test_world_size_and_all(run: Run, start: Any, capsys: Any, monkeypatch: Any)
     assert listing(run.out) == ["match.pt"]  # refused before anything was deleted
 
 
-def test_help(capsys: Any, monkeypatch: Any) -> None:
+def test_help_names_every_option(capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as leave:
         command.main(["--help"])
@@ -1029,7 +1033,7 @@ def surroundings() -> Dict[str, Any]:
         ("refine", ["variants.py", "no_loss"]),
     ],
 )
-def test_process_is_as_before(
+def test_a_stage_leaves_the_process_as_it_was(
     stage: str, script: List[str], run: Run, complete: Complete, monkeypatch: Any, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
