@@ -7,13 +7,13 @@
     with adapters.attach("mctformer", model, refiner):
         train_one_epoch(model, loader, optimizer, ...)  # the host's own loop
 
-Hosts: `names()`; for any other network `"generic"` with module names, or a `CamSource` of your own. Whole scripts of hosts are
-run, unedited, by `python -m semples_plugin.adapters`.
+Hosts: `names()`; for any other network `"generic"` with module names, or a `CamSource` of your own.
+`python -m semples_plugin.adapters` runs whole scripts of hosts, unedited.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Optional, Type, Union
+from typing import Any, Callable, List, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -22,35 +22,25 @@ from ..clusters.branch import ClusterBranch
 from ..errors import HostError
 from ..refiner import PromptRefiner
 from .attachment import Attachment, LogStep
-from .generic import Generic
-from .mctformer import MCTformer
+from .label_loss import LabelLoss
 from .probing import Probe, Reach, probe_host
-from .recorder import Capture, Recorder, check_model
-from .sources import CamSource, Records
-from .transcam import TransCAM
-from .weaktr import WeakTr
+from .recorder import Capture, Recorder
+from .registry import make_source, names
+from .sources import CamSource, Records, check_model, foreground_cam
 
-__all__ = ["HostError", "Attachment", "CamSource", "Probe", "Reach", "Records", "attach", "cam_of", "names", "probe"]
-
-_HOSTS: Dict[str, Type[CamSource]] = {"generic": Generic, "mctformer": MCTformer, "transcam": TransCAM, "weaktr": WeakTr}
-
-
-def names() -> List[str]:
-    """The hosts that `attach` knows by name."""
-    return sorted(_HOSTS)
-
-
-def source(host: Union[str, CamSource], **options: Any) -> CamSource:
-    """The `CamSource` of a host by name, with its options; a `CamSource` passes through."""
-    if isinstance(host, CamSource):
-        if options:
-            raise TypeError(
-                f"Options such as {next(iter(options))!r} belong to hosts given by name; set them on your CamSource."
-            )
-        return host
-    if host not in _HOSTS:
-        raise ValueError(f"The host must be one of {', '.join(map(repr, names()))} or a CamSource; got {host!r}.")
-    return _HOSTS[host](**options)
+__all__ = [
+    "Attachment",
+    "CamSource",
+    "HostError",
+    "Probe",
+    "Reach",
+    "Records",
+    "attach",
+    "cam_of",
+    "make_source",
+    "names",
+    "probe",
+]
 
 
 def attach(
@@ -60,24 +50,25 @@ def attach(
     *,
     mode: str = "add",
     weight: float = 1.0,
-    label_loss: Union[None, nn.Module, Callable[..., Tensor]] = None,
+    label_loss: LabelLoss = None,
     on_step: Optional[LogStep] = None,
     passes: int = 1,
     branch: Optional[ClusterBranch] = None,
     branch_optimizer: Optional[torch.optim.Optimizer] = None,
     **options: Any,
 ) -> Attachment:
-    """Train a host with the refiner's loss, through the host's own loop: `with attach("mctformer", model, refiner): ...`.
+    """Train a host with the refiner's loss, in the host's own loop: `with attach("mctformer", model, refiner): ...`.
 
     Per step the host runs forward once, as without it: hooks record what its CAM is made of, and the loss is added to the
-    result of its label loss, once, however many label losses it has. Outside the `with` nothing is left.
+    result of its label loss, once, however many label losses it has. Outside the `with` nothing is left. Labels must be hard;
+    label smoothing within 0.2 of 0 or 1 is undone for the added losses.
 
     Args:
         host: a name of `names()`, or a `CamSource`.
         model: the object that the loop calls: the network, or its DataParallel / DistributedDataParallel wrapper.
         refiner: a `PromptRefiner` for the host's classes, in the order of its label columns; None for `branch` alone.
         mode: `"add"` to the host's label loss, or `"replace"` its label losses, as the reference does (their gradient becomes
-            zero; other terms of the host stay). What the host multiplies its label loss with holds for both.
+            zero; other terms of the host stay). A factor that the host puts on its label loss holds for the added loss too.
         weight: factor on the refiner's loss; that of `branch` has weights of its own.
         label_loss: how the host computes its label loss: an nn.Module `criterion(logits, labels)`, or a function of
             torch.nn.functional. By default multilabel_soft_margin_loss and the binary cross-entropies, also inside torch's own
@@ -87,8 +78,8 @@ def attach(
         passes: forward passes per label loss, for hosts that look at an image several times; the CAM of the first counts.
         branch: a `ClusterBranch` for the host (PCC, CPC): its tokens are put into the host and its loss is added as well.
             Insert it for inference too, with `branch.insert(model)`.
-        branch_optimizer: of the branch's parameters; it is stepped after every backward pass. None if they are in the host's
-            optimiser; an error tells if they were never trained.
+        branch_optimizer: of the branch's parameters; it steps them after every backward pass. None if they are in the host's
+            optimizer; an error says so if nobody trained them.
         **options: of the host by that name, such as `cam="patch"`; see the modules of this package.
 
     Returns:
@@ -96,12 +87,20 @@ def attach(
 
     Raises:
         HostError: if the model is not such a host; in the `with`, if a step had no CAM or its label loss was not seen.
-        DetachedCamError: if the CAM is cut off from the host's graph.
+        DetachedCamError: in the `with`, if the CAM is cut off from the host's graph.
+        ValueError: in the `with`, if labels are soft (mixup, cutmix).
+
+    Example:
+        >>> refiner = PromptRefiner(["boat", "train", "bird"], clip=tiny_clip)
+        >>> with attach("generic", model, refiner, features="norm", classifier="head") as attached:  # model: your network
+        ...     loss = host_loss(model(img), labels)  # the host's label loss, with the refiner's added
+        >>> attached.steps, sorted(attached.terms)
+        (1, ['match_background', 'match_foreground'])
     """
-    alone = refiner is None and host == "generic" and not options  # a branch alone asks for no CAM
-    parts = CamSource() if alone else source(host, **options)
+    branch_alone = refiner is None and host == "generic" and not options  # it needs no CAM
+    source = CamSource() if branch_alone else make_source(host, **options)
     return Attachment(
-        parts, model, refiner, mode=mode, weight=weight, label_loss=label_loss, on_step=on_step, passes=passes,
+        source, model, refiner, mode=mode, weight=weight, label_loss=label_loss, on_step=on_step, passes=passes,
         branch=branch, branch_optimizer=branch_optimizer,
     )  # fmt: skip
 
@@ -116,7 +115,7 @@ def probe(
     depth: int = 1,
     **options: Any,
 ) -> Probe:
-    """Send one batch through and tell which host parameters the refiner's loss reaches, and how strongly.
+    """Send one batch through and report which host parameters the refiner's loss reaches, and how strongly.
 
     The host runs once in training mode; afterwards its modes, buffers, gradients and the random state are as before.
 
@@ -128,29 +127,35 @@ def probe(
 
     Returns:
         `Probe`: print it for a table and a verdict, one of: attached, attached but zero, detached at module X, NaN at module Y.
+
+    Raises:
+        HostError: if the model is not such a host.
+        ValueError: if `labels` holds no positive label.
     """
-    if not bool((labels != 0).any()):
-        raise ValueError("`labels` must hold at least one positive label, or there is no loss to follow; got none.")
-    parts = source(host, **options)
-    check_model(parts, model)
-    return probe_host(parts, model, refiner, img, labels, depth=depth)
+    return probe_host(make_source(host, **options), model, refiner, img, labels, depth=depth)
 
 
 def cam_of(host: Union[str, CamSource], model: nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:
-    """The host's CAM as a function img (B, 3, H, W) -> cam (B, C, h, w), without gradients, background channel dropped.
+    """The host's CAM as a function img (B, 3, H, W) -> cam (B, C, h, w), without gradients and without background channel.
 
     For `refiner.fit_prompts(loader, cam_of("weaktr", model.eval()))` and `refiner.refine_masks(img, cam, labels)`.
+
+    Args:
+        host, model, options: as for `attach`.
+
+    Raises:
+        HostError: if the model is not such a host.
     """
-    parts = source(host, **options)
-    check_model(parts, model)
+    source = make_source(host, **options)
+    check_model(source, model)
 
     @torch.no_grad()
     def function(img: Tensor) -> Tensor:
         captures: List[Capture] = []
         device = next((p.device for p in model.parameters()), img.device)
-        with Recorder(model, parts, lambda *seen: captures.append(Capture(*seen)), lambda: True):
-            parts.run(model, img.to(device))
-        cam = parts.cam(captures[0].img, captures[0].output, captures[0].records)
-        return cam[:, 1:] if parts.background_channel else cam
+        with Recorder(model, source, captures.append):
+            source.run(model, img.to(device))
+        capture = captures[0]
+        return foreground_cam(source, capture.img, capture.output, capture.records)
 
     return function

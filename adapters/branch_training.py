@@ -1,4 +1,4 @@
-"""A cluster branch inside a host's training loop, and the steps of its own parameters."""
+"""A cluster branch inside a host's training loop, and the steps of its own parameters. Flow: **branch_training** -> `loop`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ __all__ = ["BranchTraining"]
 class BranchTraining:
     """A cluster branch inside a host's training loop: its place in the host, and the steps of its own parameters.
 
-    The host's optimiser does not know the branch's parameters. With an optimiser of their own they are stepped at the end of
-    every backward pass. The factor that the host puts on its loss (a
-    gradient scaler's, one over the accumulated batches) is measured at the added loss and divided out again; a step whose
-    gradient is not finite is left out, as a gradient scaler does. Under `torch.distributed` gradients are averaged.
+    The host's optimizer does not know the branch's parameters. An optimizer of their own steps them at the end of every
+    backward pass. The factor that the host puts on its loss (a gradient scaler's, one over the accumulated batches) is
+    measured at the added loss and divided out again. A step whose gradient is not finite is left out, as a gradient scaler
+    leaves it out. Under `torch.distributed` gradients are averaged.
+
+    Args:
+        branch: the branch.
+        optimizer: of its parameters alone, or None if they are in the host's optimizer.
+        refiner: the refiner beside it, which must have the same classes, or None.
     """
 
     def __init__(self, branch: ClusterBranch, optimizer: Optional[torch.optim.Optimizer], refiner: Optional[PromptRefiner]):
@@ -48,7 +53,7 @@ class BranchTraining:
             if surplus > 0:
                 raise ValueError(
                     f"`branch_optimizer` must hold the parameters of `branch` alone; it holds {surplus} more, which "
-                    "would be stepped twice if they are the host's. If the host's own optimiser has the branch's parameters, "
+                    "would be stepped twice if they are the host's. If the host's own optimizer has the branch's parameters, "
                     "pass branch_optimizer=None."
                 )
         self._place: Any = None
@@ -60,6 +65,7 @@ class BranchTraining:
     # ------------------------------------------------------------------------------------------------ life
 
     def begin(self) -> None:
+        """A `with` begins."""
         self._factors, self._reached, self._left_out = [], False, 0
         if self.optimizer is None:
             self._before = [p.detach().clone() for p in self.branch.parameters()]
@@ -67,28 +73,38 @@ class BranchTraining:
             self.optimizer.zero_grad(set_to_none=True)
 
     def enter(self, model: nn.Module) -> None:
+        """Put the branch into the host.
+
+        Raises:
+            HostError: if several processes would train it without averaging its gradients, or the host cannot take it.
+        """
         ours = {id(p) for p in self.branch.parameters() if p.requires_grad}
-        if self.optimizer is None and num_processes() > 1 and not ours <= {id(p) for p in model.parameters()}:
+        if self.optimizer is None and _num_processes() > 1 and not ours <= {id(p) for p in model.parameters()}:
             raise HostError(
                 "The host runs in several processes, and nobody averages the gradients of the cluster branch over them. Give "
-                "`attach` an optimiser for them: branch_optimizer=torch.optim.AdamW(branch.parameters(), lr=1e-3)."
+                "`attach` an optimizer for them: branch_optimizer=torch.optim.AdamW(branch.parameters(), lr=1e-3)."
             )
         self._place = self.branch.insert(model)
         self._place.__enter__()
 
     def leave(self) -> None:
+        """Take the branch out of the host."""
         place, self._place = self._place, None
         if place is not None:
             place.__exit__(None, None, None)
 
     def end(self) -> None:
-        """The loop is over without an error: a check that the parameters did move."""
+        """A `with` ended without an error: check that the parameters have changed, and report steps that were left out.
+
+        Raises:
+            HostError: if the backward pass reached the branch, but nobody stepped its parameters.
+        """
         before, self._before = self._before, []
         moved = not all(torch.equal(a.to(b.device), b) for a, b in zip(before, self.branch.parameters()))
         if self.optimizer is None and self._reached and not moved:
             raise HostError(
                 "The cluster branch was not trained: backward() ran, but none of its parameters changed. Give `attach` an "
-                "optimiser for them, attach(..., branch_optimizer=torch.optim.AdamW(branch.parameters(), lr=1e-3)), or add "
+                "optimizer for them, attach(..., branch_optimizer=torch.optim.AdamW(branch.parameters(), lr=1e-3)), or add "
                 'them to the host\'s: optimizer.add_param_group({"params": branch.parameters()}).'
             )
         if self._left_out:
@@ -100,7 +116,7 @@ class BranchTraining:
     # ------------------------------------------------------------------------------------------------ steps
 
     def watch(self, loss: Tensor) -> None:
-        """Have the branch stepped at the end of the backward pass that reaches the added loss."""
+        """Step the branch at the end of the backward pass that reaches the added loss."""
         if loss.requires_grad:
             loss.register_hook(self._on_gradient)
 
@@ -113,7 +129,7 @@ class BranchTraining:
 
     @torch.no_grad()
     def _update(self) -> None:
-        """One step of the branch's own optimiser."""
+        """One step of the branch's own optimizer."""
         factors, self._factors = self._factors, []
         gradients = [p.grad for p in self.branch.parameters() if p.grad is not None]
         if self.optimizer is None or not factors or not gradients:
@@ -131,12 +147,12 @@ class BranchTraining:
 
 def _average(gradients: List[Tensor]) -> None:
     """Mean over all processes, in place."""
-    if num_processes() > 1:
+    if _num_processes() > 1:
         for gradient in gradients:
             torch.distributed.all_reduce(gradient)
-            gradient /= num_processes()
+            gradient /= _num_processes()
 
 
-def num_processes() -> int:
+def _num_processes() -> int:
     dist = torch.distributed
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

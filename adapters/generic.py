@@ -1,6 +1,6 @@
-"""A CAM from any convolutional network or vision transformer, by module names or a function, for hosts without an adapter.
+"""The CAM of any convolutional network or vision transformer, by module names or a function, for hosts without an adapter.
 
-Three ways, from the least to the most of your own:
+Three ways, from the least to write to the most:
 
 - `cam="head"`: a module whose output is the class map, (B, C, h, w) or tokens (B, N, C);
 - `features="layer4", classifier="fc"`: the classical CAM (CVPR 2016), the classifier's weight applied to every place of the
@@ -20,11 +20,13 @@ from .._torch import full_precision
 from ..errors import HostError
 from .sources import CamSource, Records
 
+__all__ = ["Generic"]
+
 CamFunction = Callable[[Any, Records], Tensor]
 
 
 class Generic(CamSource):
-    """The CAM of a network that nobody wrote an adapter for.
+    """The CAM of a network that has no adapter of its own.
 
     Args:
         cam: name of a module whose output is the class map, or a function (output of the model, `Records`) -> (B, C, h, w).

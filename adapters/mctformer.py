@@ -7,20 +7,22 @@ class map. It returns that CAM detached, so it is rebuilt here from the live ten
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping
+from typing import Any, Dict
 
 import torch
 from torch import Tensor, nn
 
 from .._torch import full_precision
-from ..errors import HostError
+from .attention import attention_of, blocks_of, spread
 from .sources import CamSource, Records
+
+__all__ = ["MCTformer", "safe_sqrt"]
 
 FLOOR = 1e-8
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
-    """sqrt(x) for x >= 0, a straight line below 1e-8, so that the slope is at most 1e4 and 0 has a gradient."""
+    """sqrt(x) for x >= 0, a straight line below 1e-8, so that the slope is at most 1e4, also at 0."""
     return torch.where(x > FLOOR, x.clamp_min(FLOOR).sqrt(), x / FLOOR**0.5)
 
 
@@ -63,28 +65,3 @@ class MCTformer(CamSource):
             return fused
         affinity = torch.stack([a[:, :, classes:, classes:].float().mean(1) for a in attention]).sum(0)  # (B, N, N)
         return spread(affinity, fused)
-
-
-def blocks_of(found: Mapping[str, nn.Module]) -> Dict[str, nn.Module]:
-    """The transformer blocks of a host by name, first to last."""
-    return {f"blocks.{i}": block for i, block in found["blocks"].named_children()}
-
-
-def attention_of(records: Records, host: str) -> List[Tensor]:
-    """Attention (B, heads, N, N) of every block, first to last; a block's output is `(tokens, attention, ...)`."""
-    maps = []
-    for name in records.names():
-        if not name.startswith("blocks."):
-            continue
-        output = records[name]
-        if not (isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4):
-            raise HostError(
-                f"Expected {name} of {host} to return (tokens, attention (B, heads, N, N)); got {type(output).__name__}."
-            )
-        maps.append(output[1])
-    return maps
-
-
-def spread(affinity: Tensor, cam: Tensor) -> Tensor:
-    """cam (B, C, h, w) times affinity (B, h w, h w): every patch gathers from the patches it attends to."""
-    return torch.einsum("bnm,bcm->bcn", affinity, cam.flatten(2)).reshape(cam.shape)

@@ -1,4 +1,4 @@
-"""Which host parameters the refiner's loss reaches, and where the way is cut."""
+"""Which of a host's parameters the refiner's loss reaches, and where its gradient stops. Flow: `recorder` -> **probing**."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .._hooks import unwrap
 from ..errors import HostError
 from ..refiner import PromptRefiner
-from .recorder import Capture, Recorder, check_source, img_and_cam, probed
-from .sources import CamSource
+from .recorder import Capture, Recorder, models_being_probed
+from .sources import CamSource, check_model, check_source, foreground_cam
 
 __all__ = ["Probe", "Reach", "probe_host"]
 
@@ -86,6 +86,9 @@ def probe_host(
     source: CamSource, model: nn.Module, refiner: PromptRefiner, img: Tensor, labels: Tensor, *, depth: int = 1
 ) -> Probe:
     """See `semples_plugin.adapters.probe`."""
+    if not bool((labels != 0).any()):
+        raise ValueError("`labels` must hold at least one positive label, or there is no loss to follow; got none.")
+    check_model(source, model)
     check_source(source, refiner)
     inner = unwrap(model)
     captures: List[Capture] = []
@@ -93,11 +96,11 @@ def probe_host(
     frozen = {p: p.requires_grad for p in model.parameters()}  # some hosts change it in train()
     buffers = {name: value.clone() for name, value in inner.named_buffers()}
     device = next((p.device for p in inner.parameters()), img.device)
-    recorder = Recorder(model, source, lambda *parts: captures.append(Capture(*parts)), torch.is_grad_enabled)
+    recorder = Recorder(model, source, captures.append, torch.is_grad_enabled)
     trace = _Trace(inner)
     devices = [device] if device.type == "cuda" else []
     try:
-        probed.add(inner)
+        models_being_probed.add(inner)
         with recorder, torch.enable_grad(), torch.random.fork_rng(devices):
             model.train()
             source.run(model, img.to(device))
@@ -106,7 +109,7 @@ def probe_host(
         with torch.enable_grad():
             return _judge(source, inner, refiner, captures[0], labels, trace.outputs, depth)
     finally:
-        probed.discard(inner)
+        models_being_probed.discard(inner)
         trace.remove()
         for module, training in modes.items():
             module.training = training
@@ -127,7 +130,7 @@ def _judge(
     depth: int,
 ) -> Probe:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    img, cam = img_and_cam(source, refiner, capture)
+    cam = foreground_cam(source, capture.img, capture.output, capture.records)
     nothing: Dict[str, Optional[Tensor]] = dict.fromkeys(parameters)
     bad = next((name for name, value in outputs if not bool(torch.isfinite(value).all())), None)
     if bad is not None or not bool(torch.isfinite(cam).all()):
@@ -135,7 +138,7 @@ def _judge(
         return _probe(f"NaN at {where}", False, math.nan, nothing, parameters, depth)
     if not cam.requires_grad:
         return _probe(f"detached at {_cut(outputs, capture.records.names())}", False, math.nan, nothing, parameters, depth)
-    out = refiner.compute(img, cam, labels.to(cam.device))
+    out = refiner.compute(capture.img.detach().to(cam.device), cam, labels.to(cam.device))
     inside = [(name, value) for name, value in outputs if value.requires_grad]
     wanted = [*parameters.values(), *(value for _, value in inside)]
     found = torch.autograd.grad(out.loss, wanted, allow_unused=True) if wanted else ()

@@ -1,35 +1,56 @@
-"""Forward hooks that record one forward pass of a host."""
+"""Forward hooks that record one forward pass of a host. Flow: a host's modules -> **recorder** -> `sources.CamSource.cam`."""
 
 from __future__ import annotations
 
 import functools
 import weakref
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional
 
 from torch import Tensor, nn
 
-from .._checks import check_stats, warn
 from .._hooks import Hook, unwrap
 from .._text import describe, listing
-from ..clusters.branch import Seen
+from ..clusters.branch import HostTokens
 from ..errors import HostError
-from ..refiner import PromptRefiner
 from .sources import CamSource, Records
 
-__all__ = ["Capture", "Recorder", "check_model", "check_source", "img_and_cam", "probed"]
+__all__ = ["Capture", "Recorder", "models_being_probed"]
 
-probed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models that `probe` runs right now: no training step
+models_being_probed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # their forward passes are no training steps
+
+
+class Capture(NamedTuple):
+    """One forward pass of the host.
+
+    Attributes:
+        img: (B, 3, H, W) its input.
+        output: what its `forward` returned.
+        records: what the watched modules returned.
+        tokens: what it left for a cluster branch, or None without one.
+    """
+
+    img: Tensor
+    output: Any
+    records: Records
+    tokens: Optional[HostTokens] = None
 
 
 class Recorder:
-    """Forward hooks on a host: after each wanted forward pass, `on_forward(img, output, records)`."""
+    """Forward hooks on a host for the time of a `with`: each wanted forward pass calls `on_forward(capture)`.
+
+    Args:
+        model: the object that the loop calls.
+        source: says which modules to watch and which argument is the image.
+        on_forward: called at the end of each wanted forward pass.
+        wanted: called at the beginning of each forward pass; whether to record it.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         source: CamSource,
-        on_forward: Callable[[Tensor, Any, Records], None],
-        wanted: Callable[[], bool],
+        on_forward: Callable[[Capture], None],
+        wanted: Callable[[], bool] = lambda: True,
     ):
         self.model, self.source, self.on_forward, self.wanted = model, source, on_forward, wanted
         self.watched = source.modules(unwrap(model))
@@ -53,6 +74,7 @@ class Recorder:
         self.handles, self.records = [], None
 
     def begin(self, module: nn.Module, inputs: Any) -> None:
+        """A forward pass of the host begins. To be called by hand if it began before the hooks were there."""
         if getattr(module, "_is_replica", False):
             raise HostError(
                 f"{type(module).__name__} runs as a replica of torch.nn.DataParallel. Give `attach` the DataParallel wrapper "
@@ -83,41 +105,4 @@ class Recorder:
                 f"(B, 3, H, W) among its arguments, got {listing(given, quote=False)}. Give a CamSource with its own "
                 "`image(...)`."
             )
-        self.on_forward(img, output, records)
-
-
-class Capture(NamedTuple):
-    """One forward pass of the host, and what it left for a cluster branch."""
-
-    img: Tensor
-    output: Any
-    records: Records
-    seen: Optional[Seen] = None
-
-
-def img_and_cam(source: CamSource, refiner: PromptRefiner, capture: Capture) -> Tuple[Tensor, Tensor]:
-    """img and CAM (B, C, h, w) of a forward pass as the refiner takes them: on one device, without background channel."""
-    cam = source.cam(capture.img, capture.output, capture.records)
-    if not isinstance(cam, Tensor):
-        raise HostError(f"The CAM of {source.name} must be a tensor (B, C, h, w); got {describe(cam)}.")
-    if source.background_channel:
-        cam = cam[:, 1:]
-    return capture.img.detach().to(cam.device), cam
-
-
-def check_model(source: CamSource, model: Any) -> None:
-    """Raise if `model` is no network, or not of the kind that `source` is for."""
-    if not isinstance(model, nn.Module):
-        hint = " Some hosts' model.eval() and model.train() return None; call them before." if model is None else ""
-        raise TypeError(f"`model` must be the host's torch.nn.Module; got {type(model).__name__}.{hint}")
-    source.modules(unwrap(model))
-
-
-def check_source(source: CamSource, refiner: PromptRefiner) -> None:
-    if not isinstance(source, CamSource):
-        raise TypeError(f"The host must be a name or a CamSource; got {type(source).__name__}.")
-    if source.image_stats is not None and refiner.image_stats != check_stats(source.image_stats):
-        warn(
-            f"{source.name} normalises its images with {source.image_stats!r}; the refiner was built for "
-            f"image_stats={refiner.image_stats!r}."
-        )
+        self.on_forward(Capture(img, output, records))

@@ -1,4 +1,7 @@
-"""Where a host's differentiable CAM comes from: `CamSource`, one subclass per host."""
+"""Where a host's differentiable CAM comes from: `CamSource`, one subclass per host, and the `Records` that it reads.
+
+Flow: a host's modules -> `recorder` -> **Records** -> **CamSource.cam** -> refiner.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,38 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple, Type
 
 from torch import Tensor, nn
 
-from .._text import listing
+from .._checks import check_stats, warn
+from .._hooks import unwrap
+from .._text import describe, listing
 from ..errors import HostError
+from ..refiner import PromptRefiner
 
-__all__ = ["CamSource", "Records"]
+__all__ = ["CamSource", "Records", "check_model", "check_source", "foreground_cam"]
 
 
 class Records:
-    """Outputs of the watched modules in one forward pass of the host; `records["head"]` is the first one of `head`.
+    """Outputs of the watched modules in one forward pass of the host; `records["head"]` is the first output of `head`.
 
-    A module that ran more than once (local crops after the image, say) has them in order in `records.all("head")`.
+    A module that ran more than once (on local crops after the image, say) has its outputs in order in `records.all("head")`.
     """
 
     def __init__(self, watched: Mapping[str, nn.Module]):
         self._outputs: Dict[str, List[Any]] = {name: [] for name in watched}
 
     def add(self, name: str, output: Any) -> None:
+        """Append an output of a watched module."""
         self._outputs[name].append(output)
 
     def names(self) -> List[str]:
-        """The watched modules, in the order of `CamSource.modules`."""
+        """Names of the watched modules, in the order of `CamSource.modules`."""
         return list(self._outputs)
 
     def all(self, name: str) -> List[Any]:
+        """All outputs of a watched module, in the order of its calls; empty if it did not run.
+
+        Raises:
+            HostError: if the module is not watched.
+        """
         if name not in self._outputs:
             raise HostError(f"Module {name!r} is not watched; watched are {listing(self._outputs)}.")
         return self._outputs[name]
@@ -36,7 +48,7 @@ class Records:
     def __getitem__(self, name: str) -> Any:
         outputs = self.all(name)
         if not outputs:
-            ran = [other for other, seen in self._outputs.items() if seen]
+            ran = [other for other, found in self._outputs.items() if found]
             raise HostError(
                 f"The CAM needs the output of {name!r}, which did not run in this forward pass; of the watched modules "
                 f"{listing(ran)} ran. Hooks see only calls of the module itself, not of its methods or its weight."
@@ -45,7 +57,7 @@ class Records:
 
 
 class CamSource:
-    """Where a host's differentiable CAM comes from. One subclass per host; derive your own for a host of your own.
+    """Where a host's differentiable CAM comes from. One subclass per host; derive your own for your network.
 
     Attributes:
         name: of the host, for messages.
@@ -58,7 +70,7 @@ class CamSource:
     image_stats: Any = None
 
     def modules(self, model: nn.Module) -> Dict[str, nn.Module]:
-        """Modules of the (unwrapped) model whose outputs `cam` needs.
+        """Modules of the (unwrapped) model whose outputs `cam` needs, by name.
 
         Raises:
             HostError: if `model` is not of the kind this source is for.
@@ -83,12 +95,16 @@ class CamSource:
         return None
 
     def run(self, model: nn.Module, img: Tensor) -> Any:
-        """One call of the host with nothing but images, for `probe` and `cam_of`."""
+        """Call the host with nothing but images, for `probe` and `cam_of`."""
         return model(img)
 
     @staticmethod
     def find(model: nn.Module, names: Mapping[str, Type[nn.Module]], host: str) -> Dict[str, nn.Module]:
-        """Sub-modules by name, of the given types, or an `HostError` that says what the model has instead."""
+        """Sub-modules by name, of the given types.
+
+        Raises:
+            HostError: if one is missing or of another type; the message says what the model has instead.
+        """
         found = {}
         for name, kind in names.items():
             try:
@@ -104,3 +120,30 @@ class CamSource:
                 )
             found[name] = module
         return found
+
+
+def foreground_cam(source: CamSource, img: Tensor, output: Any, records: Records) -> Tensor:
+    """The CAM (B, C, h, w) of one forward pass, without background channel: what all adapters hand to the refiner."""
+    cam = source.cam(img, output, records)
+    if not isinstance(cam, Tensor):
+        raise HostError(f"The CAM of {source.name} must be a tensor (B, C, h, w); got {describe(cam)}.")
+    return cam[:, 1:] if source.background_channel else cam
+
+
+def check_model(source: CamSource, model: Any) -> None:
+    """Raise if `model` is no network, or not of the kind that `source` is for."""
+    if not isinstance(model, nn.Module):
+        hint = " Some hosts' model.eval() and model.train() return None; call them before." if model is None else ""
+        raise TypeError(f"`model` must be the host's torch.nn.Module; got {type(model).__name__}.{hint}")
+    source.modules(unwrap(model))
+
+
+def check_source(source: CamSource, refiner: PromptRefiner) -> None:
+    """Raise if `source` is no CamSource; warn if the refiner expects images with other statistics than the host's."""
+    if not isinstance(source, CamSource):
+        raise TypeError(f"The host must be a name or a CamSource; got {type(source).__name__}.")
+    if source.image_stats is not None and refiner.image_stats != check_stats(source.image_stats):
+        warn(
+            f"{source.name} normalizes its images with {source.image_stats!r}; the refiner was built for "
+            f"image_stats={refiner.image_stats!r}."
+        )

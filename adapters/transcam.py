@@ -1,7 +1,7 @@
 """TransCAM (2022): a Conformer whose convolutional class map is spread by the transformer's patch attention.
 
 Facts of the host: it is called as `model("transcam", img)` and returns (conv logits, transformer logits, cams) with cams
-(B, C + 1, h, w), channel 0 background, attached, not rectified; inference rectifies after summing scales.
+(B, C + 1, h, w): channel 0 is background, attached, not rectified. Its inference rectifies after summing over scales.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import HostError
 from .sources import CamSource, Records
+
+__all__ = ["TransCAM"]
 
 
 class TransCAM(CamSource):

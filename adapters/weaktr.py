@@ -3,8 +3,8 @@
 Facts of the host: `head` gives a class map (B, C, h, w) per patch; every block returns `(tokens, attention, features)`;
 `adaptive_attention_fusion.attn_head_ffn` gives one weight per head of every block, (B, heads x blocks), heads outermost. The
 CAM of its inference is A relu(F) with A the weighted mean of class-to-patch attention and F the class map. The host detaches
-attention and class map on that way, so that the CAM is rebuilt here from the live tensors: the loss reaches the backbone by
-the class map and by the attention, and the fusion by its weights.
+attention and class map there, so the CAM is rebuilt here from the live tensors: the loss reaches the backbone through the
+class map and the attention, and the fusion through its weights.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import full_precision
-from .mctformer import attention_of, blocks_of, spread
+from .attention import attention_of, blocks_of, spread
 from .sources import CamSource, Records
+
+__all__ = ["WeakTr"]
 
 WEIGHTS = "adaptive_attention_fusion.attn_head_ffn"
 

@@ -1,8 +1,8 @@
 """What attaching costs a host: python benchmarks/attach_cost.py --repo MCTformer
 
-Steps of the real MCTformer+ (its own forward and losses, CPU, one thread) in turn on two equal copies: one that was never
-attached, and one that was attached, trained a step, and was released. Their CPU time must be the same within noise. Then one
-step with the refiner attached, split into the refiner's part and the rest. Forward passes are counted, not timed.
+Two equal copies of the real MCTformer+ (its forward and losses, CPU, one thread) take steps in turn. One was never attached,
+the other was attached, trained for three steps, and released. Their CPU time must be the same within noise. The steps with the
+refiner attached are split into the refiner's forward pass and the rest. Forward passes are counted, not timed.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def seconds(step: Callable[[], Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repo", type=Path, required=True, help="a clone of xulianuwa/MCTformer")
-    parser.add_argument("--size", type=int, default=224, help="image size (224)")
-    parser.add_argument("--rounds", type=int, default=15, help="pairs of steps (15)")
+    parser.add_argument("--size", type=int, default=224, help="image size; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=15, help="pairs of steps; default: %(default)s")
     options = parser.parse_args()
     torch.set_num_threads(1)
     sys.dont_write_bytecode = True

@@ -1,4 +1,8 @@
-"""What everything that hooks into a host needs: hooks that do not outlive it in copies, wrappers, devices."""
+"""Helpers for everything that hooks into a host.
+
+`Hook`: a forward hook that does nothing in a copy of the host. `unwrap`: the network inside a parallel wrapper. `follow`: move
+a module to the host's device.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,11 @@ __all__ = ["Hook", "follow", "unwrap"]
 
 
 class Hook:
-    """A hook of ours on a host. In a copy of the host, or a file of the whole host, it does nothing.
+    """A hook of this package on a host. In a copy of the host, or in a host loaded from a file, it does nothing.
 
     Args:
         function: what the hook does.
-        owner: whose it is, so that a second one of the same kind can be refused.
+        owner: name of the part that set it, so that a second hook of the same part can be refused.
     """
 
     def __init__(self, function: Optional[Callable[..., Any]] = None, owner: Any = None):
@@ -37,7 +41,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def follow(module: nn.Module, place: Union[torch.device, nn.Module]) -> None:
-    """Move a module of ours, all of it, to a device, or to where the host is (if it has parameters)."""
+    """Move a module of this package to a device, or to the device of a host (that of its first parameter, if it has any)."""
     if isinstance(place, nn.Module):
         first = next(unwrap(place).parameters(), None)
         if first is None:

@@ -1,28 +1,29 @@
-"""What old hosts need in a current environment: scopes for the runner's own process, all undone on exit.
+"""What old hosts need in a current environment, as `with` blocks for the runner's own process; all is undone on exit.
 
-None of this touches a file, and `attach` uses none of it.
+None of this touches a file, and `attach` uses none of it. Flow: **compat** -> `process`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import re
-import sys
-from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["old_libraries", "on_cpu", "replaced"]
+from ...errors import HostError
+
+__all__ = ["explained_torchvision", "old_libraries", "on_cpu", "replaced"]
 
 
 @contextlib.contextmanager
 def replaced(owner: Any, **values: Any) -> Iterator[None]:
-    """Attributes of a module or class, replaced for the time of a `with`; those it lacked are removed again."""
+    """Replace attributes of a module or class for the time of a `with`; those it lacked are removed again."""
     missing = object()
     before = {name: vars(owner).get(name, missing) for name in values}
     try:
@@ -66,7 +67,7 @@ def _cpu(value: Any) -> Any:
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
-    """A host with hard-coded `.cuda()` runs on the CPU. For smoke tests: slow, and autocast to float16 is off."""
+    """Run a host with hard-coded `.cuda()` on the CPU. For smoke tests: slow, and autocast to float16 is off."""
     load = torch.load
 
     def load_on_cpu(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -78,7 +79,7 @@ def on_cpu() -> Iterator[None]:
 
 
 def _nothing() -> Any:
-    """A function of its own each time: torch's compiler keeps a table of torch functions and refuses doubles."""
+    """A new function each time: torch's compiler keeps a table of torch functions and refuses doubles."""
 
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
@@ -91,48 +92,22 @@ def _nothing() -> Any:
 
 @contextlib.contextmanager
 def old_libraries() -> Iterator[List[str]]:
-    """Hosts written for timm 0.4/0.5, Pillow 9 and a matching torchvision run under current ones.
+    """Run hosts that were written for timm 0.4 or 0.5 and Pillow 9 under current ones.
 
     - timm >= 0.6 hands `pretrained_cfg` and the like to every model factory, which a host's own factory does not take:
       `create_model` calls factories that are not timm's own as timm 0.4 did.
-    - torchvision built for another torch fails on import ("operator torchvision::nms does not exist"): its operators are
-      declared, so that its Python transforms can be imported. Calling such an operator fails as before.
-    - Pillow >= 10 has lost `Image.CUBIC` and others: they are there again under their old names.
+    - Pillow >= 10 has lost `Image.CUBIC` and others: they get their old names back.
 
-    Yields the list of what was done, for the record of the run; libraries that are not installed are left alone.
+    Yields the list of what was done, for the record of the run. Libraries that are not installed, or cannot be imported, are
+    left alone.
     """
     done: List[str] = []
     with contextlib.ExitStack() as stack:
-        for shim in (_torchvision, _pillow, _timm):
+        for shim in (_pillow, _timm):
             note = shim(stack)
             if note:
                 done.append(note)
         yield done
-
-
-def _torchvision(stack: contextlib.ExitStack) -> Optional[str]:
-    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
-        return None
-    try:
-        importlib.import_module("torchvision")
-        return None
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-    spec = importlib.util.find_spec("torchvision")
-    assert spec is not None and spec.origin is not None
-    text = (Path(spec.origin).parent / "_meta_registrations.py").read_text(encoding="utf-8")
-    library = torch.library.Library("torchvision", "DEF")
-    for name in sorted(set(re.findall(r'register_fake\("torchvision::(\w+)"\)', text))):
-        library.define(f"{name}(Tensor x) -> Tensor")
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    importlib.import_module("torchvision")
-    _declared.append(library)  # an operator stays declared for the life of the process
-    return "declared the operators of a torchvision that was built for another torch"
-
-
-_declared: List[Any] = []
 
 
 def _pillow(stack: contextlib.ExitStack) -> Optional[str]:
@@ -148,7 +123,10 @@ def _pillow(stack: contextlib.ExitStack) -> Optional[str]:
 def _timm(stack: contextlib.ExitStack) -> Optional[str]:
     if importlib.util.find_spec("timm") is None:
         return None
-    timm = importlib.import_module("timm")
+    try:
+        timm = importlib.import_module("timm")
+    except (ImportError, RuntimeError):  # a torchvision that does not go with torch: the host may not need timm
+        return None
     models = importlib.import_module("timm.models")
     if _version(timm.__version__) < (0, 6):
         return None
@@ -163,6 +141,40 @@ def _timm(stack: contextlib.ExitStack) -> Optional[str]:
     stack.enter_context(replaced(models, create_model=create_model))
     stack.enter_context(replaced(timm, create_model=create_model))
     return f"called the host's own model factories as timm 0.4 did (timm {timm.__version__})"
+
+
+@contextlib.contextmanager
+def explained_torchvision() -> Iterator[None]:
+    """Say what to reinstall if importing torchvision fails in this `with` because it was built for another torch.
+
+    Raises:
+        HostError: in place of torch's own "operator torchvision::nms does not exist".
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(r"torchvision::\w+ does not exist", str(error)):
+            raise
+        raise HostError(_reinstall(str(error))) from error
+
+
+def _reinstall(error: str) -> str:
+    """The message for a torchvision that does not go with torch, from the facts that pip has of it."""
+    try:
+        distribution = importlib.metadata.distribution("torchvision")
+        wanted = [re.match(r"torch\s*\(?\s*==\s*([\w.]+)", text) for text in distribution.requires or []]
+        built_for = next((found[1] for found in wanted if found), None)
+    except importlib.metadata.PackageNotFoundError:
+        built_for = None
+    what = "The installed torchvision does not go with the installed torch"
+    pair = "torch torchvision"
+    if built_for is not None:
+        what = f"torchvision {distribution.version} is built for torch {built_for}, but torch {torch.__version__} is installed"
+        pair = f"torch=={built_for} torchvision=={distribution.version.split('+')[0]}"
+    return (
+        f"{what} ({error}). Install the two together, from one index: python -m pip install --force-reinstall {pair} "
+        "(for wheels without CUDA add --index-url https://download.pytorch.org/whl/cpu)."
+    )
 
 
 def _version(text: str) -> Tuple[int, ...]:

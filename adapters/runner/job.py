@@ -1,4 +1,4 @@
-"""What one run of the runner is asked for."""
+"""What one run of the runner is asked for. Flow: `__main__` -> **job** -> `stages`."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Job(NamedTuple):
         facts: what identifies the run, for its record.
         prompts: prompt file, read by the refine stage and written by the prompt stage.
         checkpoint: the host's own checkpoint, from which match and refine start; by default what the script starts from.
-        prompt_epochs: epochs of the prompt stage, or None for the recipe's.
+        prompt_epochs: epochs of the prompt stage, or None for those of the configuration.
         mode, weight, passes: as for `attach`.
         seed: of Python, NumPy and torch before the script starts.
         cpu: run a host with hard-coded `.cuda()` on the CPU.
         log_every: steps between two lines of the log of terms.
-        clusters: makes the cluster branch that is trained with a host, or None.
-        branch_lr: learning rate of its own parameters.
+        make_branch: makes the cluster branch that is trained with a host, or None.
+        branch_lr: learning rate of the branch's parameters.
         branch: file of a trained branch that the plain stage puts into the host, or None.
     """
 
@@ -57,6 +57,6 @@ class Job(NamedTuple):
     seed: int
     cpu: bool
     log_every: int
-    clusters: Optional[Callable[[nn.Module], ClusterBranch]] = None
+    make_branch: Optional[Callable[[nn.Module], ClusterBranch]] = None
     branch_lr: float = 1e-3
     branch: Optional[Path] = None

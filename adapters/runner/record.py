@@ -1,4 +1,7 @@
-"""`record.json` of a run: what was asked for, with which versions, and how far each stage came."""
+"""`record.json` of a run: what was asked for, with which versions, and how far each stage came.
+
+Flow: `stages` -> **record**.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,14 @@ from ..._files import write_atomically
 from ...errors import HostError
 from .job import Job
 
-__all__ = ["Record", "forget", "is_main", "now", "versions"]
+__all__ = ["Record", "commit", "forget", "is_main", "now", "versions"]
 
 
 class Record:
-    """`record.json` of a run: what was asked for, with which versions, and how far each stage came. Always a whole file."""
+    """`record.json` of a run: what was asked for, with which versions, and how far each stage came.
+
+    The file on disk is always complete: it is replaced as a whole.
+    """
 
     def __init__(self, out: Path):
         self.path = out / "record.json"
@@ -37,7 +43,11 @@ class Record:
                 raise HostError(f"{self.path} is no record of a run. Choose another --out, or --restart.")
 
     def open(self, job: Job) -> None:
-        """Check that the folder belongs to this very run, or make it so."""
+        """Begin or continue a run.
+
+        Raises:
+            HostError: if the folder holds finished stages of a run with other arguments.
+        """
         before = self.content.get("run")
         finished = [stage for stage in self.content.get("stages", {}) if self.state(stage) == "done"]
         if finished and before is not None and before != job.facts:
@@ -50,20 +60,23 @@ class Record:
         self.save()
 
     def state(self, stage: str) -> str:
+        """`"done"`, `"running"`, `"interrupted"`, `"failed: ..."` or `"not started"`."""
         return self.content.get("stages", {}).get(stage, {}).get("state", "not started")
 
     def stage(self, stage: str, **values: Any) -> None:
+        """Note values of a stage and write the file."""
         self.content.setdefault("stages", {}).setdefault(stage, {}).update(values)
         self.save()
 
     def save(self) -> None:
+        """Write the file, in the main process only."""
         if is_main():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, lambda file: file.write((_json(self.content) + "\n").encode()))
 
 
 def forget(out: Path, stages: Sequence[str], whole: bool) -> None:
-    """Delete what these stages wrote, by name, and with `whole` the record of the run."""
+    """Delete the files that these stages wrote, and with `whole` the record of the run; other files stay."""
     for stage in stages:
         for name in (
             f"{stage}.pt",
@@ -81,10 +94,12 @@ def _json(content: Any) -> str:
 
 
 def is_main() -> bool:
+    """Whether this is the only process, or the first of several."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def now() -> str:
+    """The time, in UTC."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
@@ -103,6 +118,7 @@ def commit(repo: Path) -> Dict[str, Any]:
 
 
 def versions() -> Dict[str, str]:
+    """Versions of Python, of this package, and of the libraries that are loaded."""
     found = {"python": platform.python_version(), "semples_plugin": __version__, "torch": torch.__version__}
     found["numpy"] = np.__version__
     for name in ("timm", "torchvision"):

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from toy_hosts import CLASSES, WIDTH, Scaler, ToyMCTformer, make_loader, train_mctformer  # this script's folder is on the path
 
 from semples_plugin import PromptRefiner, adapters
+from semples_plugin._hooks import unwrap
 from semples_plugin.clip_backends import openai_clip_module
 from semples_plugin.clusters.branch import ClusterBranch
 from semples_plugin.clusters.categories import CategoryClusters
@@ -50,7 +51,7 @@ def joint(rank: int, scale: float) -> Dict[str, Any]:
     found: Dict[str, Any] = {"start": snapshot(branch)}
     with adapters.attach("mctformer", host, None, branch=branch, branch_optimizer=own) as attached:
         train_mctformer(host, batches(rank), optimizer, loss_scaler=Scaler(scale))
-    return {**found, "branch": snapshot(branch), "host": snapshot(adapters._attachment.unwrap(host)), "steps": attached.steps}
+    return {**found, "branch": snapshot(branch), "host": snapshot(unwrap(host)), "steps": attached.steps}
 
 
 def everything(rank: int, clip: nn.Module) -> Dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from semples_plugin import DetachedCamError, PromptRefiner, SemplesError, adapters
 from semples_plugin.adapters.mctformer import safe_sqrt
+from semples_plugin.adapters.registry import HOSTS
 from tests.adapters.toy_hosts import (
     CLASSES,
     TOYS,
@@ -37,7 +39,6 @@ from tests.adapters.toy_hosts import (
 )
 
 CNN, VIT = {"features": "body", "classifier": "fc"}, {"features": "norm", "classifier": "head"}
-WITH_KWARGS = int(torch.__version__.split(".")[0]) >= 2
 each_toy = pytest.mark.parametrize("toy", TOYS, ids=lambda toy: toy.name)
 
 
@@ -52,7 +53,7 @@ def cnn() -> ToyCNN:
 
 
 def still(model: nn.Module) -> torch.optim.Optimizer:
-    """An optimiser that moves nothing, so that what a loop did can be computed again."""
+    """An optimizer with lr = 0, so that what a loop did can be computed by hand."""
     return torch.optim.SGD(model.parameters(), lr=0.0)
 
 
@@ -177,7 +178,7 @@ def test_training_follows_the_refiner(toy: Toy, refiner: PromptRefiner) -> None:
 
 
 @each_toy
-def test_replace_leaves_the_refiner_alone(toy: Toy, refiner: PromptRefiner) -> None:
+def test_replace_keeps_only_the_refiners_loss(toy: Toy, refiner: PromptRefiner) -> None:
     loader = make_loader(1)
     loss, expected = by_hand(toy, refiner, loader[0])
     _, without = plain_run(toy, loader)
@@ -249,15 +250,20 @@ def test_transcam_before_attention(refiner: PromptRefiner) -> None:
     assert attached.loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_transcam_with_a_refiner_for_the_background_channel(make_refiner: Any) -> None:
+@pytest.mark.parametrize("toy", TOYS, ids=lambda toy: toy.name)
+def test_a_refiner_for_a_background_channel_trains_and_learns_prompts(toy: Toy, make_refiner: Any) -> None:
+    """Adapters hand over CAMs without background channel, to `attach` and to `fit_prompts` alike."""
     found = []
     for background in (False, True):
-        model = ToyTransCAM()
+        model, loader = toy.build(), make_loader(2)
         refiner = make_refiner(CLASSES, image_stats="imagenet", background_channel=background)
-        with adapters.attach("transcam", model, refiner) as attached:
-            train_transcam(model, make_loader(1), still(model))
-        found.append(attached.loss)
-    assert found[0] == pytest.approx(found[1], rel=1e-6)
+        with adapters.attach(toy.host, model, refiner, **toy.options) as attached:
+            toy.train(model, loader, still(model))
+        function = adapters.cam_of(toy.host, model.eval(), **toy.options)
+        fit = refiner.fit_prompts(loader, function, epochs=2, progress=False)
+        masks = refiner.refine_masks(loader[0][0], function(loader[0][0]), loader[0][1]).masks
+        found.append(([attached.loss, *fit.losses], masks))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6) and torch.equal(found[0][1], found[1][1])
 
 
 def test_terms_loss_steps_and_log(make_refiner: Any) -> None:
@@ -420,6 +426,18 @@ def test_smoothed_labels(dtype: torch.dtype, refiner: PromptRefiner, cnn: ToyCNN
     assert seen == pytest.approx([base + expected], rel=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["add", "replace"])
+def test_mixed_labels_are_refused(mode: str, refiner: PromptRefiner, cnn: ToyCNN) -> None:
+    """Labels of 0.5, as mixup makes them, are no labels of a CAM; they must not count as 0 in silence."""
+    img, labels = make_loader(1)[0]
+    mixed = 0.5 * labels + 0.5 * labels.flip(0)
+    assert (mixed == 0.5).any()
+    with pytest.raises(ValueError, match="`labels` must be 0 or 1; got values such as 0.5.*turn mixup and cutmix off"):
+        with adapters.attach("generic", cnn, refiner, mode=mode, **CNN):
+            train_plain(cnn, [(img, mixed)], still(cnn))
+    assert_nothing_left(cnn)
+
+
 @pytest.mark.parametrize("shape", [(2, 4), (2, 4, 1, 1)])
 def test_labels_with_a_background_column(shape: Tuple[int, ...], refiner: PromptRefiner) -> None:
     model = ToyCNN(num_classes=4).train()
@@ -569,7 +587,6 @@ def test_replicas_of_data_parallel(refiner: PromptRefiner) -> None:
     assert attached.steps == 1
 
 
-@pytest.mark.skipif(not WITH_KWARGS, reason="hooks see keywords since torch 2.0")
 def test_the_image_as_a_keyword(refiner: PromptRefiner, cnn: ToyCNN) -> None:
     img, labels = make_loader(1)[0]
     expected, _ = by_hand(TOYS[3], refiner, (img, labels))
@@ -617,7 +634,7 @@ class DictHost(nn.Module):
         return self.cam(batch["image"]).mean((2, 3))
 
 
-def test_a_source_of_ones_own(refiner: PromptRefiner) -> None:
+def test_a_custom_source(refiner: PromptRefiner) -> None:
     img, labels = make_loader(1)[0]
     model = DictHost().train()
     expected = refiner(img, model.cam(img), labels).item()
@@ -628,7 +645,7 @@ def test_a_source_of_ones_own(refiner: PromptRefiner) -> None:
         adapters.attach(OwnSource(), model, refiner, cam="patch")
 
 
-def test_records(refiner: PromptRefiner) -> None:
+def test_records_of_modules_that_ran_and_that_did_not(refiner: PromptRefiner) -> None:
     img, labels = make_loader(1)[0]
     model = DictHost().train()
     seen: List[Any] = []
@@ -653,7 +670,7 @@ def unknown_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.sigmoid() - labels).square().mean()
 
 
-def test_the_wrong_object(refiner: PromptRefiner, cnn: ToyCNN) -> None:
+def test_attach_to_an_object_that_the_loop_does_not_call(refiner: PromptRefiner, cnn: ToyCNN) -> None:
     other = ToyCNN()
     with pytest.raises(
         adapters.HostError,
@@ -767,7 +784,7 @@ def test_outputs_of_another_kind(refiner: PromptRefiner) -> None:
     for cam, message in ((lambda *parts: [1], "must be a tensor .* got list"), (lambda *parts: None, "got NoneType")):
         with pytest.raises(adapters.HostError, match=message):
             with adapters.attach(OwnSource(("head",), cam), Bare().train(), refiner) as attached:
-                train_plain(attached._model, make_loader(1), still(attached._model))
+                train_plain(attached.model, make_loader(1), still(attached.model))
 
 
 def test_another_number_of_classes(make_refiner: Any, cnn: ToyCNN) -> None:
@@ -799,20 +816,35 @@ def test_a_detached_cam(refiner: PromptRefiner) -> None:
     assert_nothing_left(model)
 
 
-def test_background_and_image_statistics(make_refiner: Any) -> None:
-    with pytest.raises(ValueError, match="background_channel=True, but the CAM of MCTformer has none"):
-        adapters.attach("mctformer", ToyMCTformer(), make_refiner(CLASSES, image_stats="imagenet", background_channel=True))
-    with pytest.warns(UserWarning, match="MCTformer normalises its images with 'imagenet'; .* image_stats=None") as caught:
+def test_other_image_statistics_than_the_hosts_warn_at_the_callers_line(make_refiner: Any) -> None:
+    with pytest.warns(UserWarning, match="MCTformer normalizes its images with 'imagenet'; .* image_stats=None") as caught:
         adapters.attach("mctformer", ToyMCTformer(), make_refiner(CLASSES))
     assert [warning.filename for warning in caught] == [__file__]
     half = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     with pytest.warns(UserWarning, match="ToyCNN|the host") as caught:
         adapters.attach("generic", ToyCNN(), make_refiner(CLASSES), image_stats=half, **CNN)
+    assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         adapters.attach("mctformer", ToyMCTformer(), make_refiner(CLASSES, image_stats="imagenet"))
         adapters.attach("generic", ToyCNN(), make_refiner(CLASSES, image_stats=half), image_stats=[[0.5] * 3, [0.5] * 3], **CNN)
         adapters.attach("generic", ToyCNN(), make_refiner(CLASSES), **CNN)
+
+
+def test_a_warning_of_the_refiner_points_to_the_line_of_the_label_loss(refiner: PromptRefiner, cnn: ToyCNN) -> None:
+    img, labels = make_loader(1)[0]
+    with pytest.warns(UserWarning, match="all its values are in") as caught:
+        with adapters.attach("generic", cnn, refiner, **CNN):
+            F.multilabel_soft_margin_loss(cnn(img.clamp(0, 1)), labels).backward()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_every_host_of_the_registry_is_a_source_in_a_module_of_its_name() -> None:
+    for name, kind in HOSTS.items():
+        module = importlib.import_module(f"semples_plugin.adapters.{name}")
+        found = getattr(module, kind)
+        assert issubclass(found, adapters.CamSource) and found.__module__ == module.__name__ and kind in module.__all__
+    assert sorted(HOSTS) == adapters.names()
 
 
 def test_unknown_hosts_and_options(refiner: PromptRefiner, cnn: ToyCNN) -> None:
@@ -833,7 +865,7 @@ def test_unknown_hosts_and_options(refiner: PromptRefiner, cnn: ToyCNN) -> None:
             adapters.attach("generic", cnn, refiner, label_loss=label_loss, **CNN)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`on_step` must be a callable .* got list"):
         adapters.attach("generic", cnn, refiner, on_step=[], **CNN)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="`refiner` must be a PromptRefiner, or None together with `clusters`; got ToyCNN"):
+    with pytest.raises(TypeError, match="`refiner` must be a PromptRefiner, or None together with `branch`; got ToyCNN"):
         adapters.attach("generic", cnn, cnn, **CNN)  # type: ignore[arg-type]
     assert_nothing_left(cnn)
 
@@ -875,7 +907,7 @@ class Stop(Exception):
 
 
 class Failing(ToyCNN):
-    """Fails in the third forward pass if it is told to, between the watched module and the end."""
+    """Fails in its third forward pass, after the watched module, if `fail` is set."""
 
     calls, fail = 0, False
 
@@ -967,7 +999,7 @@ def test_nothing_is_left_if_attach_fails_halfway(wanted: str, refiner: PromptRef
 
 
 @each_toy
-def test_training_afterwards_is_as_if_it_never_was(toy: Toy, refiner: PromptRefiner) -> None:
+def test_training_after_a_with_equals_training_that_was_never_attached(toy: Toy, refiner: PromptRefiner) -> None:
     def run() -> Tuple[List[float], int, nn.Module]:
         model = toy.build()
         optimizer = moving(model)
@@ -991,7 +1023,7 @@ def test_training_afterwards_is_as_if_it_never_was(toy: Toy, refiner: PromptRefi
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), model_again.state_dict().values()))
 
 
-def test_the_graph_is_let_go(refiner: PromptRefiner, cnn: ToyCNN) -> None:
+def test_no_graph_is_kept_between_steps(refiner: PromptRefiner, cnn: ToyCNN) -> None:
     """Between steps the attachment keeps no tensor that holds on to the host's graph."""
     img, labels = make_loader(1)[0]
     with adapters.attach("generic", cnn, refiner, **CNN) as attached:
@@ -1047,7 +1079,7 @@ def test_cam_of_inside_an_attachment(refiner: PromptRefiner, cnn: ToyCNN) -> Non
     assert_nothing_left(cnn)
 
 
-def test_cam_of_goes_wrong(cnn: ToyCNN) -> None:
+def test_cam_of_refuses_other_models_and_removes_its_hooks(cnn: ToyCNN) -> None:
     with pytest.raises(adapters.HostError, match="no MCTformer model"):
         adapters.cam_of("mctformer", cnn)
     function = adapters.cam_of("generic", cnn, **CNN)

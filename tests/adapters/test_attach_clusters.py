@@ -1,4 +1,4 @@
-"""`attach(..., branch=)` around the loops of toy transformers: loss, steps of the branch's own optimiser, nothing left."""
+"""`attach(..., branch=)` around the loops of toy transformers: loss, steps of the branch's own optimizer, nothing left."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semples_plugin import PromptRefiner, adapters
-from semples_plugin.clusters.branch import ClusterBranch
+from semples_plugin.clusters.branch import ClusterBranch, HostTokens
 from semples_plugin.clusters.categories import CategoryClusters
 from semples_plugin.errors import HostError
 from tests.adapters.test_attach import (
@@ -57,12 +57,12 @@ def refiner(make_refiner: Callable[..., PromptRefiner]) -> PromptRefiner:
 
 
 def make_branch(clusters: CategoryClusters = CLUSTERS, **options: Any) -> ClusterBranch:
-    """Without dropout, so that a run can be computed again; a low threshold, so that the contrast has patches."""
+    """Without dropout, so that a run can be repeated by hand; a low threshold, so that the contrast has patches."""
     return ClusterBranch(clusters, WIDTH, **{"dropout": 0.0, "threshold": 0.3, "top_k": 3, **options})
 
 
-def own_optimizer(branch: ClusterBranch, rate: float = 0.01) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(branch.parameters(), lr=rate)
+def own_optimizer(branch: ClusterBranch, lr: float = 0.01) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(branch.parameters(), lr=lr)
 
 
 def values(module: nn.Module) -> Dict[str, Tensor]:
@@ -136,10 +136,15 @@ def train_by_hand(
     return seen
 
 
-def assert_branch_let_go(branch: ClusterBranch, *models: nn.Module) -> None:
+def holds_tokens(branch: ClusterBranch) -> bool:
+    """Whether a branch still holds what a forward pass left."""
+    return any(isinstance(value, HostTokens) for value in vars(branch).values())
+
+
+def assert_branch_is_free(branch: ClusterBranch, *models: nn.Module) -> None:
     """No hook, no mode, no mark on a block, no graph kept."""
     assert_nothing_left(branch, *models)
-    assert branch._seen is None and (branch.tokens is None or branch.tokens.output is None)
+    assert not holds_tokens(branch) and (branch.tokens is None or branch.tokens.output is None)
     for model in models:
         assert not any(hasattr(module, "_holds_cluster_tokens") for module in model.modules())
 
@@ -149,7 +154,7 @@ def assert_branch_let_go(branch: ClusterBranch, *models: nn.Module) -> None:
 
 @each_toy
 @pytest.mark.parametrize("weight", [1.0, 0.25])
-def test_the_first_loss_holds_both(toy: Toy, weight: float, refiner: PromptRefiner) -> None:
+def test_the_first_loss_is_the_sum_of_host_refiner_and_branch(toy: Toy, weight: float, refiner: PromptRefiner) -> None:
     loader = make_loader(1)
     expected_model, expected_branch = toy.build().train(), make_branch()
     with expected_branch.insert(expected_model):
@@ -173,7 +178,7 @@ def test_the_first_loss_holds_both(toy: Toy, weight: float, refiner: PromptRefin
 
 
 @each_toy
-def test_tokens_that_give_nothing_back_leave_the_hosts_loss(toy: Toy, refiner: PromptRefiner) -> None:
+def test_tokens_that_only_read_leave_the_hosts_loss(toy: Toy, refiner: PromptRefiner) -> None:
     """With attention_bias=-inf the loss rises over that of the host alone, and over that with the refiner alone."""
     loader = make_loader(1)
     (plain,), _ = plain_run(toy, loader)
@@ -208,7 +213,7 @@ def test_one_forward_pass_per_step(toy: Toy, refiner: PromptRefiner) -> None:
 
 @each_toy
 def test_the_cam_source_sees_the_hosts_own_tokens(toy: Toy, refiner: PromptRefiner) -> None:
-    """Shapes of all that it is given, and its CAM: that of the host's inference with the tokens in place."""
+    """The shapes that it gets are those without tokens; its CAM is that of the host's inference with the tokens."""
     img, labels = make_loader(1, size=(32, 48) if toy.name == "vit" else (32, 32))[0]
     model, branch = toy.build(), make_branch()
     with branch.insert(model):
@@ -229,11 +234,11 @@ def test_the_cam_source_sees_the_hosts_own_tokens(toy: Toy, refiner: PromptRefin
 
         source.cam = cam
 
-    for key, clusters in (("without", None), ("with", branch)):
-        source = adapters.source(toy.host, **toy.options)
+    for key, inserted in (("without", None), ("with", branch)):
+        source = adapters.make_source(toy.host, **toy.options)
         watch(source, key)
-        optimizer = None if clusters is None else own_optimizer(branch, 0.0)
-        with adapters.attach(source, model, refiner, branch=clusters, branch_optimizer=optimizer):
+        optimizer = None if inserted is None else own_optimizer(branch, 0.0)
+        with adapters.attach(source, model, refiner, branch=inserted, branch_optimizer=optimizer):
             toy.train(model, [(img, labels)], still(model))
             with torch.no_grad():
                 inside = toy.cam(model, img)
@@ -266,7 +271,7 @@ def test_training_equals_a_loop_written_by_hand(toy: Toy, contrast: float, refin
 
 @each_toy
 def test_the_branch_alone(toy: Toy) -> None:
-    """Without a refiner."""
+    """A branch trains without a refiner."""
     loader = make_loader(4)
     a_model, a = toy.build(), make_branch()
     expected = train_by_hand(toy, a_model, None, a, loader, moving(a_model), own_optimizer(a))
@@ -281,8 +286,8 @@ def test_the_branch_alone(toy: Toy) -> None:
 
 
 @each_toy
-def test_replace(toy: Toy, refiner: PromptRefiner) -> None:
-    """What is left is the refiner's loss, the branch's, and what of the host is no label loss."""
+def test_replace_keeps_the_losses_of_refiner_and_branch(toy: Toy, refiner: PromptRefiner) -> None:
+    """The total is the refiner's loss, the branch's, and what of the host's loss is no label loss."""
     loader = make_loader(1)
     model, branch = toy.build().train(), make_branch()
     with branch.insert(model), torch.no_grad():
@@ -327,14 +332,14 @@ def test_two_forward_passes_per_step(passes: int, refiner: PromptRefiner) -> Non
     assert distance(found[1][2], found[0][2]) <= 1e-6
 
 
-def test_without_clusters_it_is_as_before(refiner: PromptRefiner) -> None:
+def test_without_a_branch_nothing_changes(refiner: PromptRefiner) -> None:
     runs = []
-    for options in ({}, {"clusters": None, "branch_optimizer": None}):
+    for options in ({}, {"branch": None, "branch_optimizer": None}):
         model = ToyMCTformer()
         with adapters.attach("mctformer", model, refiner, **options) as attached:
             seen = train_mctformer(model, make_loader(2), moving(model))
         runs.append((seen, attached.terms, values(model)))
-        assert attached.clusters is None and attached.terms.keys() == REFINER_TERMS
+        assert attached.branch is None and attached.terms.keys() == REFINER_TERMS
     assert runs[0][:2] == runs[1][:2] and distance(runs[0][2], runs[1][2]) == 0
 
 
@@ -378,7 +383,7 @@ def test_as_many_clusters_as_classes_are_not_taken_for_labels(refiner: PromptRef
 
 @pytest.mark.parametrize("clusters", [CLUSTERS, SINGLES], ids=["fewer", "as many"])
 @pytest.mark.parametrize("mode", ["add", "replace"])
-def test_a_branch_in_a_loop_of_ones_own(mode: str, clusters: CategoryClusters, refiner: PromptRefiner) -> None:
+def test_a_branch_inserted_by_hand(mode: str, clusters: CategoryClusters, refiner: PromptRefiner) -> None:
     """`insert` and a line in the loop, the refiner attached: the branch's loss is no label loss of the host."""
     img, labels = make_loader(1)[0]
     model, branch = ToyViT().train(), make_branch(clusters)
@@ -403,15 +408,15 @@ def test_a_refiner_and_a_branch_attached_one_by_one(refiner: PromptRefiner) -> N
             seen = train_mctformer(other_model, loader, moving(other_model))
     assert pcc.steps == attached.steps == 2 and seen == pytest.approx(expected, rel=1e-5)
     assert distance(values(branch), values(other)) <= 1e-6
-    assert_branch_let_go(other, other_model)
+    assert_branch_is_free(other, other_model)
 
 
-# ------------------------------------------------------------------------------------------------ the branch's own optimiser
+# ------------------------------------------------------------------------------------------------ the branch's own optimizer
 
 
 @pytest.mark.parametrize("toy", [MCT, WEAKTR], ids=lambda toy: toy.name)
 def test_a_gradient_scaler(toy: Toy, refiner: PromptRefiner) -> None:
-    """The factor on the loss is no factor on the step."""
+    """A factor on the loss does not change the step."""
     found = []
     for scale in (1.0, 1024.0, 1 / 3):
         model, branch = toy.build(), make_branch()
@@ -450,7 +455,7 @@ def test_gradient_accumulation(refiner: PromptRefiner) -> None:
 )
 @pytest.mark.filterwarnings("ignore:1 steps of the cluster branch were left out")
 def test_a_step_whose_gradient_is_not_finite_is_left_out(where: str, factor: float, refiner: PromptRefiner) -> None:
-    """As a gradient scaler leaves it out; what comes after is as if the batch had not been."""
+    """As a gradient scaler does; later steps are those of a run without this batch."""
     loader = make_loader(3)
     found = []
     for batches in ((0, 1, 2), (0, 2)):
@@ -492,11 +497,11 @@ def test_in_the_hosts_optimizer(refiner: PromptRefiner) -> None:
         seen = train_mctformer(model, loader, optimizer)
     assert attached.steps == 4 and seen == pytest.approx(expected, rel=1e-4)
     assert {int(optimizer.state[p]["step"]) for p in branch.parameters()} == {4}
-    assert distance(values(branch), values(a)) <= 1e-4  # Adam's first steps have the size of the rate, whatever the gradient
+    assert distance(values(branch), values(a)) <= 1e-4  # Adam's first steps have the size of lr, whatever the gradient
     assert distance(values(branch), values(make_branch())) > 1e-2
 
 
-def test_nobody_trains_the_branch(refiner: PromptRefiner) -> None:
+def test_a_branch_that_nobody_trains_is_an_error(refiner: PromptRefiner) -> None:
     model, branch = ToyMCTformer(), make_branch()
     start = values(branch)
     with pytest.raises(
@@ -507,7 +512,7 @@ def test_nobody_trains_the_branch(refiner: PromptRefiner) -> None:
         with adapters.attach("mctformer", model, refiner, branch=branch):
             train_mctformer(model, make_loader(2), moving(model))
     assert distance(values(branch), start) == 0
-    assert_branch_let_go(branch, model)
+    assert_branch_is_free(branch, model)
     # Afterwards it can be trained: gradients of the failed attempt do not count.
     again = make_branch()
     for one in (branch, again):
@@ -539,8 +544,8 @@ def test_a_with_without_training_is_no_error(refiner: PromptRefiner) -> None:
 
 
 @each_toy
-def test_one_with_per_epoch_is_one_long_with(toy: Toy, refiner: PromptRefiner) -> None:
-    """The optimiser keeps its state, the last step of an epoch is made before its `with` ends."""
+def test_one_with_per_epoch_equals_one_long_with(toy: Toy, refiner: PromptRefiner) -> None:
+    """The optimizer keeps its state, the last step of an epoch is made before its `with` ends."""
     found = []
     for epochs in (1, 3):
         model, branch = toy.build(), make_branch()
@@ -559,7 +564,7 @@ def test_one_with_per_epoch_is_one_long_with(toy: Toy, refiner: PromptRefiner) -
 
 
 def test_new_attachments_per_epoch(refiner: PromptRefiner) -> None:
-    """Match, prompts, refine: one branch and one optimiser through all of it."""
+    """Match, prompts, refine: one branch and one optimizer through all of it."""
     loader = make_loader(2)
     model, branch = ToyMCTformer(), make_branch()
     optimizer, own = moving(model), own_optimizer(branch)
@@ -572,12 +577,12 @@ def test_new_attachments_per_epoch(refiner: PromptRefiner) -> None:
                 refiner.fit_prompts(loader, adapters.cam_of("mctformer", model), epochs=1, progress=False)
     assert attached.terms.keys() == REFINER_TERMS | BRANCH_TERMS | {"refine"}
     assert {int(state["step"]) for state in own.state.values()} == {4}
-    assert_branch_let_go(branch, model)
+    assert_branch_is_free(branch, model)
 
 
 @each_toy
 def test_evaluation_in_the_middle(toy: Toy, refiner: PromptRefiner) -> None:
-    """It has the tokens in place, is no step, and changes nothing; also between a forward pass and its label loss."""
+    """Evaluation runs with the tokens, is no step and changes nothing, also between a forward pass and its label loss."""
     loader = make_loader(2)
     img, labels = make_loader(1, seed=5)[0]
 
@@ -622,7 +627,7 @@ def test_evaluation_in_the_middle(toy: Toy, refiner: PromptRefiner) -> None:
 
 @pytest.mark.parametrize("kind", ["AdamW", "SGD"])
 def test_evaluation_in_inference_mode(kind: str, refiner: PromptRefiner) -> None:
-    """The first step is made when it begins, and the state of the optimiser with it."""
+    """An evaluation under inference mode between two steps leaves the optimizer's state usable."""
     found = []
     for evaluating in (False, True):
         model, branch = ToyViT(), make_branch()
@@ -639,30 +644,30 @@ def test_evaluation_in_inference_mode(kind: str, refiner: PromptRefiner) -> None
     assert distance(*found) == 0
 
 
-def test_the_graph_is_let_go(refiner: PromptRefiner) -> None:
+def test_no_graph_is_kept_between_steps(refiner: PromptRefiner) -> None:
     img, labels = make_loader(1)[0]
     model, branch = ToyViT().train(), make_branch()
     with adapters.attach("generic", model, refiner, branch=branch, branch_optimizer=own_optimizer(branch), **VIT) as attached:
         F.multilabel_soft_margin_loss(model(img), labels).backward()
         (capture,) = attached._captures
-        assert capture.seen is None and branch._seen is None and branch.tokens.output is None
+        assert capture.tokens is None and not holds_tokens(branch) and branch.tokens.output is None
 
 
 # ------------------------------------------------------------------------------------------------ what goes wrong
 
 
-def test_no_refiner_and_no_clusters() -> None:
-    with pytest.raises(TypeError, match="`refiner` must be a PromptRefiner, or None together with `clusters`; got NoneType"):
+def test_neither_refiner_nor_branch() -> None:
+    with pytest.raises(TypeError, match="`refiner` must be a PromptRefiner, or None together with `branch`; got NoneType"):
         adapters.attach("mctformer", ToyMCTformer(), None)
-    with pytest.raises(TypeError, match="or None together with `clusters`; got str"):
+    with pytest.raises(TypeError, match="or None together with `branch`; got str"):
         adapters.attach("mctformer", ToyMCTformer(), "refiner", branch=make_branch())  # type: ignore[arg-type]
 
 
 def test_other_arguments(refiner: PromptRefiner) -> None:
     model, branch = ToyMCTformer(), make_branch()
-    with pytest.raises(TypeError, match=r"`clusters` must be a ClusterBranch; got CategoryClusters.*ClusterBranch\(clusters"):
+    with pytest.raises(TypeError, match=r"`branch` must be a ClusterBranch; got CategoryClusters.*ClusterBranch\(clusters"):
         adapters.attach("mctformer", model, refiner, branch=CLUSTERS)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="`branch_optimizer` is for the parameters of `clusters`; got no `clusters`"):
+    with pytest.raises(ValueError, match="`branch_optimizer` is for the parameters of `branch`; got no `branch`"):
         adapters.attach("mctformer", model, refiner, branch_optimizer=moving(model))
     with pytest.raises(ValueError, match=r"it lacks 'tokens.tokens'.*torch.optim.AdamW\(branch.parameters\(\)"):
         adapters.attach("mctformer", model, refiner, branch=branch, branch_optimizer=moving(model))
@@ -694,7 +699,7 @@ def test_no_transformer(host: str, build: Any, options: Dict[str, Any], refiner:
     with pytest.raises(HostError, match=r"a list of transformer blocks 'blocks' in Toy\w+, but there is none. .*blocks='"):
         with attached:
             raise AssertionError("entered")
-    assert_branch_let_go(branch, model)
+    assert_branch_is_free(branch, model)
     with pytest.raises(HostError, match=r"a list of transformer blocks 'blocks' in Toy\w+, but there is none"):
         ClusterBranch(CLUSTERS, model)
 
@@ -708,8 +713,8 @@ def test_a_branch_that_is_in_the_host_already(refiner: PromptRefiner) -> None:
             with adapters.attach("mctformer", model, refiner, branch=branch, branch_optimizer=own_optimizer(branch)):
                 pass
         model(make_loader(1)[0][0])
-        assert branch.take().tokens.shape == (2, 2, WIDTH)
-    assert_branch_let_go(branch, model)
+        assert branch.pop_tokens().tokens.shape == (2, 2, WIDTH)
+    assert_branch_is_free(branch, model)
 
 
 class Stop(Exception):
@@ -717,7 +722,7 @@ class Stop(Exception):
 
 
 class FailingHost(ToyMCTformer):
-    """Fails in its third forward pass if it is told to, after its blocks."""
+    """Fails in its third forward pass, after its blocks, if `fail` is set."""
 
     calls, fail = 0, False
 
@@ -785,7 +790,7 @@ def test_nothing_is_left_after(end: str, refiner: PromptRefiner) -> None:
                 loop()
     if broken is not None:
         broken.remove()
-    assert_branch_let_go(branch, model)
+    assert_branch_is_free(branch, model)
     assert {name: set(vars(module)) - {"calls", "fail"} for name, module in model.named_modules()} == keys
     assert all(bool(value.isfinite().all()) for value in branch.parameters())
     model.load_state_dict(state, strict=True)
@@ -828,14 +833,14 @@ def test_a_trained_branch_is_saved_and_loaded(refiner: PromptRefiner) -> None:
     found = []
     for one in (branch, other):
         with one.insert(model.eval()), torch.no_grad():
-            found.append((model(img), one.cam((model(img), one.take())[1])))
+            found.append((model(img), one.cam((model(img), one.pop_tokens())[1])))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
 # ------------------------------------------------------------------------------------------------ steps of its own
 
 
-def test_the_hosts_own_optimiser_is_no_cluster_optimizer(refiner: PromptRefiner) -> None:
+def test_the_hosts_own_optimizer_is_refused_as_the_branchs(refiner: PromptRefiner) -> None:
     model, branch = ToyMCTformer(), make_branch()
     both = torch.optim.SGD([*model.parameters(), *branch.parameters()], lr=0.1)
     with pytest.raises(ValueError, match="alone; it holds [0-9]+ more, .* pass branch_optimizer=None"):
@@ -862,19 +867,40 @@ def test_the_branch_is_stepped_when_backward_is_over() -> None:
     assert all(p.grad is None for p in branch.parameters())
 
 
-def test_steps_that_were_left_out_are_told() -> None:
+def test_steps_that_were_left_out_are_reported_at_the_callers_line() -> None:
     model, branch = ToyViT(), make_branch()
     (img, labels) = make_loader()[0]
-    with pytest.warns(UserWarning, match="2 steps of the cluster branch were left out"):
+    with pytest.warns(UserWarning, match="2 steps of the cluster branch were left out") as caught:
         with adapters.attach("generic", model, None, branch=branch, branch_optimizer=own_optimizer(branch), **VIT):
             for _ in range(2):
                 (F.multilabel_soft_margin_loss(model(img), labels) * float("inf")).backward()
                 model.zero_grad()
             F.multilabel_soft_margin_loss(model(img), labels).backward()
+    assert [warning.filename for warning in caught] == [__file__]
 
 
-def test_a_copy_of_the_host_in_the_with_trains_nobody(refiner: PromptRefiner) -> None:
-    """An average of the weights, as many loops keep one."""
+def test_mixed_labels_are_refused_by_a_branch_alone() -> None:
+    model, branch = ToyViT(), make_branch()
+    img, labels = make_loader()[0]
+    with pytest.raises(ValueError, match="`labels` must be 0 or 1; got values such as 0.5.*turn mixup and cutmix off"):
+        with adapters.attach("generic", model, None, branch=branch, branch_optimizer=own_optimizer(branch), **VIT):
+            F.multilabel_soft_margin_loss(model(img), 0.5 * labels + 0.5 * labels.flip(0)).backward()
+    assert_branch_is_free(branch, model)
+
+
+def test_smoothed_labels_are_hard_ones_for_a_branch_alone() -> None:
+    img, labels = make_loader()[0]
+    found = []
+    for target in (labels, 0.9 * labels + 0.1 / 3):
+        model, branch = ToyViT(), make_branch()
+        with adapters.attach("generic", model, None, branch=branch, branch_optimizer=own_optimizer(branch), **VIT) as attached:
+            F.multilabel_soft_margin_loss(model(img), target).backward()
+        found.append(attached.terms)
+    assert found[0] == found[1]
+
+
+def test_running_a_copy_of_the_host_is_no_step(refiner: PromptRefiner) -> None:
+    """Many loops keep such a copy, with averaged weights."""
     model, branch = ToyMCTformer(), make_branch()
     own = own_optimizer(branch)
     (img, labels) = make_loader()[0]
@@ -888,7 +914,7 @@ def test_a_copy_of_the_host_in_the_with_trains_nobody(refiner: PromptRefiner) ->
     assert attached.steps == 2
 
 
-def test_a_branch_alone_asks_for_no_cam() -> None:
+def test_a_branch_alone_needs_no_cam() -> None:
     model, branch = ToyViT(), make_branch()
     with adapters.attach("generic", model, None, branch=branch, branch_optimizer=own_optimizer(branch)) as attached:
         train_plain(model, make_loader(2), torch.optim.SGD(model.parameters(), lr=0.1))

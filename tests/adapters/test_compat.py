@@ -1,8 +1,13 @@
+"""What old hosts need in a current environment, and that all of it is undone."""
+
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import io
+import re
+import shutil
 import sys
 import types
 import warnings
@@ -14,6 +19,7 @@ import torch
 from torch import nn
 
 from semples_plugin.adapters.runner import compat
+from semples_plugin.errors import HostError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Pillow 10:DeprecationWarning")
 
@@ -22,10 +28,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*Pillow 10:DeprecationWarning")
 
 def test_replaced_restores_and_removes() -> None:
     owner = types.ModuleType("owner")
-    owner.kept = before = object()  # type: ignore[attr-defined]
-    with compat.replaced(owner, kept=1, new=2):
-        assert (owner.kept, owner.new) == (1, 2)  # type: ignore[attr-defined]
-    assert owner.kept is before and not hasattr(owner, "new")  # type: ignore[attr-defined]
+    owner.old = before = object()  # type: ignore[attr-defined]
+    with compat.replaced(owner, old=1, new=2):
+        assert (owner.old, owner.new) == (1, 2)  # type: ignore[attr-defined]
+    assert owner.old is before and not hasattr(owner, "new")  # type: ignore[attr-defined]
 
 
 def test_replaced_leaves_inherited_attributes_to_the_parent() -> None:
@@ -126,7 +132,7 @@ def test_modules_stay_on_the_cpu(untouched: None) -> None:
         torch.cuda.set_device(0)
         torch.cuda.empty_cache()
         assert not torch.cuda.is_available()
-    assert all(new is old and new.grad is not None for new, old in zip(model.parameters(), weights))  # optimisers keep theirs
+    assert all(new is old and new.grad is not None for new, old in zip(model.parameters(), weights))  # optimizers keep theirs
     assert {value.device.type for value in model.state_dict().values()} == {"cpu"}
 
 
@@ -187,7 +193,7 @@ def test_pillow_has_its_old_names(old: Any) -> None:
     assert {name: vars(image).get(name) for name in before} == before
 
 
-def test_pillow_10_gets_its_old_names_for_the_time(old: Any, monkeypatch: Any) -> None:
+def test_pillow_10_gets_its_old_names_in_the_with_alone(old: Any, monkeypatch: Any) -> None:
     image = pytest.importorskip("PIL.Image")
     for name in ("CUBIC", "LINEAR", "ANTIALIAS"):
         if name in vars(image):
@@ -200,14 +206,63 @@ def test_pillow_10_gets_its_old_names_for_the_time(old: Any, monkeypatch: Any) -
     assert not any(hasattr(image, name) for name in ("CUBIC", "LINEAR", "ANTIALIAS"))
 
 
-def test_torchvision_can_be_imported(old: Any) -> None:
-    if importlib.util.find_spec("torchvision") is None:
-        pytest.skip("torchvision is not installed")
-    pytest.importorskip("PIL")
-    with old():
-        transforms = importlib.import_module("torchvision.transforms")
-        picture = transforms.ToTensor()(importlib.import_module("PIL.Image").new("RGB", (8, 6), (255, 0, 0)))
-    assert picture.shape == (3, 6, 8) and picture[0].eq(1).all()
+MISMATCH = "operator torchvision::nms does not exist"
+
+
+@pytest.fixture
+def mismatched(tmp_path: Path, monkeypatch: Any) -> Path:
+    """A torchvision that was built for another torch, as pip knows it, and a timm that needs it."""
+    for name, code in (("torchvision", f"raise RuntimeError({MISMATCH!r})"), ("timm", "import torchvision")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(code)
+    (tmp_path / "torchvision-0.99.1+cu130.dist-info").mkdir()
+    facts = "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.99.1+cu130\n"
+    facts += "Requires-Dist: numpy\nRequires-Dist: torch (==2.99.0)\n"
+    (tmp_path / "torchvision-0.99.1+cu130.dist-info" / "METADATA").write_text(facts)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("torchvision", "timm")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_a_torchvision_for_another_torch_is_explained(mismatched: Path) -> None:
+    with pytest.raises(HostError) as caught, compat.explained_torchvision(), compat.old_libraries():
+        importlib.import_module("torchvision")
+    message = str(caught.value)
+    assert f"torchvision 0.99.1+cu130 is built for torch 2.99.0, but torch {torch.__version__} is installed" in message
+    assert "python -m pip install --force-reinstall torch==2.99.0 torchvision==0.99.1 " in message and MISMATCH in message
+
+
+def test_a_torchvision_that_pip_does_not_know_is_explained(mismatched: Path) -> None:
+    shutil.rmtree(mismatched / "torchvision-0.99.1+cu130.dist-info")
+    if importlib.util.find_spec("torchvision") is None or _installed("torchvision"):
+        pytest.skip("another torchvision is installed")
+    with pytest.raises(HostError, match="python -m pip install --force-reinstall torch torchvision"):
+        with compat.explained_torchvision():
+            importlib.import_module("torchvision")
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def test_a_host_without_torchvision_runs_beside_a_mismatched_one(mismatched: Path) -> None:
+    with compat.explained_torchvision(), compat.old_libraries() as notes:
+        assert not any("timm" in note for note in notes)
+    with pytest.raises(HostError, match="pip install"):  # one that imports timm is told, as if it had imported torchvision
+        with compat.explained_torchvision(), compat.old_libraries():
+            importlib.import_module("timm")
+
+
+@pytest.mark.parametrize("text", ["CUDA out of memory", "torchvision::nms() expected 2-D boxes"])
+def test_other_errors_are_not_explained(text: str) -> None:
+    with pytest.raises(RuntimeError, match=re.escape(text)) as caught, compat.explained_torchvision():
+        raise RuntimeError(text)
+    assert type(caught.value) is RuntimeError
 
 
 HOST = """

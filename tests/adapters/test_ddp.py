@@ -56,7 +56,7 @@ def test_two_processes_stay_equal(toy: str, mode: str, ranks: List[Dict[str, Any
     assert a["left"] == b["left"] == []
 
 
-def test_the_modes_differ(ranks: List[Dict[str, Any]]) -> None:
+def test_add_and_replace_give_different_weights(ranks: List[Dict[str, Any]]) -> None:
     for toy in ("mctformer", "cnn"):
         add, replace = (ranks[0][f"{toy} {mode}"]["match"] for mode in ("add", "replace"))
         assert any(not torch.equal(value, replace[name]) for name, value in add.items())
@@ -103,7 +103,7 @@ def test_two_processes_with_a_refiner_contrast_and_dropout_stay_equal(clustered:
     assert b["terms"][1]["match_foreground"] == 0 < b["terms"][1]["mce"]
 
 
-def test_both_processes_leave_out_what_is_infinite_in_one(clustered: List[Dict[str, Any]]) -> None:
+def test_both_processes_leave_out_a_step_that_is_infinite_in_one(clustered: List[Dict[str, Any]]) -> None:
     a, b = (rank["overflow"] for rank in clustered[:2])
     assert a["steps"] == b["steps"] == {2}
     assert [distance(*pair) for pair in zip(a["branch"], b["branch"])] == [0] * 4

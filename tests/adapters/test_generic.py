@@ -69,7 +69,7 @@ CLASSIFIERS = {
 @pytest.mark.parametrize(
     "layout, prefix", [("first", 0), ("last", 0), ("tokens", 0), ("tokens", 1), ("tokens", 5), ("tuple", 2)]
 )
-def test_layouts(layout: str, prefix: int, size: Any, kind: str) -> None:
+def test_every_layout_of_features(layout: str, prefix: int, size: Any, kind: str) -> None:
     torch.manual_seed(0)
     model = Layout(layout, CLASSIFIERS[kind](), prefix)
     img = torch.rand(2, 3, *size)

@@ -1,5 +1,7 @@
-"""The runner on a toy host. One run in processes of its own, killed in its last stage, serves most tests; what comes after it,
-and all others, run in this process."""
+"""The runner on a toy host. One run in processes of its own, killed in its last stage, serves most tests.
+
+The run that continues it, and all others, run in this process.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,11 @@ from torch.utils.data import DataLoader
 
 from semples_plugin import PromptRefiner, __version__
 from semples_plugin.adapters import __main__ as command
-from semples_plugin.adapters import source
-from semples_plugin.adapters.runner import stages
+from semples_plugin.adapters import make_source
+from semples_plugin.adapters.runner import compat, stages
+from semples_plugin.adapters.runner.collector import Collector
+from semples_plugin.adapters.runner.record import Record, commit
+from semples_plugin.config import COCO, VOC, RefinerConfig
 from semples_plugin.errors import HostError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Pillow 10:DeprecationWarning")
@@ -73,7 +78,7 @@ def digest(path: Path) -> str:
 
 
 def read_record(out: Path) -> Dict[str, Any]:
-    """record.json, by the letter of JSON: no NaN, no Infinity."""
+    """record.json, read as strict JSON: no NaN, no Infinity."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"record.json holds {constant}, which is not JSON")
@@ -101,7 +106,7 @@ def same(a: Dict[str, Tensor], b: Dict[str, Tensor]) -> bool:
 
 
 def toy_module(name: str) -> Any:
-    """A module of the toy host under a name that collides with nothing."""
+    """A module of the toy host, imported under a name of its own."""
     spec = importlib.util.spec_from_file_location(f"semples_toy_{name}", TOY / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -209,7 +214,7 @@ class Complete(NamedTuple):
 
 
 def stand_ins(folder: Path) -> Path:
-    """Libraries of the age of the hosts that hold nothing: without the real ones a process starts in half the time."""
+    """Empty libraries with the versions that the hosts were written for: a process starts in half the time."""
     for name, version in (("timm", "0.4.12"), ("torchvision", "0.5.0")):
         (folder / name / "models").mkdir(parents=True)
         (folder / name / "__init__.py").write_text(f"__version__ = {version!r}\n")
@@ -256,7 +261,7 @@ def test_record_says_what_was_run(complete: Complete) -> None:
     asked = record["run"]
     assert asked["host"] == "generic" and asked["script"] == ["train.py"] and asked["adapter"] == {"cam": "head"}
     assert asked["repo"] == asked["cwd"] == str(complete.run.repo) and asked["clip"] == str(complete.run.clip)
-    assert asked["refiner"] == {"recipe": "voc", "seed": 7, "image_stats": None, "prompt_length": 4}
+    assert asked["refiner"] == VOC.replace(seed=7, image_stats=None, prompt_length=4).as_dict()
     assert (asked["seed"], asked["prompt_epochs"], asked["mode"], asked["weight"]) == (7, 2, "add", 1.0)
     versions = record["versions"]
     assert versions["semples_plugin"] == __version__ and versions["torch"] == torch.__version__
@@ -294,7 +299,7 @@ def test_log_of_terms(stage: str, complete: Complete) -> None:
     assert [line["step"] for line in lines] == [1, 3, 5]  # --log-every 2
     names = {"step", "match_foreground", "match_background", "loss"} | ({"refine"} if stage == "refine" else set())
     assert all(set(line) == names and all(np.isfinite(list(line.values()))) for line in lines)
-    for line in lines:  # the VOC recipe's numbers
+    for line in lines:  # the weights of VOC
         total = line["match_foreground"] + 2.4 * line["match_background"] + 0.05 * line.get("refine", 0.0)
         assert line["loss"] == pytest.approx(total, rel=1e-5)
 
@@ -318,7 +323,7 @@ def test_host_folder_has_what_the_script_wrote_and_no_more(complete: Complete) -
     assert complete.host_files == sorted([*listing(TOY), "ckpt/toy.pt", "log.txt"])
 
 
-def test_output_tells_what_happens(complete: Complete) -> None:
+def test_output_names_every_stage_and_what_it_does(complete: Complete) -> None:
     first, second = complete.killed.stderr, complete.output
     for line in ("match: starting", "attached to ToyNet", "prompt: starting", "background of boat: ", "refine: starting"):
         assert line in first
@@ -338,7 +343,7 @@ def test_killed_run_has_a_true_record(complete: Complete) -> None:
     assert sorted(complete.files_when_killed) == sorted(set(FILES) - {"refine.pt"})
 
 
-def test_killed_run_goes_on_where_it_was(complete: Complete) -> None:
+def test_killed_run_continues_where_it_was(complete: Complete) -> None:
     out, before = complete.run.out, complete.files_when_killed
     assert all(digest(out / name) == before[name] for name in ("match.pt", "match.jsonl", "prompts.safetensors"))
     stages, earlier = read_record(out)["stages"], complete.record_when_killed["stages"]
@@ -410,7 +415,7 @@ def test_other_arguments_are_refused(
 
 
 def test_other_names_for_clip_are_another_run(run: Run, start: Any, capsys: Any, tmp_path: Path) -> None:
-    """What CLIP is told a class is called, and the order of the classes, belong to the run."""
+    """The names that CLIP gets for the classes, and their order, belong to the run."""
     path = tmp_path / "names.json"
     orders = [
         {"boat": "ship", "train": "train", "bird": "bird"},
@@ -425,8 +430,10 @@ def test_other_names_for_clip_are_another_run(run: Run, start: Any, capsys: Any,
 
 
 @pytest.mark.parametrize("option, name", [("--prompts", "prompts.safetensors"), ("--checkpoint", "match.pt")])
-def test_other_inputs_are_not_passed_over_in_silence(option: str, name: str, copied: Run, start: Any, tmp_path: Path) -> None:
-    """A run that is done with its own prompts and weights is not done with other ones."""
+def test_other_prompts_or_checkpoints_are_no_finished_run(
+    option: str, name: str, copied: Run, start: Any, tmp_path: Path
+) -> None:
+    """A run that is finished with its own prompts and weights is not finished with others."""
     shutil.copy(copied.out / name, tmp_path / name)
     (copied.out / "refine.pt").unlink()
     status = start(copied.arguments(option, str(tmp_path / name)))
@@ -434,7 +441,7 @@ def test_other_inputs_are_not_passed_over_in_silence(option: str, name: str, cop
 
 
 @pytest.mark.filterwarnings("ignore:.*should be normalised")
-def test_arguments_survive_the_record(run: Run, start: Any) -> None:
+def test_a_tuple_in_the_arguments_is_the_same_run_again(run: Run, start: Any) -> None:
     """A tuple is a list in JSON; the same command must still be the same run."""
     stats = "image_stats=((0.5,0.5,0.5),(0.25,0.25,0.25))"
     arguments = run.arguments("--set", stats, "--stage", "match")
@@ -482,7 +489,7 @@ def test_restart_keeps_what_the_user_brings(copied: Run, start: Any, monkeypatch
     assert stopped.value.code == 2 and all(path.exists() for path in brought)
 
 
-def test_restart_under_torchrun_is_rank_0s(copied: Run, start: Any, monkeypatch: Any) -> None:
+def test_only_rank_0_forgets_a_run_under_torchrun(copied: Run, start: Any, monkeypatch: Any) -> None:
     """A slower rank must not delete what rank 0 has begun to write."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -502,13 +509,13 @@ def test_damaged_record(content: bytes, copied: Run, start: Any, capsys: Any) ->
 
 
 def test_record_is_whole_or_as_before(tmp_path: Path) -> None:
-    record = stages.Record(tmp_path / "new")
+    record = Record(tmp_path / "new")
     record.stage("match", state="running")
     before = digest(record.path)
     with pytest.raises(TypeError):
         record.stage("match", state=object())  # fails while it is being written
     assert digest(record.path) == before and os.listdir(record.path.parent) == ["record.json"]
-    assert stages.Record(tmp_path / "new").state("match") == "running"
+    assert Record(tmp_path / "new").state("match") == "running"
 
 
 # ------------------------------------------------------------------------------------------------ the stages
@@ -585,7 +592,7 @@ def test_prompt_stage_sees_the_host_as_match_left_it(complete: Complete, run: Ru
 
     found = re.findall(r"weight (\S+)", (run.repo / "log.txt").read_text())
     start_weight = model.head.weight.detach().double().sum().item()
-    assert len(found) == BATCHES and all(abs(float(value) - start_weight) > 1e-4 for value in found)  # the optimiser stepped
+    assert len(found) == BATCHES and all(abs(float(value) - start_weight) > 1e-4 for value in found)  # the optimizer stepped
     assert not (run.repo / "ckpt").exists()  # the script never came to its end
 
 
@@ -633,10 +640,10 @@ class Attentive(nn.Module):
 
 
 def test_prompt_stage_stills_dropout_in_attention(make_refiner: Any, make_batch: Any) -> None:
-    """torch's MultiheadAttention holds a layer, and drops by itself."""
+    """torch's MultiheadAttention has a child module and applies its dropout itself."""
     model, refiner = Attentive().train(), make_refiner()
     img, _, labels = make_batch()
-    with stages._Collector(source("generic", cam="head"), None, refiner) as collector:
+    with Collector(make_source("generic", cam="head"), refiner) as collector:
         collector.bind(model)
         for _ in range(2):
             torch.nn.functional.multilabel_soft_margin_loss(model(img), labels.float()).backward()
@@ -728,7 +735,7 @@ def of_no_network(path: Path) -> None:
         (of_no_network, "must hold a state dict"),
     ],
 )
-def test_checkpoints_that_are_none(write: Any, message: str, run: Run, start: Any, capsys: Any, tmp_path: Path) -> None:
+def test_files_that_are_no_checkpoint(write: Any, message: str, run: Run, start: Any, capsys: Any, tmp_path: Path) -> None:
     path = tmp_path / "host.pt"
     write(path)
     assert start(run.arguments("--stage", "prompt", "--checkpoint", str(path))) == 1
@@ -779,6 +786,19 @@ def test_script_that_raises(run: Run, start: Any) -> None:
     assert stage["state"] == "failed: ZeroDivisionError: the host went wrong" and stage["finished"] >= stage["started"]
     assert sorted(os.listdir(run.out)) == ["match.jsonl", "record.json"]
     assert start(run.arguments(script=["variants.py", "raise"])) == 1
+
+
+@pytest.mark.parametrize("stage", ["plain", "match"])
+def test_script_that_imports_a_torchvision_for_another_torch(
+    stage: str, run: Run, start: Any, capsys: Any, monkeypatch: Any
+) -> None:
+    """The error says what to reinstall."""
+    (run.repo / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    (run.repo / "imports.py").write_text("import torchvision\n")
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    assert start(run.arguments("--stage", stage, script=["imports.py"])) == 1
+    message = capsys.readouterr().err
+    assert "python -m pip install --force-reinstall torch" in message and "Traceback" not in message
 
 
 def test_script_that_is_interrupted(run: Run, start: Any) -> None:
@@ -866,15 +886,22 @@ def test_unknown_host(run: Run, start: Any, capsys: Any) -> None:
     assert leave.value.code == 2 and "mctformer" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("setting", ["lambda_aera=1", "lambda_area=much", "eps=0"])
-def test_wrong_settings_of_the_refiner(setting: str, run: Run, start: Any, capsys: Any) -> None:
-    """Said in a line, not in a traceback, and the record stays JSON."""
-    with contextlib.suppress(SystemExit):
-        assert start(run.arguments("--stage", "match", "--set", setting)) == 1
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("lambda_aera=1", "has no option 'lambda_aera'; did you mean 'lambda_area'?"),
+        ("lambda_area=much", "`lambda_area` must be a number; got 'much'"),
+        ("eps=0", "`eps` must be at least 1e-12"),
+        ("repel=both", "`repel` must be 'log' or 'log1m'; got 'both'"),
+    ],
+)
+def test_wrong_settings_of_the_refiner(setting: str, message: str, run: Run, start: Any, capsys: Any) -> None:
+    """They are refused before anything runs, in a line and not in a traceback."""
+    with pytest.raises(SystemExit) as leave:
+        start(run.arguments("--stage", "match", "--set", setting))
     error = capsys.readouterr().err
-    assert setting.split("=")[0] in error and "Traceback" not in error
-    if run.out.exists():
-        read_record(run.out)
+    assert leave.value.code == 2 and message in error and "Traceback" not in error
+    assert not run.out.exists()
 
 
 @pytest.mark.parametrize("setting", ["background_texts={'a lake.'}", "background_texts=[b'a lake.']", "eps=1e999"])
@@ -886,7 +913,7 @@ def test_settings_that_no_record_can_hold(setting: str, run: Run, start: Any, ca
         read_record(run.out)
 
 
-def test_world_size_and_all(run: Run, start: Any, capsys: Any, monkeypatch: Any) -> None:
+def test_all_is_refused_under_torchrun(run: Run, start: Any, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     run.out.mkdir()
     (run.out / "match.pt").write_text("an earlier run")
@@ -897,14 +924,14 @@ def test_world_size_and_all(run: Run, start: Any, capsys: Any, monkeypatch: Any)
     assert listing(run.out) == ["match.pt"]  # refused before anything was deleted
 
 
-def test_help(capsys: Any, monkeypatch: Any) -> None:
+def test_help_names_every_option(capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as leave:
         command.main(["--help"])
     text = capsys.readouterr().out
     assert leave.value.code == 0 and text.startswith("usage: python -m semples_plugin.adapters HOST --repo DIR")
     assert all(len(line) <= 130 for line in text.splitlines()) and "%(" not in text
-    for option in command._parser()._actions:
+    for option in command.make_parser()._actions:
         assert option.help and all(name in text for name in option.option_strings)
     for word in ("match", "prompt", "refine", "plain", "generic", "mctformer", "transcam", "weaktr", "voc|coco|FILE"):
         assert word in text
@@ -931,12 +958,16 @@ def test_classes_from_a_file(name: str, text: str, expected: Any, run: Run, tmp_
     assert (refiner.classes, refiner.prompt_names) == expected
 
 
-@pytest.mark.parametrize("name, count, recipe", [("voc", 20, "voc"), ("coco", 80, "coco")])
-def test_classes_of_the_benchmarks(name: str, count: int, recipe: str, run: Run, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("name, count, config", [("voc", 20, VOC), ("coco", 80, COCO), ("COCO", 80, COCO)])
+def test_classes_and_configuration_of_the_benchmarks(
+    name: str, count: int, config: RefinerConfig, run: Run, monkeypatch: Any
+) -> None:
     jobs: List[Any] = []
     monkeypatch.setattr(command, "run_stage", lambda job, stage: jobs.append(job))
     assert command.main(run._replace(classes=Path(name)).arguments("--stage", "match")) == 0
-    assert len(jobs[0].facts["classes"]) == count and jobs[0].facts["refiner"]["recipe"] == recipe
+    expected = config.replace(seed=7, image_stats=None, prompt_length=4)
+    assert len(jobs[0].facts["classes"]) == count and jobs[0].facts["refiner"] == expected.as_dict()
+    assert jobs[0].refiner().config == expected
 
 
 @pytest.mark.parametrize(
@@ -1002,7 +1033,7 @@ def surroundings() -> Dict[str, Any]:
         ("refine", ["variants.py", "no_loss"]),
     ],
 )
-def test_process_is_as_before(
+def test_a_stage_leaves_the_process_as_it_was(
     stage: str, script: List[str], run: Run, complete: Complete, monkeypatch: Any, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
@@ -1014,7 +1045,7 @@ def test_process_is_as_before(
     with monkeypatch.context() as patch:
         patch.setattr(command, "run_stage", lambda *job: jobs.append(job))
         command.main(run.arguments(*ours, script=script))
-    with stages.compat.old_libraries():
+    with compat.old_libraries():
         pass  # loads the libraries that it is about
     before = surroundings()
     went = "well"
@@ -1055,12 +1086,12 @@ def test_seed_reaches_every_generator(run: Run, start: Any) -> None:
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_record_names_the_hosts_commit(run: Run, monkeypatch: Any) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(run.repo.parent))
-    assert stages._commit(run.repo) == {"commit": None, "changed_files": None}
+    assert commit(run.repo) == {"commit": None, "changed_files": None}
     git = ["git", "-C", str(run.repo), "-c", "user.name=toy", "-c", "user.email=toy@example.org", "-c", "commit.gpgsign=false"]
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "toy"]):
         subprocess.run([*git, *arguments], check=True, capture_output=True)
-    found = stages._commit(run.repo)
+    found = commit(run.repo)
     assert re.fullmatch("[0-9a-f]{40,64}", found["commit"]) and found["changed_files"] == []
     (run.repo / "utils.py").write_text("changed = True\n")
     (run.repo / "log.txt").write_text("the host's own output is no change\n")
-    assert stages._commit(run.repo) == {"commit": found["commit"], "changed_files": [" M utils.py"]}
+    assert commit(run.repo) == {"commit": found["commit"], "changed_files": [" M utils.py"]}

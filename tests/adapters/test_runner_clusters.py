@@ -1,4 +1,4 @@
-"""The runner with `--clusters`: a host's transformer is trained with a cluster branch, and run with it again."""
+"""The runner with `--clusters`: a host's transformer trains with a cluster branch, which is put back into it for CAMs."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def test_the_logs_hold_the_terms_of_both(run: Run) -> None:
 
 def test_the_record_says_what_was_attached(run: Run) -> None:
     record = json.loads((run.out / "record.json").read_text(encoding="utf-8"))
-    told = record["run"]["clusters"]
-    assert told == {"members": CLUSTERS, "options": {"seed": 7, "top_k": 3}, "rate": 1e-3}
+    found = record["run"]["clusters"]
+    assert found == {"members": CLUSTERS, "options": {"seed": 7, "top_k": 3}, "lr": 1e-3}
     assert record["run"]["refiner"]["clusters"] == CLUSTERS
     assert [record["stages"][stage]["state"] for stage in ("match", "prompt", "refine")] == ["done"] * 3
 
@@ -139,7 +139,7 @@ def test_plain_with_the_branch_gives_the_cams_of_the_trained_network(run: Run) -
 
 
 def test_tokens_that_only_read(folder: Path, tmp_path: Path) -> None:
-    """`attention_bias=-inf` by the command line, and its branch in a script that is told nothing of a CAM."""
+    """`attention_bias=-inf` by the command line, and the trained branch in a script without any option for a CAM."""
     line = arguments(
         folder, "--clusters", str(folder / "clusters.json"), "--stage", "match", "--branch-option", "attention_bias=-inf"
     )
@@ -187,7 +187,7 @@ def test_a_network_without_blocks_is_refused(folder: Path, tmp_path: Path) -> No
         ),
         (["--clusters", "FOLDER/clusters.json", "--branch-option", "lambda_mce=0"], "`lambda_contrast` needs `lambda_mce`"),
         (["--clusters", "FOLDER/clusters.json", "--branch-option", "bilstm=false"], "`bilstm` must be True or False"),
-        (["--clusters", "FOLDER/clusters.json", "--branch-lr", "-1"], "cluster-rate"),
+        (["--clusters", "FOLDER/clusters.json", "--branch-lr", "-1"], "--branch-lr"),
     ],
 )
 def test_wrong_options(folder: Path, capsys: Any, ours: List[str], message: str) -> None:

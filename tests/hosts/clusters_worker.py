@@ -77,7 +77,7 @@ def training(model: nn.Module, img: Tensor) -> List[Tensor]:
 
 
 def reached(model: nn.Module, branch: ClusterBranch) -> Dict[str, Any]:
-    """Where gradients are, and which blocks have none; they are cleared."""
+    """Which parameters have gradients and which blocks have none; the gradients are cleared."""
     there = {name for name, p in model.named_parameters() if p.grad is not None and bool((p.grad != 0).any())}
     blocks = [name for name, _ in model.named_parameters() if name.startswith("blocks.")]
     lacking = [name for name, p in branch.named_parameters() if p.grad is None or not bool((p.grad != 0).any())]
@@ -96,7 +96,7 @@ def reached(model: nn.Module, branch: ClusterBranch) -> Dict[str, Any]:
 
 
 def reach(model: nn.Module, img: Tensor, labels: Tensor) -> Dict[str, Any]:
-    """Of the branch's loss, and of the host's outputs alone, which know of the tokens by attention only."""
+    """Gradients of the branch's loss, and of the host's outputs alone, which depend on the tokens by attention only."""
     found = {}
     for name, bias in (("free", 0.0), ("never", NEVER)):
         branch = make_branch(model, bias)
@@ -129,7 +129,7 @@ class Short:
 
 class ClusterChecks(Checks):
     def passive(self) -> Dict[str, Any]:
-        """With attention_bias=-inf: all that the host gives, in training and by its inference, against the same without."""
+        """With attention_bias=-inf: the host's outputs in training and inference, compared with those without tokens."""
         self.inner.load_state_dict(self.start)
         img, _ = photos(SIZE, SIZE, BATCH)
         branch = make_branch(self.inner, NEVER)
@@ -155,7 +155,7 @@ class ClusterChecks(Checks):
             without = self.bench.cams(img)
             with branch.insert(self.bench.model):
                 cams = self.bench.cams(img)
-                patches = list(branch.cam(branch.take()).shape)
+                patches = list(branch.cam(branch.pop_tokens()).shape)
                 ours = {kind: adapters.cam_of(self.name, self.bench.model, cam=kind)(img) for kind in cams}
             for kind, cam in cams.items():
                 changed = compare([cam], [without[kind]])
@@ -250,7 +250,7 @@ def images(size: Tuple[int, int]) -> Tuple[Tensor, Tensor]:
 
 
 def timm_passive(model: nn.Module) -> Dict[str, Any]:
-    """As `ClusterChecks.passive`; in float64 as well, where rounding is no excuse."""
+    """As `ClusterChecks.passive`; in float64 as well, where rounding is smaller."""
     branch, found = make_branch(model, NEVER), {}
     cases = [((224, 224), torch.float32), ((96, 160), torch.float32), ((96, 160), torch.float64)]
     for (height, width), dtype in cases:
@@ -260,7 +260,7 @@ def timm_passive(model: nn.Module) -> Dict[str, Any]:
             its = timm_outputs(model.train(mode == "training"), img)
             with branch.insert(model):
                 ours = timm_outputs(model, img)
-                grid = list(branch.take().grid)
+                grid = list(branch.pop_tokens().grid)
             outputs, features = (compare([a], [b]) for a, b in zip(ours, its))
             found[f"{mode} {height}x{width} {dtype}"] = {"outputs": outputs, "features": features, "grid": grid}
     model.float()

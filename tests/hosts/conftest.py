@@ -93,7 +93,7 @@ class Hosts:
         """What `python script name repo clip out.json` wrote in a working folder."""
         out = path / "out.json"
         command = [sys.executable, "-B", "-W", "ignore", HERE / script, name, self.repo(name), self.clip, out]
-        finish([str(part) for part in command], path)
+        self.finish([str(part) for part in command], path)
         return json.loads(out.read_text(encoding="utf-8"))
 
     def work(self, script: str, name: str, path: Path) -> Dict[str, Any]:
@@ -113,7 +113,13 @@ class Hosts:
 
     def run(self, adapter: str, name: str, cwd: Path, *arguments: str) -> str:
         """Run the runner to its end; it must succeed. Returns what it wrote to stderr."""
-        return finish(self.command(adapter, name, cwd, *arguments), cwd)
+        return self.finish(self.command(adapter, name, cwd, *arguments), cwd)
+
+    def finish(self, command: List[str], cwd: Path) -> str:
+        """Run a command that must succeed; returns its stderr."""
+        done = subprocess.run(command, cwd=cwd, env=environment(cwd), capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+        return done.stderr
 
     def start(self, adapter: str, name: str, cwd: Path, *arguments: str) -> "subprocess.Popen[bytes]":
         """The same in the background, in a process group of its own."""
@@ -123,15 +129,9 @@ class Hosts:
 
 
 def environment(cwd: Path) -> Dict[str, str]:
-    """Pre-trained weights are looked for in the working folder; nothing is downloaded."""
-    return {**os.environ, "TORCH_HOME": str(cwd / "torch")}
-
-
-def finish(command: List[str], cwd: Path) -> str:
-    """Run a command that must succeed; returns its stderr."""
-    done = subprocess.run(command, cwd=cwd, env=environment(cwd), capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    return done.stderr
+    """Pre-trained weights are looked for in the working folder, so nothing is downloaded; see also site/sitecustomize.py."""
+    paths = [str(HERE / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "TORCH_HOME": str(cwd / "torch"), "PYTHONPATH": os.pathsep.join(paths)}
 
 
 @pytest.fixture(scope="session")

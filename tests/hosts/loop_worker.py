@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from worker_parts import PHOTOS, photos, seed  # of this folder
 
 from semples_plugin import PromptRefiner, adapters
+from semples_plugin._hooks import unwrap
 from semples_plugin.adapters.runner import compat
 from semples_plugin.class_names import VOC_CLASSES
 
@@ -219,7 +220,7 @@ class Checks:
     def __init__(self, name: str, clip: str):
         self.name = name
         self.bench: Bench = BENCHES[name]()
-        self.inner = adapters._attachment.unwrap(self.bench.model)
+        self.inner = unwrap(self.bench.model)
         self.start = {key: value.clone() for key, value in self.inner.state_dict().items()}
         self.refiner = PromptRefiner(VOC_CLASSES, clip=clip, prompt_length=4)
 

@@ -132,7 +132,7 @@ def seam(refiner: PromptRefiner) -> Dict[str, Any]:
     options = {"background_channel": True, "relu": True, "image_stats": "imagenet"}
     found: Dict[str, Any] = {}
     for passes in (1, 2):
-        function = adapters.source("generic", cam=lambda output, records: output[0], **options)
+        function = adapters.make_source("generic", cam=lambda output, records: output[0], **options)
         found[f"passes {passes}"] = compare(model, refiner, function, step, size, passes)
         del found[f"passes {passes}"]["first cam"]
     img, labels = photos(size, size, 2)
@@ -174,7 +174,7 @@ def toco(refiner: PromptRefiner) -> Dict[str, Any]:
     with torch.no_grad():
         its = model(img, cam_only=True)[1]
     with model.encoder.norm.register_forward_hook(lambda *_: calls.append("norm")):
-        found = compare(model, refiner, adapters.source("generic", **options), step, size)
+        found = compare(model, refiner, adapters.make_source("generic", **options), step, size)
     found["norm calls"] = calls[calls.index("image") :].count("norm")
     found["loop cam"] = difference(found.pop("first cam"), its)
     found["probe"] = reach(adapters.probe("generic", model, refiner, img, labels, **options), model)

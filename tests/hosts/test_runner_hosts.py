@@ -1,4 +1,4 @@
-"""Unedited scripts of real baselines through `python -m semples_plugin.adapters`: stages, records, CAM files, going on."""
+"""Real baselines, unedited, through `python -m semples_plugin.adapters`: stages, records, CAM files, interrupted runs."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_the_log_names_the_terms_of_the_stage(ran: Ran) -> None:
             assert np.isfinite(list(line.values())).all()
 
 
-def test_the_prompts_load_elsewhere(ran: Ran, aligned_clip: nn.Module) -> None:
+def test_the_prompts_load_in_another_process(ran: Ran, aligned_clip: nn.Module) -> None:
     refiner = PromptRefiner.load(ran.out / "prompts.safetensors", clip=aligned_clip)
     assert list(refiner.classes) == list(VOC_CLASSES)
     assert refiner.stage == "refine"

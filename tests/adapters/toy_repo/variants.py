@@ -1,4 +1,4 @@
-"""Training scripts that go wrong, or go about it in another way: variants.py WHAT."""
+"""Training scripts that fail, or train in an unusual way: variants.py WHAT."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Tells how it was started."""
+"""Writes down how it was started."""
 
 import json
 import os

@@ -1,0 +1,101 @@
+"""One pass over the host's own loader with the trained host held still: the features that prompts are learned from."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Dict, Iterator, List, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..._hooks import unwrap
+from ...refiner import PromptRefiner
+from ..loop import LoopWatcher
+from ..recorder import Capture
+from ..sources import CamSource, foreground_cam
+from .compat import replaced
+
+__all__ = ["Collector", "one_pass"]
+
+
+class _PassOver(BaseException):
+    """The host's loader was gone through once. Not an `Exception`, so that no `except Exception` of a host catches it."""
+
+
+class Collector(LoopWatcher):
+    """Collects what stage (b) learns from and adds no loss. The host's weights are the same for every batch.
+
+    Args:
+        source: where the host's CAM comes from.
+        refiner: encodes the backgrounds.
+        passes: forward passes per label loss, as for `attach`.
+
+    Attributes:
+        images: number of images so far.
+    """
+
+    def __init__(self, source: CamSource, refiner: PromptRefiner, passes: int = 1):
+        super().__init__(source, None, refiner.classes, passes=passes)
+        self.refiner = refiner
+        self.features: List[Tensor] = []
+        self.pairs: List[Tensor] = []
+        self.images = 0
+        self.over = False
+        self._weights: Dict[str, Tensor] = {}
+        self._hold: Any = None
+
+    def bind(self, model: nn.Module, under_way: bool = False) -> None:
+        super().bind(model, under_way)
+        inner = unwrap(model)
+        self._weights = {name: value.detach().clone() for name, value in inner.state_dict().items()}
+        self._hold = model.register_forward_pre_hook(lambda module, inputs: self._restore(inner))
+        self._restore(inner)
+
+    def release(self) -> None:
+        super().release()
+        if self._hold is not None:
+            self._hold.remove()
+            self._hold = None
+
+    def _restore(self, model: nn.Module) -> None:
+        """Undo the host's last step, and switch dropout, stochastic depth and batch statistics off."""
+        if self.over:
+            raise _PassOver
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                if not torch.equal(value, self._weights[name]):  # in place only where it must be: a graph may be alive
+                    value.copy_(self._weights[name])
+        for module in model.modules():
+            leaf = next(module.children(), None) is None or type(module).__module__.startswith("torch.nn.")
+            if leaf and module is not model:
+                module.training = False
+
+    def step(self, capture: Capture, labels: Tensor) -> None:
+        cam = foreground_cam(self.source, capture.img, capture.output, capture.records).detach()
+        img = capture.img.detach().to(cam.device)
+        features, pairs = self.refiner.encode_backgrounds(img, cam, labels.to(cam.device))
+        self.features.append(features)
+        self.pairs.append(pairs + torch.tensor([self.images, 0]))
+        self.images += len(img)
+        self.steps += 1
+
+    def collected(self) -> Tuple[Tensor, Tensor]:
+        """Features (P, D) and pairs (P, 2), image number and class of each, of all batches."""
+        return torch.cat(self.features), torch.cat(self.pairs)
+
+
+@contextlib.contextmanager
+def one_pass(collector: Collector) -> Iterator[None]:
+    """End the script in this `with` when the DataLoader that fed the collector is exhausted."""
+    iterate = DataLoader.__iter__
+
+    def once(loader: Any) -> Iterator[Any]:
+        before = collector.steps
+        yield from iterate(loader)
+        if collector.steps > before:
+            collector.over = True
+            raise _PassOver
+
+    with contextlib.suppress(_PassOver), replaced(DataLoader, __iter__=once):
+        yield
