@@ -17,6 +17,7 @@ from examples.clusters import experiment as clusters
 from examples.demo import experiment, host, world
 from examples.demo.figure import draw_figure
 from examples.demo.seeds import summary
+from examples.recipe import COMPACT_CLIP
 from semples_plugin import PromptRefiner
 from semples_plugin.clip_backends import load_clip
 from semples_plugin.regions import change_stats
@@ -129,14 +130,20 @@ def test_the_trainer_refuses_a_file_without_its_columns(tmp_path: Path) -> None:
 
 def test_the_demo_runs_on_a_few_scenes(tmp_path: Path) -> None:
     settings = experiment.Settings(
-        train=24, val=8, test=40, host_steps=3, stage_steps=9, batch_size=4, prompt_epochs=2, prompt_length=2
+        train=24,
+        val=8,
+        test=40,
+        host_steps=3,
+        stage_steps=9,
+        batch_size=4,
+        config=COMPACT_CLIP.replace(epochs=2, prompt_length=2),
     )
     result = experiment.run(settings, seed=0)
     assert list(result.rows) == list(experiment.ROWS)
     assert all(0 < row.miou < 1 and set(row.share) == set(world.THINGS) for row in result.rows.values())
     again = experiment.run(settings, seed=0)
     assert [row.miou for row in again.rows.values()] == [row.miou for row in result.rows.values()]  # the same numbers twice
-    table = experiment.print_table(result.rows)
+    table = experiment.format_table(result.rows)
     assert all(name in table for name in experiment.ROWS)
     draw_figure(result, tmp_path / "demo.png")
     assert cv2.imread(str(tmp_path / "demo.png")).shape[1] > 1000
@@ -181,7 +188,14 @@ def test_the_text_features_of_the_kin_clip_give_the_clusters_of_the_file() -> No
 
 def test_the_ablation_runs_on_a_few_scenes() -> None:
     settings = clusters.Settings(
-        train=24, val=8, test=30, host_steps=3, host_batch_size=4, stage_steps=3, batch_size=4, prompt_epochs=2, prompt_length=2
+        train=24,
+        val=8,
+        test=30,
+        host_steps=3,
+        host_batch_size=4,
+        stage_steps=3,
+        batch_size=4,
+        config=COMPACT_CLIP.replace(epochs=2, prompt_length=2),
     )
     result = clusters.run(settings, seed=0)
     assert {row: tuple(columns) for row, columns in result.figures.items()} == clusters.ROUTES

@@ -14,11 +14,14 @@ from safetensors.torch import save_file
 from examples import train_clip
 from examples.photos import experiment
 from examples.photos import squeezenet as net
+from examples.recipe import COMPACT_CLIP
 from semples_plugin.clip_backends import CLIP_MEAN, CLIP_STD
 from semples_plugin.files.cams import read_cam_file
 from semples_plugin.files.images import read_label_png
 
-SETTINGS = experiment.Settings(size=64, host_steps=2, stage_steps=2, batch_size=2, prompt_length=4, prompt_epochs=2)
+SETTINGS = experiment.Settings(
+    size=64, host_steps=2, stage_steps=2, batch_size=2, config=COMPACT_CLIP.replace(prompt_length=4, epochs=2)
+)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +131,7 @@ def test_cached_features_are_those_of_the_tower(
     pictures = train_clip.read_photos(photos / "JPEGImages", tmp_path / "captions.csv", 64)
     batches = train_clip.cached_batches(tower, pictures, 6, seed=0, fade_share=0.0, variants=2)
     batch = next(batches)
-    whole = train_clip.normalise(pictures.images)
+    whole = train_clip.normalize(pictures.images)
     with torch.no_grad():
         known = torch.cat([tower.features(whole), tower.features(whole.flip(3))])
     assert isinstance(batch.images, torch.Tensor) and batch.images.shape == (6, 512, 3, 3)

@@ -49,7 +49,7 @@ class World(NamedTuple):
 
 
 WORLD = World(THINGS, HOME, ("snow", "forest"), "bird")
-# Two vehicles, two animals, two plants: the things of a pair are built of the same parts and colours.
+# Two vehicles, two animals, two plants: the things of a pair are built of the same parts and colors.
 KIN = World(
     ("car", "tram", "sheep", "deer", "cactus", "fir"),
     {"car": "road", "tram": "rails", "sheep": "grass", "deer": "forest", "cactus": "sand", "fir": "snow"},
@@ -93,10 +93,10 @@ def _noise(rng: np.random.Generator, cells: Tuple[int, int], size: int = _TILE) 
     return cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)
 
 
-def _paint(colour: Sequence[float], *layers: Tuple[np.ndarray, Sequence[float]]) -> np.ndarray:
-    """A tile of one colour plus layers of (map (n, n), colour amplitude)."""
+def _paint(color: Sequence[float], *layers: Tuple[np.ndarray, Sequence[float]]) -> np.ndarray:
+    """A tile of one color plus layers of (map (n, n), color amplitude)."""
     tile = np.empty((_TILE, _TILE, 3), np.float32)
-    tile[:] = colour
+    tile[:] = color
     for layer, amplitude in layers:
         tile += layer[..., None] * np.asarray(amplitude, np.float32)
     return tile
@@ -143,10 +143,10 @@ _tiles: Dict[str, List[np.ndarray]] = {}
 
 
 def _texture(index: int, rng: np.random.Generator) -> np.ndarray:
-    """A random (SIZE, SIZE, 3) crop of stuff `index`, with a little colour and brightness jitter."""
+    """A random (SIZE, SIZE, 3) crop of stuff `index`, with a little color and brightness jitter."""
     if index == PLAIN:
-        grey = rng.uniform(60, 200)
-        return np.full((SIZE, SIZE, 3), grey, np.float32) + rng.uniform(-15, 15, 3).astype(np.float32)
+        gray = rng.uniform(60, 200)
+        return np.full((SIZE, SIZE, 3), gray, np.float32) + rng.uniform(-15, 15, 3).astype(np.float32)
     name = STUFF[index]
     if name not in _tiles:  # drawn from a generator of their own, so the world does not depend on the order of use
         own = np.random.default_rng(1000 + index)
@@ -167,37 +167,37 @@ _BRIGHT = ((205, 45, 45), (235, 185, 40), (45, 80, 190), (235, 235, 230), (230, 
 class _Pen:
     """Draws in unit coordinates (x right, y down, the thing fills [-1, 1]) on a picture and its mask."""
 
-    def __init__(self, image: np.ndarray, mask: np.ndarray, centre: Tuple[float, float], scale: float, flip: bool):
-        self.image, self.mask, self.centre, self.scale, self.flip = image, mask, centre, scale, flip
+    def __init__(self, image: np.ndarray, mask: np.ndarray, center: Tuple[float, float], scale: float, flip: bool):
+        self.image, self.mask, self.center, self.scale, self.flip = image, mask, center, scale, flip
 
     def _points(self, points: Sequence[Tuple[float, float]]) -> np.ndarray:
         xy = np.asarray(points, np.float32) * self.scale
         xy[:, 0] *= -1 if self.flip else 1
-        return np.round((xy + self.centre) * 16).astype(np.int32)  # 4 fractional bits
+        return np.round((xy + self.center) * 16).astype(np.int32)  # 4 fractional bits
 
-    def polygon(self, points: Sequence[Tuple[float, float]], colour: Sequence[float]) -> None:
+    def polygon(self, points: Sequence[Tuple[float, float]], color: Sequence[float]) -> None:
         at = self._points(points)
-        cv2.fillPoly(self.image, [at], tuple(map(float, colour)), cv2.LINE_8, 4)
+        cv2.fillPoly(self.image, [at], tuple(map(float, color)), cv2.LINE_8, 4)
         cv2.fillPoly(self.mask, [at], 1, cv2.LINE_8, 4)
 
-    def box(self, x0: float, y0: float, x1: float, y1: float, colour: Sequence[float]) -> None:
-        self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], colour)
+    def box(self, x0: float, y0: float, x1: float, y1: float, color: Sequence[float]) -> None:
+        self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], color)
 
-    def ellipse(self, x: float, y: float, rx: float, ry: float, colour: Sequence[float]) -> None:
+    def ellipse(self, x: float, y: float, rx: float, ry: float, color: Sequence[float]) -> None:
         angle = np.linspace(0, 2 * np.pi, 20, endpoint=False)
-        self.polygon(list(zip(x + rx * np.cos(angle), y + ry * np.sin(angle))), colour)
+        self.polygon(list(zip(x + rx * np.cos(angle), y + ry * np.sin(angle))), color)
 
 
 def _draw_thing(name: str, pen: _Pen, rng: np.random.Generator) -> None:
-    colour = np.asarray(_BRIGHT[rng.integers(len(_BRIGHT))], np.float32) + rng.uniform(-18, 18, 3)
-    dark = colour * 0.55
+    color = np.asarray(_BRIGHT[rng.integers(len(_BRIGHT))], np.float32) + rng.uniform(-18, 18, 3)
+    dark = color * 0.55
     if name == "boat":
-        pen.polygon([(-1, 0.25), (1, 0.25), (0.65, 0.85), (-0.65, 0.85)], colour)
+        pen.polygon([(-1, 0.25), (1, 0.25), (0.65, 0.85), (-0.65, 0.85)], color)
         pen.box(-0.06, -1, 0.06, 0.3, (92, 60, 36))
         pen.polygon([(0.1, -0.95), (0.85, 0.12), (0.1, 0.12)], (246, 244, 236))
         pen.polygon([(-0.12, -0.7), (-0.62, 0.12), (-0.12, 0.12)], (226, 222, 212))
     elif name == "train":
-        pen.polygon([(-1.3, -0.5), (1.1, -0.5), (1.4, 0.0), (1.4, 0.55), (-1.3, 0.55)], colour)
+        pen.polygon([(-1.3, -0.5), (1.1, -0.5), (1.4, 0.0), (1.4, 0.55), (-1.3, 0.55)], color)
         pen.box(-1.3, 0.28, 1.4, 0.42, dark)
         for x in np.linspace(-1.15, 0.75, 5):
             pen.box(x, -0.35, x + 0.26, 0.05, (206, 232, 246))
@@ -223,16 +223,16 @@ def _draw_thing(name: str, pen: _Pen, rng: np.random.Generator) -> None:
         pen.polygon([(-0.65, -0.05), (-0.4, -0.55), (0.35, -0.55), (0.7, -0.05)], dark)
         pen.polygon([(-0.5, -0.08), (-0.34, -0.44), (-0.05, -0.44), (-0.05, -0.08)], (190, 224, 240))
         pen.polygon([(0.06, -0.08), (0.06, -0.44), (0.28, -0.44), (0.52, -0.08)], (190, 224, 240))
-        pen.polygon([(-1.1, -0.08), (1.0, -0.08), (1.15, 0.15), (1.15, 0.42), (-1.1, 0.42)], colour)
+        pen.polygon([(-1.1, -0.08), (1.0, -0.08), (1.15, 0.15), (1.15, 0.42), (-1.1, 0.42)], color)
         for x in (-0.62, 0.64):
             pen.ellipse(x, 0.42, 0.28, 0.28, (24, 24, 26))
             pen.ellipse(x, 0.42, 0.11, 0.11, (170, 170, 174))
-    elif name == "tram":  # the car's colours, glass and wheels
+    elif name == "tram":  # the car's colors, glass and wheels
         pen.polygon([(-0.32, -0.72), (0.02, -1.12), (0.1, -1.06), (-0.18, -0.72)], (60, 60, 64))
         pen.polygon([(0.32, -0.72), (-0.02, -1.12), (-0.1, -1.06), (0.18, -0.72)], (60, 60, 64))
         pen.box(-0.38, -1.16, 0.38, -1.06, (60, 60, 64))
         pen.polygon([(-1.35, -0.55), (-1.2, -0.74), (1.2, -0.74), (1.35, -0.55)], dark)
-        pen.box(-1.4, -0.58, 1.4, 0.42, colour)
+        pen.box(-1.4, -0.58, 1.4, 0.42, color)
         for x in (-1.24, -0.72, -0.2, 0.32, 0.84):
             pen.box(x, -0.44, x + 0.4, -0.08, (190, 224, 240))
         for x in (-0.98, -0.36, 0.36, 0.98):
@@ -304,7 +304,7 @@ def caption_scene(rng: np.random.Generator, world: World = WORLD) -> Scene:
     """One picture of the image-text world: things and stuff independent of each other, and a caption that names them.
 
     Some pictures show a thing cut out on a plain backdrop, some show stuff alone, and half are partly faded to a plain
-    colour, as pictures on the web are (product shots, vignettes, banners); without them no CLIP could know what a region
+    color, as pictures on the web are (product shots, vignettes, banners); without them no CLIP could know what a region
     with the rest masked out shows. The caption names what is left to be seen.
     """
     kind = rng.random()
@@ -335,7 +335,7 @@ def caption_scene(rng: np.random.Generator, world: World = WORLD) -> Scene:
     return _finish(image, things, stuff, _caption(seen, [STUFF[i] for i in grounds], rng), world, rng)
 
 
-FADED = np.array((122.8, 116.7, 104.1), np.float32)  # CLIP's mean colour, which masked-out pixels have
+FADED = np.array((122.8, 116.7, 104.1), np.float32)  # CLIP's mean color, which masked-out pixels have
 
 
 def _fade_mask(things: np.ndarray, rng: np.random.Generator) -> np.ndarray:
