@@ -1,6 +1,6 @@
 """The ablation's host: a small vision transformer with one token per class, laid out as in timm and MCTformer.
 
-It has no part of CLIP or of clusters. The demo's `train_host` trains it with a classification loss on each of its two logits.
+It contains nothing of CLIP or of clusters. The demo's `train_host` trains it with a classification loss on both of its logits.
 Layout: `blocks` return (tokens, attention); class tokens come before patch tokens; `head` is a convolution over the patches.
 """
 

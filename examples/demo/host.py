@@ -1,6 +1,6 @@
 """The demo's host: a small convolutional classifier with class activation maps, as any CAM pipeline has one.
 
-It has no part of CLIP or of the refiner. `train_host` minimizes its classification loss, plus a further loss if one is given.
+It contains nothing of CLIP or of the refiner. `train_host` minimizes its classification loss, plus another one if it is given.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def train_host(
     title: str,
     extra: Optional[ExtraLoss] = None,
 ) -> List[Dict[str, float]]:
-    """The host's own loop: classification, plus whatever `extra(img, cam, labels)` adds. Returns the losses per step.
+    """The host's own loop: classification, plus the loss that `extra(img, cam, labels)` gives. Returns the losses per step.
 
     `host(img)` returns the CAM and one or more logits (B, C); each of them gets the classification loss.
     """
