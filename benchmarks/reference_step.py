@@ -3,12 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/reference_step.py
     python benchmarks/reference_step.py --device cuda --images 32 --pairs 48 --fit-images 128 --classes 20
 
-`Reference` below is written from the method's description (SemPLeS, arXiv 2401.11791), the straightforward way: every
-region is encoded where a term needs it (three image encodes per pair), texts and prompts are encoded at CLIP's full 77
-tokens in every step and for every pair, and CLIP's parameters require gradients. The package computes the same losses;
-see README.md beside this file for what each figure means. CLIP is ViT-B/32 with random weights: nothing is downloaded.
+`literal.py` holds the implementation that the package is compared with. The package computes the same losses. README.md says
+what each figure means. CLIP is ViT-B/32 with random weights: nothing is downloaded.
 
-Exits with 1 if the losses differ by more than 1e-5, relatively.
+Exits with 1 if the relative difference of a loss is above 1e-5.
 """
 
 from __future__ import annotations
@@ -24,178 +22,27 @@ from statistics import median
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
+from literal import BATCH, LENGTH, Batch, PromptOptimizer, Reference, make_batch, random_clip, reference_refine_step
 from torch import Tensor, nn
 
 from semples_plugin import PromptRefiner
-from semples_plugin.clip_backends import OpenAIClip, openai_clip_module
+from semples_plugin.clip_backends import OpenAIClip
+from semples_plugin.config import VOC
 
-LAMBDA_B, LAMBDA_T, LAMBDA = 2.4, 0.02, 0.05  # the recipe for VOC
-EPS, PROMPT_EPS, LENGTH = 0.1, 1e-4, 30
-RATE, WEIGHT_DECAY, BATCH = 2.5e-2, 0.03, 128
 NAMES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow table dog horse motorbike person plant sheep sofa train tv"
 ).split()
-TOLERANCE = 1e-5  # relative, of the losses
-LOWEST, HIGHEST = 0.05, 0.95  # every cosine lies between: far from the clamp, which has no gradient
-
-
-# ------------------------------------------------------------------------------------------------------- inputs
-
-
-class Batch(NamedTuple):
-    """`img` (B, 3, H, W) with ImageNet statistics, multi-hot `labels` (B, C), and the host that makes the CAM."""
-
-    img: Tensor
-    labels: Tensor
-    host: nn.Module
-
-
-def random_clip() -> Any:
-    """OpenAI's CLIP class in the size of ViT-B/32, random weights, all cosines well inside (0, 1).
-
-    Features of random towers are unrelated, so cosines would be near 0 and the clamp would stop gradients. The biases of
-    the last layer norms therefore add one and the same vector to the features of both towers.
-    """
-    torch.manual_seed(0)
-    model = openai_clip_module("model").CLIP(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)
-    with torch.no_grad():
-        model.ln_final.bias.normal_(std=0.7)
-        shift = model.ln_final.bias @ model.text_projection  # (512,)
-        model.visual.ln_post.bias.copy_(shift @ torch.linalg.pinv(model.visual.proj))
-    return model.eval()
-
-
-def make_batch(images: int, pairs: int, classes: int, size: int, seed: int = 0) -> Batch:
-    """Random images with `pairs` labels in all, dealt out evenly to images and classes, and a host of one convolution."""
-    torch.manual_seed(seed)
-    labels = torch.zeros(images, classes)
-    for i in range(pairs):
-        image, turn = i % images, i // images
-        labels[image, (image + turn) % classes] = 1
-    torch.manual_seed(1)
-    host = nn.Conv2d(3, classes, 16, stride=16).requires_grad_(False).eval()
-    torch.manual_seed(2 + seed)
-    return Batch(torch.randn(images, 3, size, size).clamp(-2, 2), labels, host)
-
-
-# ---------------------------------------------------------------------------------------------------- reference
-
-
-class Reference:
-    """One training step as described, without any saving.
-
-    Args:
-        model: CLIP; its parameters will require gradients.
-        names: C class names.
-        context: (C, L, Dt) the learned prompts.
-    """
-
-    def __init__(self, model: Any, names: List[str], context: Tensor):
-        self.model = model.requires_grad_(True)
-        self.context = context
-        self.cosines: List[Tensor] = []
-        encode = openai_clip_module("simple_tokenizer").SimpleTokenizer().encode
-        start, end = [49406], [49407]
-        device = context.device
-        self.tokens = torch.zeros(len(names), 77, dtype=torch.long, device=device)
-        for k, name in enumerate(names):
-            ids = [*start, *encode(f"a photo of a {name}."), *end]
-            self.tokens[k, : len(ids)] = torch.tensor(ids)
-        prefix, suffix = [*start, *encode("a photo of ")], [*encode(" ."), *end]
-        self.first = len(prefix)
-        self.layout = torch.zeros(77, dtype=torch.long, device=device)  # zeros where the context comes, and behind the end
-        self.layout[: self.first] = torch.tensor(prefix)
-        after = self.first + context.shape[1]
-        self.layout[after : after + len(suffix)] = torch.tensor(suffix)
-
-    def refine_loss(self, img: Tensor, cam: Tensor, labels: Tensor) -> Tensor:
-        """L_match + lambda L_refine of stage (c); the prompts are frozen."""
-        foreground, background, classes = self.regions(img, cam, labels, EPS)
-        match = self.match_loss(foreground, background, classes)
-        v_f = self.model.encode_image(foreground)  # the third image encode: this term has its own
-        u_b = self.encode_prompts(classes)
-        return match + LAMBDA * -torch.log(1 - self.cosine(v_f, u_b)).mean()
-
-    def match_loss(self, foreground: Tensor, background: Tensor, classes: Tensor) -> Tensor:
-        v_f = self.model.encode_image(foreground)
-        v_b = self.model.encode_image(background)
-        u_f = self.model.encode_text(self.tokens[classes])
-        return -torch.log(self.cosine(v_f, u_f)).mean() + LAMBDA_B * -torch.log(1 - self.cosine(v_b, u_f)).mean()
-
-    def prompt_loss(self, img: Tensor, labels: Tensor, host: nn.Module) -> Tensor:
-        """L_prompt of stage (b); the host is frozen."""
-        with torch.no_grad():
-            cam = host(img)
-        _, background, classes = self.regions(img, cam, labels, PROMPT_EPS)
-        v_b = self.model.encode_image(background)
-        u_f = self.model.encode_text(self.tokens[classes])
-        u_b = self.encode_prompts(classes)
-        return -torch.log(self.cosine(v_b, u_b)).mean() + LAMBDA_T * torch.log(self.cosine(u_f, u_b)).mean()
-
-    def regions(self, img: Tensor, cam: Tensor, labels: Tensor, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
-        """Foreground and background images (P, 3, 224, 224) and class (P,) of every positive pair."""
-        x = F.interpolate(img, size=(224, 224), mode="bilinear", align_corners=False, antialias=True)
-        foreground, background, classes = [], [], []
-        for i in range(labels.shape[0]):
-            for k in range(labels.shape[1]):
-                if labels[i, k] == 1:
-                    up = F.interpolate(cam[i : i + 1, k : k + 1], size=(224, 224), mode="bilinear", align_corners=True)[0, 0]
-                    mask = (up - up.min()) / (up.max() - up.min() + eps)  # (224, 224)
-                    foreground.append(mask * x[i])
-                    background.append((1 - mask) * x[i])
-                    classes.append(k)
-        return torch.stack(foreground), torch.stack(background), torch.tensor(classes, device=img.device)
-
-    def encode_prompts(self, classes: Tensor) -> Tensor:
-        """u_b (P, D): the prompts of the pairs' classes in a row of 77 tokens, as CLIP's own `encode_text` goes on."""
-        model, before, after = self.model, self.first, self.first + self.context.shape[1]
-        x = model.token_embedding(self.layout.expand(len(classes), -1))  # (P, 77, Dt)
-        x = torch.cat([x[:, :before], self.context[classes], x[:, after:]], dim=1)
-        x = x + model.positional_embedding
-        x = model.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
-        return model.ln_final(x)[:, int(self.layout.argmax())] @ model.text_projection
-
-    def cosine(self, a: Tensor, b: Tensor) -> Tensor:
-        cosine = F.cosine_similarity(a, b, dim=-1)
-        self.cosines.append(cosine.detach())
-        return cosine.clamp(1e-4, 0.9999)
-
-
-class PromptOptimizer:
-    """Steps of stage (b) as the reference takes them: AdamW on the context, cosine schedule over `total` steps."""
-
-    def __init__(self, reference: Reference, total: int):
-        self.reference = reference
-        reference.context.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW([reference.context], lr=RATE, weight_decay=WEIGHT_DECAY)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=total)
-
-    def step(self, batch: Batch) -> float:
-        self.optimizer.zero_grad(set_to_none=True)
-        self.reference.model.zero_grad(set_to_none=True)
-        loss = self.reference.prompt_loss(*batch)
-        loss.backward()
-        self.optimizer.step()
-        self.schedule.step()
-        return loss.item()
-
-
-def reference_refine_step(reference: Reference, batch: Batch, cam: Tensor) -> float:
-    reference.model.zero_grad(set_to_none=True)  # nobody uses these gradients; keeping them would cost the reference more
-    cam.grad = None
-    loss = reference.refine_loss(batch.img, cam, batch.labels)
-    loss.backward()
-    return loss.item()
+TOLERANCE = 1e-5  # relative difference of the losses
+LOWEST, HIGHEST = 0.05, 0.95  # every cosine must lie between, away from the clamp, which has no gradient
 
 
 # --------------------------------------------------------------------------------------------------------- ours
 
 
 def make_refiner(model: Any, classes: int, device: str) -> PromptRefiner:
-    """The package on the same CLIP (not a copy), fed as the reference feeds it: ImageNet statistics (`clip_stats=False`)."""
+    """The package on the same CLIP (not a copy) and with the reference's image statistics, ImageNet's (`clip_stats=False`)."""
     encoder = OpenAIClip(model, "random ViT-B/32")
-    return PromptRefiner(NAMES[:classes], clip=encoder, recipe="voc", clip_stats=False).to(device)
+    return PromptRefiner(NAMES[:classes], clip=encoder, config=VOC, clip_stats=False).to(device)
 
 
 def our_refine_step(refiner: PromptRefiner, batch: Batch, cam: Tensor) -> float:
@@ -245,7 +92,7 @@ def flops(step: Callable[[], Any]) -> float:
 
 
 def resident(key: str) -> float:
-    """MiB of `VmRSS` (now) or `VmHWM` (peak) of this process; NaN elsewhere than on Linux.
+    """`VmRSS` (now) or `VmHWM` (peak) of this process, in MiB; NaN on other systems than Linux.
 
     Not `ru_maxrss`, which a child process inherits from its parent.
     """
@@ -257,17 +104,17 @@ def resident(key: str) -> float:
 
 
 def memory_of(what: str, args: argparse.Namespace) -> Dict[str, float]:
-    """Peak memory of one step in this fresh process, MiB: `total` with CLIP's weights, `step` what came on top of them."""
+    """Peak memory of one step in this new process, in MiB: `total` with CLIP's weights, `step` without them."""
     cuda = args.device == "cuda"
     layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 30 * 30, 8)).to(args.device)
-    layers(torch.randn(2, 3, 32, 32, device=args.device)).sum().backward()  # libraries that torch loads at first use
+    layers(torch.randn(2, 3, 32, 32, device=args.device)).sum().backward()  # loads the libraries that torch loads on first use
     del layers
     start = torch.cuda.memory_allocated() / 2**20 if cuda else resident("VmRSS")
     batch, _ = batches(args)
     model = random_clip().to(args.device)
-    who, stage = what.split("-")
+    variant, stage = what.split("-")
     step: Callable[[], Any]
-    if who == "reference":
+    if variant == "reference":
         reference = Reference(model, NAMES[: args.classes], torch.rand(args.classes, LENGTH, 512, device=args.device))
         if stage == "b":
             step = partial(PromptOptimizer(reference, 1).step, batch)
@@ -306,7 +153,7 @@ def memory(what: str) -> Dict[str, float]:
 
 
 def batches(args: argparse.Namespace) -> Tuple[Batch, Batch]:
-    """The batch of the measured steps, and the data set of stage (b) with as many labels per image."""
+    """The batch of the measured steps, and the data set of stage (b) with the same number of labels per image."""
     device = args.device
     small = make_batch(args.images, args.pairs, args.classes, args.size)
     large = make_batch(args.fit_images, round(args.fit_images * args.pairs / args.images), args.classes, args.size, seed=1)
@@ -314,7 +161,7 @@ def batches(args: argparse.Namespace) -> Tuple[Batch, Batch]:
 
 
 def new_cam(batch: Batch) -> Tensor:
-    """(B, C, h, w) that requires grad, as if it came from a host in training."""
+    """CAM (B, C, h, w) that requires grad, as a host in training gives it."""
     return batch.host(batch.img).detach().requires_grad_(True)
 
 
@@ -355,7 +202,7 @@ def stage_c(args: argparse.Namespace, reference: Reference, refiner: PromptRefin
     print(f"  stage (c): gradients to cam differ by {error:.1e} (norm of the difference / norm)")
     times: List[Tuple[float, float]] = []
     our_times: List[Tuple[float, float]] = []
-    for _ in range(args.steps):  # in turns: whatever slows the machine down meets both
+    for _ in range(args.steps):  # in turns, so that other work on the machine slows both down
         times.append(timed(args.device, partial(reference_refine_step, reference, batch, cam)))
         our_times.append(timed(args.device, partial(our_refine_step, refiner, batch, our_cam)))
     print(f"  stage (c): steps of the reference took {spread(times)}, ours {spread(our_times)}")
@@ -388,10 +235,10 @@ def stage_b(
     steps = args.epochs * math.ceil(len(data.img) / BATCH)
     with torch.no_grad():
         view = flops(lambda: refiner.encoder.encode_image(torch.zeros(1, 3, 224, 224, device=args.device)))
-        last = flops(lambda: refiner.encoder.encode_prompt(refiner.prompts.context, refiner.prompt_template))
-        seen = flops(lambda: data.host(data.img[:1]))
+        last = flops(lambda: refiner.encoder.encode_prompt(refiner.prompts.context, refiner.config.prompt_template))
+        host = flops(lambda: data.host(data.img[:1]))
     per_step = (many - one) / (count - 1)
-    ours = seen * len(data.img) + view * pairs + per_step * steps + last
+    ours = host * len(data.img) + view * pairs + per_step * steps + last
     rows.append(Row("b", "wall seconds, all epochs", wall * scale, our_wall))
     rows.append(Row("b", "CPU seconds, all epochs", cpu * scale, our_cpu))
     rows.append(Row("b", "counted TFLOP, all epochs", counted * scale / 1e12, ours / 1e12))
@@ -404,7 +251,7 @@ def stage_b(
 
 
 def at_recipe_size(cost: Dict[str, float], images: int, labels: float, classes: int, epochs: int) -> float:
-    """Ratio of counted operations of stage (b) in batches of `images`, every class in every step (the worst case for ours)."""
+    """Ratio of counted operations of stage (b), in batches of `images` that show every class: the worst case for ours."""
     pairs = images * labels
     return pairs * cost["reference_pair"] / (classes * cost["class_step"] + pairs * cost["view"] / epochs)
 
@@ -436,13 +283,13 @@ def report(args: argparse.Namespace) -> int:
         print("\n".join(str(row) for row in rows if row.stage == stage) + "\n")
     failed = not LOWEST < low < high < HIGHEST
     if failed:
-        print(f"FAILED: cosines must lie between {LOWEST} and {HIGHEST} for the comparison to mean anything")
+        print(f"FAILED: cosines must lie between {LOWEST} and {HIGHEST}; at the clamp the gradients are 0")
     for row in rows:
         if row.name in ("loss", "loss, step 1"):
             failed |= row.difference > TOLERANCE
             verdict = "equal" if row.difference <= TOLERANCE else "NOT EQUAL"
             print(f"loss ({row.stage}): {verdict}, difference {row.difference:.1e}, allowed {TOLERANCE:.0e}")
-    clock = "CPU seconds" if args.device == "cpu" else "wall seconds"  # the first does not see what else is running
+    clock = "CPU seconds" if args.device == "cpu" else "wall seconds"  # CPU seconds leave out other work on the machine
     for start, stage, wanted in ((clock, "c", 2.5), (clock, "b", 50), ("peak", "c", 2), ("peak", "b", 2)):
         row = next(row for row in rows if row.stage == stage and row.name.startswith(start))
         verdict = "reached" if row.ratio >= wanted else "NOT REACHED"

@@ -1,7 +1,9 @@
-"""Memory and throughput of `semples refine` on many images: python benchmarks/refine_folder.py --images 2000
+"""Memory and throughput of `semples refine` on many images.
 
-Generates images and CAM files in a temporary folder, refines them with one and with two processes (one thread each), samples
-the resident memory of the processes, and checks that both runs wrote the same bytes. Linux only (/proc).
+    python benchmarks/refine_folder.py --images 2000
+
+Generates images and CAM files in a temporary folder and refines them with one process and with two (one thread each). Samples
+the resident memory of the processes and checks that both runs wrote the same bytes. Linux only (/proc).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def generate(folder: Path, count: int, sizes: List[int]) -> None:
 
 
 def resident(pid: int) -> float:
-    """Resident memory of a process in MiB, 0 once it is gone."""
+    """Resident memory of a process in MiB; 0 after its end."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
         return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0.0)
@@ -41,48 +43,48 @@ def resident(pid: int) -> float:
         return 0.0
 
 
-def run(folder: Path, out: Path, world: int) -> float:
-    """Refine with `world` processes; prints memory over the run, returns images per second (start of Python included)."""
+def run(folder: Path, out: Path, processes: int) -> float:
+    """Refine with `processes` processes, print memory over the run, return images per second (start of Python included)."""
     command = [sys.executable, "-m", "semples_plugin", "refine", "--quiet", "--images", str(folder / "images")]
     command += ["--cams", str(folder / "cams"), "--out", str(out)]
     count = len(list((folder / "cams").iterdir()))
     start = time.monotonic()
-    processes = []
-    for rank in range(world):
-        shared: Dict[str, str] = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-        processes.append(subprocess.Popen(command, env=shared, stdout=subprocess.DEVNULL))
+    running = []
+    for rank in range(processes):
+        environment: Dict[str, str] = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
     samples: List[float] = []
     marks: Dict[int, float] = {}
-    while any(p.poll() is None for p in processes):
-        samples.append(max(resident(p.pid) for p in processes))
+    while any(p.poll() is None for p in running):
+        samples.append(max(resident(p.pid) for p in running))
         done = len(list((out / "labels").iterdir())) if (out / "labels").exists() else 0
         for share in (10, 25, 50, 75, 95):
             if done >= share * count / 100:
                 marks.setdefault(share, samples[-1])
         time.sleep(0.2)
     seconds = time.monotonic() - start
-    if any(p.returncode for p in processes):
+    if any(p.returncode for p in running):
         raise SystemExit("semples refine failed")
     memory = ", ".join(f"{share} %: {value:.0f}" for share, value in sorted(marks.items()))
-    print(f"{world} process(es): {count / seconds:.1f} images/s ({seconds:.0f} s); largest process, MiB at {memory}")
+    print(f"{processes} process(es): {count / seconds:.1f} images/s ({seconds:.0f} s); largest process, MiB at {memory}")
     return count / seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2000, help="number of images (2000)")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[96, 128, 160], help="side lengths (96 128 160)")
+    parser.add_argument("--images", type=int, default=2000, help="number of images (%(default)s)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[96, 128, 160], help="side lengths in pixels, taken in turn")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         generate(folder, options.images, options.sizes)
-        rates = [run(folder, folder / f"out{world}", world) for world in (1, 2)]
+        throughput = [run(folder, folder / f"out{processes}", processes) for processes in (1, 2)]
         same = all(
             filecmp.cmp(path, folder / "out2" / part / path.name, shallow=False)
             for part in ("cams", "labels")
             for path in (folder / "out1" / part).iterdir()
         )
-        print(f"speed-up {rates[1] / rates[0]:.2f}; same bytes: {same}")
+        print(f"speed-up {throughput[1] / throughput[0]:.2f}; same bytes: {same}")
 
 
 if __name__ == "__main__":

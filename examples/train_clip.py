@@ -1,21 +1,21 @@
-"""Train a compact CLIP of your own: from the demo world, or from any folder of images with a captions file.
+"""Train a compact CLIP of your own, on the demo world or on any folder of images with a captions file.
 
     python -m examples.train_clip --world --out examples/demo/world_clip.pt
     python -m examples.train_clip --images PHOTOS --captions captions.csv --out my_clip.pt --size 96 --patch 12
 
-`captions.csv` has a header `image,caption`; an image may have several lines. The result is an instance of OpenAI's own
-`clip.model.CLIP` in OpenAI's state-dict layout, so `PromptRefiner(classes, clip="my_clip.pt")` loads it by the same code
-path as ViT-B/32. The image tower is a ViT (default), OpenAI's ResNet (`--tower resnet`), or frozen pretrained
-convolutional features with a trained attention pool (`--tower FILE.py:FUNCTION`, see `FeatureTower`); such a file is loaded by
+`captions.csv` has the columns `image` and `caption`; an image may have several lines. The model is an instance of OpenAI's
+`clip.model.CLIP`, and the file has OpenAI's state-dict layout: `PromptRefiner(classes, clip="my_clip.pt")` loads it
+as it loads ViT-B/32. The image tower is a ViT (default), OpenAI's ResNet (`--tower resnet`), or frozen pretrained convolutional
+features with a trained attention pool (`--tower FILE.py:FUNCTION`, see `FeatureTower`). A file of the last kind is loaded by
 `PromptRefiner(classes, clip=load_feature_clip("my_clip.pt", "FILE.py:FUNCTION"))`.
 
-The committed `examples/demo/world_clip.pt` is the first command with its defaults (seed 0, about 25 minutes on two cores);
-`examples/clusters/kin_clip.pt` is `--world kin --steps 800 --out examples/clusters/kin_clip.pt`, likewise.
+The first command, with its defaults (seed 0, about 25 minutes on two cores), wrote `examples/demo/world_clip.pt`.
+`--world kin --steps 800 --out examples/clusters/kin_clip.pt` wrote the CLIP of the clusters example.
 
-Training: symmetric cross-entropy over the cosine similarities of a batch (Radford et al., ICML 2021). Captions that occur
-twice in a batch count as matches of both images. `--fade` fades a share of the pictures by random smooth masks, so that the
-model knows what a region looks like when the rest is replaced by the mean colour; that is how the refiner shows it regions.
-(The demo world has faded pictures of its own, whose captions name only what is left.)
+Training: symmetric cross-entropy over the cosine similarities of a batch (Radford et al., ICML 2021). A caption that occurs
+twice in a batch is a match of both images. `--fade` fades a share of the images by random smooth masks, so that the model
+learns what a region looks like when the rest has the mean color: that is how the refiner shows regions to CLIP. (The demo
+world has faded images of its own, whose captions name only what is left.)
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Batch(NamedTuple):
 
 
 def world_batches(size: int, batch_size: int, seed: int, name: str = "demo") -> Iterator[Batch]:
-    """Endless batches of fresh captioned scenes of the demo world, or of another of `WORLDS`."""
+    """Endless batches of new captioned scenes of the demo world, or of another of `WORLDS`."""
     from .demo import world
 
     rng = np.random.default_rng(seed)
@@ -69,10 +69,10 @@ class Photos(NamedTuple):
 
 
 def read_photos(folder: Path, captions: Path, size: int) -> Photos:
-    """The images of a folder that a captions file names, sorted by name.
+    """The images of a folder that the captions file names, sorted by name.
 
     Raises:
-        ValueError: if the captions file lacks its columns, or names no readable image.
+        ValueError: if the captions file lacks a column, or names no readable image.
     """
     texts = read_captions(captions)
     images: Dict[str, np.ndarray] = {}
@@ -109,14 +109,14 @@ def photo_batches(photos: Photos, batch_size: int, seed: int) -> Iterator[Batch]
 def cached_batches(
     tower: FeatureTower, photos: Photos, batch_size: int, seed: int, fade_share: float, variants: int
 ) -> Iterator[Batch]:
-    """Endless shuffled batches of frozen features, each image in a fixed number of variants (flipped, faded) encoded once."""
+    """Endless shuffled batches of frozen features. Each image is encoded once in each of its variants (flipped, faded)."""
     generator = torch.Generator().manual_seed(seed)
     bank: List[Tensor] = []
     for variant in tqdm(range(variants), desc="caching features"):
         rows = []
         for start in range(0, len(photos.images), 64):
             part = photos.images[start : start + 64]
-            images = fade(normalise(part[:, :, ::-1] if variant % 2 else part), fade_share, generator)
+            images = fade(normalize(part[:, :, ::-1] if variant % 2 else part), fade_share, generator)
             rows.append(tower.features(images).half())
         bank.append(torch.cat(rows))
     for chosen, captions, rng in shuffled(photos, batch_size, seed):
@@ -125,7 +125,7 @@ def cached_batches(
 
 
 def read_captions(path: Path) -> Dict[str, List[str]]:
-    """Image name -> its captions, from a CSV file with the columns `image` and `caption`."""
+    """Image name -> captions, from a CSV file with the columns `image` and `caption`."""
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if not {"image", "caption"} <= set(reader.fieldnames or ()):
@@ -137,7 +137,7 @@ def read_captions(path: Path) -> Dict[str, List[str]]:
 
 
 def _fit(picture: np.ndarray, size: int) -> np.ndarray:
-    """Centre square of a picture at `size` pixels."""
+    """Center square of a picture at `size` pixels."""
     height, width = picture.shape[:2]
     side = min(height, width)
     y, x = (height - side) // 2, (width - side) // 2
@@ -165,7 +165,7 @@ class FeatureTower(nn.Module):
         self.input_resolution, self.output_dim = image_size, embed_dim
         heads = max(h for h in range(1, channels // 32 + 2) if channels % h == 0)
         self.attnpool = openai_clip_module("model").AttentionPool2d(side, channels, heads, embed_dim)
-        self.norm = nn.BatchNorm2d(channels, affine=False)  # features of another network come at any scale
+        self.norm = nn.BatchNorm2d(channels, affine=False)  # the features of another network may have any scale
 
     def train(self, mode: bool = True) -> "FeatureTower":
         super().train(mode)
@@ -208,16 +208,16 @@ def load_features(tower: str) -> nn.Module:
 
 
 def save_clip(model: nn.Module, path: Path, used_tokens: Sequence[int], shape: Optional[Dict[str, int]] = None) -> None:
-    """Write the state dict in OpenAI's layout, at half precision, compressed, and only when complete.
+    """Write the state dict in OpenAI's layout, at half precision and compressed. The file appears complete or not at all.
 
-    Token embeddings that no caption used were never trained; they are set to zero, so that they cost no room.
+    Embeddings of tokens that occur in no caption were not trained. They are set to zero, which compresses well.
     """
     state = {
         name: value.detach().cpu().half() if value.is_floating_point() else value for name, value in model.state_dict().items()
     }
-    keep = torch.zeros(len(state["token_embedding.weight"]), 1, dtype=torch.half)
-    keep[list(used_tokens)] = 1
-    state["token_embedding.weight"] = state["token_embedding.weight"] * keep
+    used = torch.zeros(len(state["token_embedding.weight"]), 1, dtype=torch.half)
+    used[list(used_tokens)] = 1
+    state["token_embedding.weight"] = state["token_embedding.weight"] * used
     plain = io.BytesIO()
     torch.save(state if shape is None else {"state_dict": state, "shape": shape}, plain)
     part = path.with_name(path.name + ".part")
@@ -230,11 +230,11 @@ def save_clip(model: nn.Module, path: Path, used_tokens: Sequence[int], shape: O
 
 
 def load_feature_clip(path: Path, tower: str) -> nn.Module:
-    """A trained CLIP with a `FeatureTower`, to be passed to `PromptRefiner(clip=...)` as an object."""
+    """A trained CLIP with a `FeatureTower`, a module for `PromptRefiner(clip=...)`."""
     saved = torch.load(path, map_location="cpu", weights_only=True)
     if "shape" not in saved:
         raise ValueError(
-            f"{path} must be a file of `--tower FILE.py:FUNCTION`; others load with PromptRefiner(clip={str(path)!r})."
+            f"{path} must be a file of `--tower FILE.py:FUNCTION`; it is not. Load it with PromptRefiner(clip={str(path)!r})."
         )
     model = build_clip(tower, **saved["shape"])
     model.load_state_dict(saved["state_dict"])
@@ -244,14 +244,14 @@ def load_feature_clip(path: Path, tower: str) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def normalise(images: np.ndarray) -> Tensor:
+def normalize(images: np.ndarray) -> Tensor:
     """(N, S, S, 3) uint8 -> (N, 3, S, S) float32 with CLIP's statistics."""
     x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
     return (x - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
 
 
 def fade(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Multiply a share of the images by a smooth random mask in [0, 1] (what is faded becomes the mean colour)."""
+    """Multiply a share of the images by a smooth random mask in [0, 1]; what is faded gets the mean color."""
     n, size = images.shape[0], images.shape[-1]
     coarse = torch.rand(n, 1, 5, 5, generator=generator)
     mask = F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=True)
@@ -261,10 +261,10 @@ def fade(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
 
 
 def train(
-    model: nn.Module, batches: Iterator[Batch], steps: int, rate: float, fade_share: float, seed: int, max_scale: float,
+    model: nn.Module, batches: Iterator[Batch], steps: int, lr: float, fade_share: float, seed: int, max_scale: float,
     save: Callable[[List[int]], None],
 ) -> None:  # fmt: skip
-    """Train in place; `save` gets the token ids that occurred in captions, every 200 steps and at the end."""
+    """Train in place. `save` is called every 200 steps and at the end, with the token ids that occurred in captions so far."""
     encoder = OpenAIClip(model, "training")
     generator = torch.Generator().manual_seed(seed)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -272,8 +272,8 @@ def train(
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.02},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.06, cycle_momentum=False)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.06, cycle_momentum=False)
     used: set = set()
     smooth = None
     model.train()
@@ -287,15 +287,15 @@ def train(
         if isinstance(batch.images, Tensor):
             v = F.normalize(model.visual.pool(batch.images), dim=-1)
         else:
-            v = F.normalize(encoder.encode_image(fade(normalise(batch.images), fade_share, generator)), dim=-1)
+            v = F.normalize(encoder.encode_image(fade(normalize(batch.images), fade_share, generator)), dim=-1)
         u = F.normalize(encoder.encode_tokens(list(unique)), dim=-1)
         scale = model.logit_scale.exp().clamp(max=max_scale)
         logits = scale * v @ u.T  # (N, number of different captions)
         same = F.one_hot(index, len(unique)).float()
-        # image -> caption, and caption -> its images; captions weighted by how often they occur
+        # Caption to image: every image of a caption is a match. Image to caption: a caption that occurs k times counts k times.
         loss_text = -(same.T * F.log_softmax(logits.T, 1)).sum() / len(rows)
         count = same.sum(0)
-        loss_image = F.cross_entropy(logits + count.log(), index)  # a caption that occurs k times is k candidates
+        loss_image = F.cross_entropy(logits + count.log(), index)
         loss = (loss_image + loss_text) / 2
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -321,7 +321,9 @@ def main(argv: Sequence[str] = ()) -> None:
         "--world", nargs="?", const="demo", choices=("demo", "kin"), help="train on the demo world, or on the kin world"
     )
     source.add_argument("--images", type=Path, action="append", help="folder of images; may be given several times")
-    parser.add_argument("--captions", type=Path, action="append", help="CSV file with the columns image,caption, per folder")
+    parser.add_argument(
+        "--captions", type=Path, action="append", help="CSV file with the columns image,caption, one per --images"
+    )
     parser.add_argument("--out", type=Path, required=True, help="weights file to write")
     parser.add_argument("--tower", default="vit", help="vit, resnet, or FILE.py:FUNCTION that returns frozen features")
     parser.add_argument("--size", type=int, default=64, help="input size in pixels")
@@ -333,14 +335,14 @@ def main(argv: Sequence[str] = ()) -> None:
     parser.add_argument("--dim", type=int, default=128, help="size of the joint feature space")
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch-size", type=int, default=192)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--fade", type=float, default=0.0, help="share of the images faded by a random mask")
-    parser.add_argument("--variants", type=int, default=4, help="of each image, whose frozen features are cached")
+    parser.add_argument("--variants", type=int, default=4, help="variants of each image whose frozen features are cached")
     parser.add_argument("--max-scale", type=float, default=100.0, help="upper bound of the learned logit scale")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv or None)
     if args.images and len(args.images) != len(args.captions or ()):
-        parser.error("--images needs --captions, one for each")
+        parser.error("Give one --captions for each --images.")
     torch.manual_seed(args.seed)
     names = ("size", "patch", "width", "layers", "text_width", "text_layers", "dim")
     shape = {name: getattr(args, name) for name in names}
@@ -359,7 +361,7 @@ def main(argv: Sequence[str] = ()) -> None:
     def save(used: List[int]) -> None:
         save_clip(model, args.out, used, shape if features else None)
 
-    train(model, batches, args.steps, args.rate, args.fade, args.seed, args.max_scale, save)
+    train(model, batches, args.steps, args.lr, args.fade, args.seed, args.max_scale, save)
     loading = f"load_feature_clip({str(args.out)!r}, {args.tower!r})" if features else repr(str(args.out))
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB. Use it: PromptRefiner(classes, clip={loading})")
 

@@ -1,4 +1,4 @@
-"""The demo world, its CLIP, the trainer for one's own CLIP, and the demo's pipeline on a few scenes."""
+"""The worlds and their CLIPs, the CLIP trainer, and the demo and the ablation of clusters on a few scenes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from examples.clusters import experiment as clusters
 from examples.demo import experiment, host, world
 from examples.demo.figure import draw_figure
 from examples.demo.seeds import summary
+from examples.recipe import COMPACT_CLIP
+from examples.seeds import cached_record, source_hash, spread
 from semples_plugin import PromptRefiner
 from semples_plugin.clip_backends import load_clip
 from semples_plugin.regions import change_stats
 
 
-def test_scenes_are_fixed_by_their_seed() -> None:
+def test_a_seed_fixes_every_pixel_of_the_scenes() -> None:
     first, again, other = world.draw("weak", 5, 3), world.draw("weak", 5, 3), world.draw("weak", 5, 4)
     assert all(np.array_equal(a.image, b.image) and np.array_equal(a.things, b.things) for a, b in zip(first, again))
     assert not np.array_equal(first[0].image, other[0].image)
 
 
-def test_things_come_with_their_stuff_in_the_weak_world_only() -> None:
+def test_things_are_on_their_own_stuff_in_weak_scenes_only() -> None:
     def share_at_home(kind: str) -> float:
         at_home, total = 0, 0
         for scene in world.draw(kind, 400, 0):
@@ -42,7 +44,7 @@ def test_things_come_with_their_stuff_in_the_weak_world_only() -> None:
     assert share_at_home("caption") < 0.25
 
 
-def test_captions_name_only_what_the_picture_has() -> None:
+def test_captions_name_only_what_the_scene_shows() -> None:
     for scene in world.draw("caption", 300, 1):
         drawn = {world.THINGS[i - 1] for i in np.unique(scene.things) if i}
         grounds = {world.STUFF[i] for i in np.unique(scene.stuff) if i != world.PLAIN}
@@ -55,7 +57,7 @@ def test_captions_name_only_what_the_picture_has() -> None:
 @pytest.mark.parametrize(
     "path, own", [(experiment.CLIP_FILE, world.WORLD), (clusters.CLIP_FILE, world.KIN)], ids=["demo", "kin"]
 )
-def test_a_clip_knows_its_world(path: Path, own: world.World) -> None:
+def test_clip_classifies_the_masked_regions_of_its_world(path: Path, own: world.World) -> None:
     encoder = load_clip(path)
     assert type(encoder.model).__module__ == "clip.model" and type(encoder.model).__name__ == "CLIP"
     assert path.stat().st_size <= 4_000_000
@@ -65,12 +67,12 @@ def test_a_clip_knows_its_world(path: Path, own: world.World) -> None:
     texts = [f"a photo of a {name}." for name in own.things] + [f"a photo of {name}." for name in world.STUFF]
     with torch.no_grad():
         u = F.normalize(encoder.encode_text(texts), dim=-1)
-        thing = F.normalize(encoder.encode_image(x * shown[:, None]), dim=-1) @ u.T  # the rest faded
-        rest = F.normalize(encoder.encode_image(x * ~shown[:, None]), dim=-1) @ u.T  # the things faded
+        thing = F.normalize(encoder.encode_image(x * shown[:, None]), dim=-1) @ u.T  # the rest masked out
+        rest = F.normalize(encoder.encode_image(x * ~shown[:, None]), dim=-1) @ u.T  # the things masked out
     single = split.labels.sum(1) == 1
     right = thing[single][:, :6].argmax(1) == split.labels[single].argmax(1)
     assert right.float().mean() > 0.85
-    assert (rest.argmax(1) >= 6).float().mean() > 0.9  # without its things a scene looks like stuff
+    assert (rest.argmax(1) >= 6).float().mean() > 0.9  # without its things a scene is classified as stuff
 
 
 def _write_photos(folder: Path, count: int) -> Path:
@@ -95,7 +97,7 @@ def features():
 
 
 @pytest.mark.parametrize("tower", ["vit", "resnet", "features"])
-def test_the_trainer_takes_a_folder_with_captions(tower: str, tmp_path: Path) -> None:
+def test_a_clip_trained_on_a_folder_with_captions_serves_the_refiner(tower: str, tmp_path: Path) -> None:
     captions, out = _write_photos(tmp_path, 24), tmp_path / "mine.pt"
     if tower == "features":
         (tmp_path / "tower.py").write_text(FEATURES, encoding="utf-8")
@@ -113,36 +115,42 @@ def test_the_trainer_takes_a_folder_with_captions(tower: str, tmp_path: Path) ->
     assert refiner.refine_masks(torch.rand(1, 3, 64, 64), cam, torch.tensor([[1, 1]])).masks.shape == (1, 2, 64, 64)
 
 
-def test_the_same_seed_writes_the_same_clip(tmp_path: Path) -> None:
+def test_the_same_seed_writes_the_same_clip_file(tmp_path: Path) -> None:
     shape = ["--patch", "32", "--width", "64", "--layers", "1", "--text-width", "64", "--text-layers", "1", "--dim", "16"]
     for name in ("a.pt", "b.pt"):
         train_clip.main(["--world", "--out", str(tmp_path / name), "--steps", "2", "--batch-size", "4", *shape])
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
 
 
-def test_the_trainer_refuses_a_file_without_its_columns(tmp_path: Path) -> None:
+def test_a_captions_file_without_its_columns_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "captions.csv"
     path.write_text("file,text\na.png,a boat\n", encoding="utf-8")
     with pytest.raises(ValueError, match="must have the columns image,caption; got file,text"):
         train_clip.read_captions(path)
 
 
-def test_the_demo_runs_on_a_few_scenes(tmp_path: Path) -> None:
+def test_the_demo_gives_the_same_rows_twice_and_draws_its_figure(tmp_path: Path) -> None:
     settings = experiment.Settings(
-        train=24, val=8, test=40, host_steps=3, stage_steps=9, batch_size=4, prompt_epochs=2, prompt_length=2
+        train=24,
+        val=8,
+        test=40,
+        host_steps=3,
+        stage_steps=9,
+        batch_size=4,
+        config=COMPACT_CLIP.replace(epochs=2, prompt_length=2),
     )
     result = experiment.run(settings, seed=0)
     assert list(result.rows) == list(experiment.ROWS)
     assert all(0 < row.miou < 1 and set(row.share) == set(world.THINGS) for row in result.rows.values())
     again = experiment.run(settings, seed=0)
-    assert [row.miou for row in again.rows.values()] == [row.miou for row in result.rows.values()]  # the same numbers twice
-    table = experiment.print_table(result.rows)
+    assert [row.miou for row in again.rows.values()] == [row.miou for row in result.rows.values()]
+    table = experiment.format_table(result.rows)
     assert all(name in table for name in experiment.ROWS)
     draw_figure(result, tmp_path / "demo.png")
     assert cv2.imread(str(tmp_path / "demo.png")).shape[1] > 1000
 
 
-def test_summary_gives_mean_and_deviation_over_seeds() -> None:
+def test_summary_has_mean_and_deviation_over_seeds_and_paired_differences() -> None:
     def record(miou: float) -> dict:
         row = {"miou": miou, "share": dict.fromkeys(world.THINGS, miou), "threshold": 0.4}
         return {"rows": {name: {**row, "miou": miou + 0.1 * i} for i, name in enumerate(experiment.ROWS)}}
@@ -152,10 +160,38 @@ def test_summary_gives_mean_and_deviation_over_seeds() -> None:
     assert "mIoU  [+ match + refine, learned prompts] - [host alone]: 30.0 +- 0.0" in text
 
 
+def test_a_record_is_computed_again_only_for_other_code(tmp_path: Path) -> None:
+    calls = []
+
+    def run(seed: int) -> dict:
+        calls.append(seed)
+        return {"values": (1, 2)}
+
+    first = cached_record(tmp_path, 3, "a", run)
+    assert first == {"made_with": "a", "values": [1, 2]} and cached_record(tmp_path, 3, "a", run) == first
+    assert calls == [3]
+    assert cached_record(tmp_path, 3, "b", run)["made_with"] == "b" and calls == [3, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["seed_3.json"]
+
+
+def test_source_hash_depends_on_files_in_sub_folders(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "code.py").write_text("a = 1", encoding="utf-8")
+    before = source_hash(tmp_path)
+    (tmp_path / "notes.txt").write_text("not code", encoding="utf-8")
+    assert source_hash(tmp_path) == before != source_hash()
+    (tmp_path / "inner" / "code.py").write_text("a = 2", encoding="utf-8")
+    assert source_hash(tmp_path) != before
+
+
+def test_spread_of_one_value_has_no_deviation() -> None:
+    assert spread([20.0]) == "20.0" and spread([20.0, 40.0], "±") == "30.0 ± 14.1"
+
+
 # ------------------------------------------------------------------------------------------------ the kin world
 
 
-def test_kin_share_scenes_and_each_has_its_stuff() -> None:
+def test_kin_occur_together_and_each_on_its_own_stuff() -> None:
     scenes = world.draw("weak", 600, 0, world.KIN)
     names = [{world.KIN.things[k] for k in scene.labels.nonzero()[0]} for scene in scenes]
     together = sum(any(set(pair) <= found for pair in world.KIN.kin) for found in names)
@@ -170,7 +206,7 @@ def test_kin_share_scenes_and_each_has_its_stuff() -> None:
     assert 0.8 < home / total < 0.97
 
 
-def test_the_text_features_of_the_kin_clip_give_the_clusters_of_the_file() -> None:
+def test_text_features_of_the_kin_clip_give_the_clusters_of_the_file() -> None:
     refiner = clusters.new_refiner(clusters.Settings(), 0)
     found = clusters.find_clusters(refiner, clusters.TEXT)
     assert found.groups() == clusters.find_clusters(refiner, clusters.FILE).groups()
@@ -179,9 +215,16 @@ def test_the_text_features_of_the_kin_clip_give_the_clusters_of_the_file() -> No
     assert not found.groups() & clusters.find_clusters(refiner, clusters.CONTROL).groups()
 
 
-def test_the_ablation_runs_on_a_few_scenes() -> None:
+def test_the_ablation_scores_every_row_and_route() -> None:
     settings = clusters.Settings(
-        train=24, val=8, test=30, host_steps=3, host_batch_size=4, stage_steps=3, batch_size=4, prompt_epochs=2, prompt_length=2
+        train=24,
+        val=8,
+        test=30,
+        host_steps=3,
+        host_batch_size=4,
+        stage_steps=3,
+        batch_size=4,
+        config=COMPACT_CLIP.replace(epochs=2, prompt_length=2),
     )
     result = clusters.run(settings, seed=0)
     assert {row: tuple(columns) for row, columns in result.figures.items()} == clusters.ROUTES
@@ -194,13 +237,13 @@ def test_the_ablation_runs_on_a_few_scenes() -> None:
         clusters.ALL,
     }
     alone = result.figures[clusters.HOST][clusters.FILE]
-    assert all(f.cam != alone.cam for row, _, f in every if row != clusters.HOST)  # every row trained another network
-    for row in (clusters.TOKENS, clusters.ALL):  # the same clusters by another route, the same figures
+    assert all(f.cam != alone.cam for row, _, f in every if row != clusters.HOST)  # every row trained a network of its own
+    for row in (clusters.TOKENS, clusters.ALL):  # both routes gave the same clusters
         assert result.figures[row][clusters.FILE] == result.figures[row][clusters.TEXT]
     assert result.figures[clusters.TOKENS][clusters.CONTROL].cam != result.figures[clusters.TOKENS][clusters.FILE].cam
 
 
-def test_the_table_of_the_ablation() -> None:
+def test_summary_of_the_ablation_has_mean_deviation_and_paired_differences() -> None:
     def record(miou: float) -> dict:
         row = {"miou": miou, "share": 0.1, "threshold": 0.4}
         figures = {}

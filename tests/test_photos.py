@@ -1,3 +1,5 @@
+"""The photos example on tiny generated photos and random weights."""
+
 from __future__ import annotations
 
 import csv
@@ -14,11 +16,14 @@ from safetensors.torch import save_file
 from examples import train_clip
 from examples.photos import experiment
 from examples.photos import squeezenet as net
+from examples.recipe import COMPACT_CLIP
 from semples_plugin.clip_backends import CLIP_MEAN, CLIP_STD
 from semples_plugin.files.cams import read_cam_file
 from semples_plugin.files.images import read_label_png
 
-SETTINGS = experiment.Settings(size=64, host_steps=2, stage_steps=2, batch_size=2, prompt_length=4, prompt_epochs=2)
+SETTINGS = experiment.Settings(
+    size=64, host_steps=2, stage_steps=2, batch_size=2, config=COMPACT_CLIP.replace(prompt_length=4, epochs=2)
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +54,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_squeezenet_sees_caffe_images(weights: Path) -> None:
-    """The same picture with other statistics gives the same features: BGR, 0 to 255, minus the Caffe mean."""
+def test_squeezenet_converts_images_to_caffe_statistics(weights: Path) -> None:
+    """The same image with other statistics gives the same features, those of BGR in 0..255 minus the Caffe mean."""
     picture = torch.rand(1, 3, 64, 64)
     plain = net.load_squeezenet(str(weights), ((0.0,) * 3, (1.0,) * 3))
     clip = net.load_squeezenet(str(weights), (CLIP_MEAN, CLIP_STD))
@@ -61,30 +66,32 @@ def test_squeezenet_sees_caffe_images(weights: Path) -> None:
     assert torch.allclose(clip((picture - mean) / std), expected, atol=1e-3, rtol=1e-3)
 
 
-def test_the_low_and_high_parts_are_the_network(weights: Path) -> None:
+def test_the_backbone_has_a_frozen_lower_and_a_trained_upper_part(weights: Path) -> None:
     low, high = experiment.load_backbone(weights)
     features = low(torch.rand(2, 3, 64, 64))
     assert features.shape == (2, 256, 7, 7) and high(features).shape == (2, 512, 7, 7)
     assert not any(p.requires_grad for p in low.parameters()) and all(p.requires_grad for p in high.parameters())
 
 
-def test_average_precision() -> None:
+def test_average_precision_is_the_mean_precision_at_positives() -> None:
     labels = torch.tensor([0, 1, 0, 1, 1])
     scores = torch.tensor([0.9, 0.8, 0.1, 0.7, 0.2])
     assert experiment.average_precision(scores, labels) == pytest.approx((1 / 2 + 2 / 3 + 3 / 4) / 3)
 
 
-def test_captions_come_from_labels_only(photos: Path) -> None:
+def test_captions_are_made_of_labels(photos: Path) -> None:
     rows = experiment.captions(photos / "labels.json", ["p0", "p1"])
     assert ("p1.jpg", "a photo of a cat and a person.") in rows and ("p0.jpg", "a photo of a bottle.") in rows
     assert {name for name, _ in rows} == {"p0.jpg", "p1.jpg"}
 
 
-def test_the_chain_on_tiny_photos(photos: Path, weights: Path, aligned_clip: Any, tmp_path: Path) -> None:
+def test_an_interrupted_run_continues_and_writes_the_same_files(
+    photos: Path, weights: Path, aligned_clip: Any, tmp_path: Path
+) -> None:
     low, high = experiment.load_backbone(weights)
     data = experiment.load_split(photos, photos / "labels.json", "train", low, SETTINGS)
     test = experiment.load_split(photos, photos / "labels.json", "val", low, SETTINGS)
-    assert data.ids == ["p1", "p2", "p3"] and data.labels.tolist()[0] == [1, 0, 0, 0, 0, 1]  # p0 shows none of the six
+    assert data.ids == ["p1", "p2", "p3"] and data.labels.tolist()[0] == [1, 0, 0, 0, 0, 1]  # p0 has none of the six classes
 
     def run(out: Path) -> None:
         out.mkdir(exist_ok=True)
@@ -96,7 +103,7 @@ def test_the_chain_on_tiny_photos(photos: Path, weights: Path, aligned_clip: Any
 
     run(tmp_path / "once")
     run(tmp_path / "twice")
-    (tmp_path / "twice" / "refine.pt").unlink()  # interrupted in the last stage: it alone is done again
+    (tmp_path / "twice" / "refine.pt").unlink()  # as if interrupted in the last stage: only that one runs again
     before = (tmp_path / "twice" / "match.pt").stat().st_mtime_ns
     run(tmp_path / "twice")
     assert (tmp_path / "twice" / "match.pt").stat().st_mtime_ns == before
@@ -108,7 +115,7 @@ def test_the_chain_on_tiny_photos(photos: Path, weights: Path, aligned_clip: Any
     assert list(cams) == [0, 5] and cams[0].shape == (45, 60) and cams[0].min() == 0 and 0 <= cams[0].max() <= 1
 
 
-def test_masks_of_the_six_classes(photos: Path, weights: Path, tmp_path: Path) -> None:
+def test_masks_have_the_six_classes_and_void(photos: Path, weights: Path, tmp_path: Path) -> None:
     low, _ = experiment.load_backbone(weights)
     data = experiment.load_split(photos, photos / "labels.json", "val", low, SETTINGS)
     experiment.write_masks(data, photos, tmp_path)
@@ -116,7 +123,7 @@ def test_masks_of_the_six_classes(photos: Path, weights: Path, tmp_path: Path) -
     assert mask[10, 10] == 1 and mask[22, 0] == 255 and mask[40, 0] == 0 and set(np.unique(mask)) == {0, 1, 255}
 
 
-def test_cached_features_are_those_of_the_tower(
+def test_cached_batches_hold_the_features_of_the_tower(
     photos: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("SQUEEZENET", str(weights))
@@ -128,7 +135,7 @@ def test_cached_features_are_those_of_the_tower(
     pictures = train_clip.read_photos(photos / "JPEGImages", tmp_path / "captions.csv", 64)
     batches = train_clip.cached_batches(tower, pictures, 6, seed=0, fade_share=0.0, variants=2)
     batch = next(batches)
-    whole = train_clip.normalise(pictures.images)
+    whole = train_clip.normalize(pictures.images)
     with torch.no_grad():
         known = torch.cat([tower.features(whole), tower.features(whole.flip(3))])
     assert isinstance(batch.images, torch.Tensor) and batch.images.shape == (6, 512, 3, 3)

@@ -3,8 +3,8 @@
     python -m examples.clusters --seeds 5 --out runs/clusters
 
 A seed fixes the scenes, the host's initial weights, the order of the batches, the branch and the prompts. The seeds are 1, 2,
-...; the settings were chosen on seed 0. Finished seeds are kept in the folder and run again only if code or CLIP changed.
-`--seed N` runs that one alone, so that several processes can share the work.
+...; the settings were chosen on seed 0. The record of a finished seed is cached in the folder; it is computed again only if
+code or CLIP changed. `--seed N` runs that seed alone, so that several processes can share the work.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 
 from semples_plugin import adapters
 
-from ..demo.seeds import kept, source_hash, spread
+from ..demo import world as demo_world
+from ..seeds import cached_record, paired_difference, source_hash, spread
 from . import experiment
 from .experiment import BY_ROUTE, FILE, HOST, ROUTES, ROWS, TEXT, Figures
 
@@ -33,11 +34,11 @@ def run_seed(seed: int) -> Dict[str, Any]:
 
 def _numbers(figures: Figures) -> Dict[str, Any]:
     rows = {"cam": figures.cam, "aligned": figures.aligned, "branch": figures.branch}
-    found: Dict[str, Any] = {
+    plain: Dict[str, Any] = {
         name: None if row is None else {"miou": row.miou, "share": row.mean_share, "threshold": row.threshold}
         for name, row in rows.items()
     }
-    return {**found, "kin": figures.kin}
+    return {**plain, "kin": figures.kin}
 
 
 def summary(records: List[Dict[str, Any]]) -> str:
@@ -62,9 +63,7 @@ def summary(records: List[Dict[str, Any]]) -> str:
             lines.append(f"{row:36s} {name:14s} " + " ".join(f"{cell:>16s}" for cell in cells))
             if row != HOST:
                 pair = [[100 * r["figures"][a][b]["cam"]["miou"] for r in records] for a, b in ((row, route), (HOST, FILE))]
-                gain = np.array(pair[0]) - np.array(pair[1])
-                ratio = abs(gain.mean()) / max(gain.std(ddof=1), 1e-9)
-                differences.append(f"mIoU [{row}, {name}] - [{HOST}]: {spread(gain)}, {ratio:.1f} standard deviations")
+                differences.append(f"mIoU [{row}, {name}] - [{HOST}]: {paired_difference(*pair)}")
     same = sum(groups(r["clusters"][TEXT]) == groups(r["clusters"][FILE]) for r in records)
     note = f"The text features gave the clusters of the file in {same} of {len(records)} seeds."
     return "\n".join([*lines, "", *differences, "", note])
@@ -78,16 +77,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m examples.clusters", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 1; at least 2")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 1; at least 2 (%(default)s)")
     parser.add_argument("--seed", type=int, help="run this seed alone and print no table")
-    parser.add_argument("--out", type=Path, default=Path("runs/clusters"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/clusters"), help="folder for the records and the table (%(default)s)"
+    )
     args = parser.parse_args()
     if args.seed is None and args.seeds < 2:
-        parser.error("a standard deviation needs --seeds 2 or more")
+        parser.error("--seeds must be 2 or more, for a standard deviation")
     args.out.mkdir(parents=True, exist_ok=True)
-    made_with = source_hash(Path(__file__).parent, Path(adapters.__file__).parent)
+    made_with = source_hash(Path(__file__).parent, Path(demo_world.__file__).parent, Path(adapters.__file__).parent)
     seeds = range(1, args.seeds + 1) if args.seed is None else [args.seed]
-    records = [kept(args.out, seed, made_with, run_seed) for seed in seeds]
+    records = [cached_record(args.out, seed, made_with, run_seed) for seed in seeds]
     if args.seed is None:
         text = summary(records)
         (args.out / "table.txt").write_text(text + "\n", encoding="utf-8")

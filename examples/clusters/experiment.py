@@ -1,35 +1,35 @@
-"""The ablation of category clusters: a vision transformer in a world whose classes share looks in pairs.
+"""The ablation of category clusters: a vision transformer in a world whose classes look alike in pairs.
 
-Every row trains on from the host's own checkpoint for as long as the others, through `adapters.attach` and the host's own loop,
-which knows nothing of it. Training sees images and image-level labels; masks are used only to measure: the background threshold
-of every row is chosen on a validation split, the figures come from a test split.
+Every row trains on from the same checkpoint of the host for the same number of steps: refiner and branch are attached by
+`adapters.attach`, and the host's own loop runs unchanged. Training sees images and image-level labels. Pixel masks are used
+only for scoring, see `examples/demo/scores.py`.
 """
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from semples_plugin import PromptRefiner, adapters
-from semples_plugin.clusters.branch import ClusterBranch
-from semples_plugin.clusters.categories import CategoryClusters
-from semples_plugin.clusters.text_features import clusters_from_text_features
+from semples_plugin.clusters import CategoryClusters, ClusterBranch, clusters_from_text_features
+from semples_plugin.config import RefinerConfig
 from semples_plugin.masks import pseudo_labels
 
-from ..demo.experiment import Row, best_row, prompt_loader
 from ..demo.host import Split, make_split, train_host
+from ..demo.scores import Row, best_row
 from ..demo.world import KIN
+from ..recipe import COMPACT_CLIP
 from .host import ViTHost
 
 CLIP_FILE = Path(__file__).with_name("kin_clip.pt")
 CLUSTER_FILE = Path(__file__).with_name("clusters.json")
 FILE, TEXT, CONTROL = "file", "text features", "mismatched"
-MISMATCHED = {"one": ["car", "sheep"], "two": ["tram", "cactus"], "three": ["deer", "fir"]}  # no two that share looks
+MISMATCHED = {"one": ["car", "sheep"], "two": ["tram", "cactus"], "three": ["deer", "fir"]}  # no cluster holds a pair
 
 HOST = "host alone"
 TOKENS = "+ cluster tokens"
@@ -40,16 +40,25 @@ SEMPLES = "+ SemPLeS"
 SEMPLES_CLUSTERS = "+ SemPLeS, prompts with clusters"
 ALL = "all"
 ROWS = (HOST, TOKENS, CLASSIFIER, BILSTM, CONTRAST, SEMPLES, SEMPLES_CLUSTERS, ALL)
-# Which parts of the branch a row has: weights of tokens, L_MCE and contrast, and whether there is an HV-BiLSTM. HV-BiLSTM and
-# contrast need the patch classifier, which has a row of its own.
-PARTS: Dict[str, Tuple[float, float, float, bool]] = {
-    TOKENS: (1, 0, 0, False),
-    CLASSIFIER: (0, 1, 0, False),
-    BILSTM: (0, 1, 0, True),
-    CONTRAST: (0, 1, 1, False),
-    ALL: (1, 1, 1, True),
+
+
+class Parts(NamedTuple):
+    """Which parts of the branch a row has. HV-BiLSTM and contrast need the patch classifier, which has a row of its own."""
+
+    tokens: bool = False
+    classifier: bool = False
+    bilstm: bool = False
+    contrast: bool = False
+
+
+PARTS: Dict[str, Parts] = {
+    TOKENS: Parts(tokens=True),
+    CLASSIFIER: Parts(classifier=True),
+    BILSTM: Parts(classifier=True, bilstm=True),
+    CONTRAST: Parts(classifier=True, contrast=True),
+    ALL: Parts(tokens=True, classifier=True, bilstm=True, contrast=True),
 }
-# Where the clusters of a row come from; one column for rows that they do not enter.
+# Where the clusters of a row come from. Rows that use no clusters have one column.
 ROUTES: Dict[str, Tuple[str, ...]] = {row: (FILE,) for row in (HOST, CLASSIFIER, BILSTM, SEMPLES)}
 ROUTES.update({row: (FILE, TEXT, CONTROL) for row in (TOKENS, CONTRAST)})
 ROUTES.update({row: (FILE, TEXT) for row in (SEMPLES_CLUSTERS, ALL)})
@@ -57,7 +66,7 @@ BY_ROUTE = tuple(row for row in ROWS if len(ROUTES[row]) > 1)
 
 
 class Settings(NamedTuple):
-    """Sizes, rates and weights, chosen on seed 0; those of the refiner are the demo's."""
+    """Sizes, steps, learning rates and weights of the branch, chosen on seed 0, and the configuration of the refiners."""
 
     train: int = 1200
     val: int = 150
@@ -67,19 +76,14 @@ class Settings(NamedTuple):
     host_batch_size: int = 16
     stage_steps: int = 150
     stage_lr: float = 1e-3
-    branch_rate: float = 3e-3
+    branch_lr: float = 3e-3
     batch_size: int = 24
     lambda_tokens: float = 1.0
     lambda_mce: float = 0.2
     lambda_contrast: float = 0.1
     top_k: int = 40
     threshold: float = 0.8
-    lambda_refine: float = 2.0
-    lambda_t: float = 0.1
-    lambda_area: float = 1.0
-    prompt_length: int = 8
-    prompt_epochs: int = 60
-    prompt_lr: float = 2.5e-2
+    config: RefinerConfig = COMPACT_CLIP
 
 
 class Figures(NamedTuple):
@@ -88,8 +92,8 @@ class Figures(NamedTuple):
     Attributes:
         cam: of the host's CAM.
         aligned: of the host's CAM, aligned to edges.
-        branch: of the patch classifier's own class map, which PCC makes its masks of; None for rows without one.
-        kin: of the pixels of things in scenes that show the thing's kin too, the share that is called the kin.
+        branch: of the patch classifier's class map, from which PCC takes its masks; None for rows without a classifier.
+        kin: see `kin_share`.
     """
 
     cam: Row
@@ -99,61 +103,58 @@ class Figures(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Figures by row and route (rows that the clusters do not enter stand once, under the first route), and the clusters."""
+    """Figures by row and route (rows without clusters have the first route alone), and the clusters of every route."""
 
     figures: Dict[str, Dict[str, Figures]]
     clusters: Dict[str, CategoryClusters]
 
 
 def find_clusters(refiner: PromptRefiner, route: str) -> CategoryClusters:
-    """The clusters of a route; a language model's are a file too, once `semples clusters` has written it."""
+    """The clusters of a route. `semples clusters` writes those of a language model into a file, so they count as FILE."""
     if route == FILE:
         return CategoryClusters.load(CLUSTER_FILE, KIN.things)
     if route == CONTROL:
-        return CategoryClusters(MISMATCHED, KIN.things, {"source": "control: no two that share looks"})
+        return CategoryClusters(MISMATCHED, KIN.things, {"source": "control: no two classes that look alike"})
     return clusters_from_text_features(refiner.classes, refiner.text_features, clip=refiner.encoder.id)
 
 
 def new_refiner(settings: Settings, seed: int, clusters: Optional[CategoryClusters] = None) -> PromptRefiner:
-    return PromptRefiner(
-        list(KIN.things), clip=CLIP_FILE, image_stats=None, prompt_length=settings.prompt_length, seed=seed, clusters=clusters,
-        lambda_refine=settings.lambda_refine, lambda_t=settings.lambda_t, lambda_area=settings.lambda_area,
-    )  # fmt: skip
+    return PromptRefiner(list(KIN.things), clip=CLIP_FILE, config=settings.config, seed=seed, clusters=clusters)
 
 
 def new_branch(settings: Settings, row: str, clusters: CategoryClusters, host: ViTHost, seed: int) -> Optional[ClusterBranch]:
     if row not in PARTS:
         return None
-    tokens, mce, contrast, bilstm = PARTS[row]
+    parts = PARTS[row]
     return ClusterBranch(
-        clusters, host, bilstm=bilstm, seed=seed, top_k=settings.top_k, threshold=settings.threshold,
-        lambda_tokens=tokens * settings.lambda_tokens,
-        lambda_mce=mce * settings.lambda_mce, lambda_contrast=contrast * settings.lambda_contrast,
+        clusters, host, bilstm=parts.bilstm, seed=seed, top_k=settings.top_k, threshold=settings.threshold,
+        lambda_tokens=parts.tokens * settings.lambda_tokens, lambda_mce=parts.classifier * settings.lambda_mce,
+        lambda_contrast=parts.contrast * settings.lambda_contrast,
     )  # fmt: skip
 
 
 class Trained(NamedTuple):
-    """A host, and the branch that belongs into it."""
+    """A trained host and its branch."""
 
     host: ViTHost
     branch: Optional[ClusterBranch]
 
     @torch.no_grad()
-    def maps(self, images: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-        """The host's CAM (N, C, h, w) and the branch's own, with the branch in its place."""
+    def cams(self, images: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+        """CAM (N, C, h, w) of the host with its branch inserted, and of the branch's classifier (None without one)."""
         self.host.eval()
         if self.branch is None:
             return torch.cat([self.host.cam(part) for part in images.split(50)]), None
         self.branch.eval()
         cams: List[Tensor] = []
-        own: List[Tensor] = []
+        branch_cams: List[Tensor] = []
         with self.branch.insert(self.host):
             for part in images.split(50):
                 cams.append(self.host.cam(part))
-                seen = self.branch.take()
+                tokens = self.branch.pop_tokens()
                 if self.branch.classifier is not None:
-                    own.append(self.branch.cam(seen))
-        return torch.cat(cams), torch.cat(own) if own else None
+                    branch_cams.append(self.branch.cam(tokens))
+        return torch.cat(cams), torch.cat(branch_cams) if branch_cams else None
 
 
 def train(
@@ -165,7 +166,7 @@ def train(
     seed: int,
     title: str,
 ) -> Trained:
-    """A copy of the host, trained on by its own loop with refiner and branch attached."""
+    """A copy of the host, trained on by its own loop with refiner and branch attached, if there are any."""
     host, branch = copy.deepcopy((host, branch))
 
     def loop() -> None:
@@ -175,20 +176,14 @@ def train(
         loop()
         return Trained(host, None)
     torch.manual_seed(seed)  # of the dropout in HV-BiLSTM
-    optimizer = None if branch is None else torch.optim.AdamW(branch.parameters(), lr=settings.branch_rate)
+    optimizer = None if branch is None else torch.optim.AdamW(branch.parameters(), lr=settings.branch_lr)
     with adapters.attach("generic", host, refiner, branch=branch, branch_optimizer=optimizer, cam="head"):
         loop()
     return Trained(host, branch)
 
 
-def fit_prompts(refiner: PromptRefiner, matched: Trained, split: Split, settings: Settings) -> None:
-    refiner.fit_prompts(
-        prompt_loader(split), lambda img: matched.maps(img)[0], epochs=settings.prompt_epochs, lr=settings.prompt_lr
-    )
-
-
 def kin_share(masks: Tensor, split: Split, threshold: float, clusters: CategoryClusters) -> float:
-    """Of the pixels of things in scenes that show the thing's kin too, the share that is called the kin."""
+    """Of the pixels of things whose kin is in the same scene, the share that is labeled as the kin."""
     related = clusters.related().numpy() & ~np.eye(len(KIN.things), dtype=bool)
     wrong = total = 0
     for scene, guess, labels in zip(split.scenes, pseudo_labels(masks, threshold).numpy(), split.labels.numpy()):
@@ -201,20 +196,24 @@ def kin_share(masks: Tensor, split: Split, threshold: float, clusters: CategoryC
 
 
 def score(trained: Trained, refiner: PromptRefiner, val: Split, test: Split, kin: CategoryClusters) -> Figures:
-    """Figures of one row; `refiner` only normalises and aligns."""
-    maps = [(split, trained.maps(split.images)) for split in (val, test)]
+    """Figures of one row. `refiner` is used to normalize and align only, so it can be the same for all rows."""
+    cams, test_cams = trained.cams(val.images), trained.cams(test.images)
 
-    def row(which: int, align: Optional[str]) -> Tuple[Row, Tensor]:
-        found = [refiner.refine_masks(split.images, cams[which], split.labels, align=align).masks for split, cams in maps]
-        return best_row(found[0], val, found[1], test, KIN), found[1]
+    def row(val_cam: Tensor, test_cam: Tensor, align: Optional[str]) -> Tuple[Row, Tensor]:
+        val_masks, test_masks = (
+            refiner.refine_masks(split.images, cam, split.labels, align=align).masks
+            for split, cam in ((val, val_cam), (test, test_cam))
+        )
+        return best_row(val_masks, val, test_masks, test, KIN), test_masks
 
-    (cam, masks), (aligned, _) = row(0, None), row(0, "pamr")
-    branch = None if maps[0][1][1] is None else row(1, None)[0]
+    cam, masks = row(cams[0], test_cams[0], None)
+    aligned, _ = row(cams[0], test_cams[0], "pamr")
+    branch = None if cams[1] is None or test_cams[1] is None else row(cams[1], test_cams[1], None)[0]
     return Figures(cam, aligned, branch, kin_share(masks, test, cam.threshold, kin))
 
 
 def run(settings: Settings, seed: int) -> Result:
-    """All rows and routes of one seed: seed of the scenes, the host, the batches, the branch and the prompts."""
+    """All rows and routes of one seed, which fixes the scenes, the host, the batches, the branch and the prompts."""
     torch.manual_seed(seed)
     train_split = make_split(settings.train, 10_000 + seed, KIN)
     val, test = make_split(settings.val, 20_000 + seed, KIN), make_split(settings.test, 30_000 + seed, KIN)
@@ -234,10 +233,10 @@ def run(settings: Settings, seed: int) -> Result:
 
     matched = train(host, plain, None, train_split, settings, seed, "SemPLeS: match")
     for row in ROWS:
-        done: Dict[Any, str] = {}
+        done: Dict[frozenset, str] = {}
         for route in ROUTES[row]:
             groups = clusters[route].groups()
-            if groups in done:  # the same clusters by another route: the same figures
+            if groups in done:  # another route gave the same clusters, so the figures are the same
                 figures[row][route] = figures[row][done[groups]]
                 continue
             done[groups] = route
@@ -248,6 +247,6 @@ def run(settings: Settings, seed: int) -> Result:
                 if row == ALL:
                     branch = new_branch(settings, row, clusters[route], host, seed)
                     start = train(host, refiner, branch, train_split, settings, seed, f"{row} ({route}): match")
-                fit_prompts(refiner, start, train_split, settings)
+                refiner.fit_prompts(train_split.batches(50), lambda img, start=start: start.cams(img)[0])
             fit_and_score(row, route, refiner)
     return Result(figures, clusters)

@@ -1,7 +1,7 @@
-"""The ablation's host: a small vision transformer with a token per class, in the manner of timm and of MCTformer.
+"""The ablation's host: a small vision transformer with one token per class, laid out as in timm and MCTformer.
 
-It knows nothing of CLIP or of clusters. It is trained by the demo's `train_host`, with a label loss on each of its logits.
-Layout: `blocks` return (tokens, attention), tokens are ordered class tokens first, `head` is a convolution over the patches.
+It contains nothing of CLIP or of clusters. The demo's `train_host` trains it with a classification loss on both of its logits.
+Layout: `blocks` return (tokens, attention); class tokens come before patch tokens; `head` is a convolution over the patches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..demo.world import KIN, SIZE
 
 
 class ViTOutput(NamedTuple):
-    """`cam` (B, C, h, w), the class map; `logits` (B, C), pooled from it; `token_logits` (B, C), of the class tokens."""
+    """`cam` (B, C, h, w); `logits` (B, C), pooled from the CAM; `token_logits` (B, C), from the class tokens."""
 
     cam: Tensor
     logits: Tensor
@@ -40,7 +40,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Softmax attention written out: tokens (B, T, D) to tokens and weights (B, heads, T, T)."""
+    """Softmax attention in plain operations: tokens (B, T, D) to tokens (B, T, D) and weights (B, heads, T, T)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -55,7 +55,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, which returns its attention weights too."""
+    """Pre-norm transformer block that also returns its attention weights."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -70,14 +70,14 @@ class Block(nn.Module):
 
 
 def rank_pool(maps: Tensor, decay: float) -> Tensor:
-    """Maps (B, C, h, w) to (B, C): mean of the values, the i-th largest with weight decay^i, as MCTformer+ pools its map."""
+    """Maps (B, C, h, w) to (B, C): weighted mean of the values, weight decay^i for the i-th largest, as MCTformer+ pools."""
     ranked = maps.flatten(2).sort(dim=2, descending=True).values
     weights = decay ** torch.arange(ranked.shape[2], dtype=ranked.dtype, device=ranked.device)
     return (ranked * weights).sum(2) / weights.sum()
 
 
 class ViTHost(nn.Module):
-    """Vision transformer with C class tokens and a class map over its patches.
+    """Vision transformer with C class tokens and a CAM over its patches.
 
     Args:
         num_classes: C.

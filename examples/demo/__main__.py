@@ -18,15 +18,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the picture, the table and the prompts")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    print(
-        "The demo world: six things, each nearly always on its own stuff; image-level labels only. A few minutes on two cores."
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder for the picture and the table (%(default)s)"
     )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the scenes, the host, the batches and the prompts (%(default)s)"
+    )
+    args = parser.parse_args()
+    print("The demo world: six things, each nearly always on its own stuff. Training sees image-level labels only.")
+    print("This takes a few minutes on two cores.")
+    settings = experiment.Settings()
     start = time.time()
-    result = experiment.run(experiment.Settings(), args.seed)
-    table = experiment.print_table(result.rows)
+    result = experiment.run(settings, args.seed)
+    table = experiment.format_table(result.rows)
     args.out.mkdir(parents=True, exist_ok=True)
     draw_figure(result, args.out / "demo.png")
     (args.out / "table.txt").write_text(table + "\n", encoding="utf-8")
@@ -36,16 +40,16 @@ def main() -> None:
     print(table)
     print(
         f"\n{len(result.test.scenes)} held-out scenes, seed {args.seed}. Background threshold of each row: chosen on "
-        f"{experiment.Settings().val} other scenes with masks; no mask is seen in training."
+        f"{settings.val} other scenes with masks; no mask is seen in training."
     )
     fit = result.fit
     print(
-        f"\nThe prompts, learned on {fit.num_pairs} image-class pairs: cosine {fit.similarity:.2f} to the backgrounds, "
+        f"\nThe prompts were learned on {fit.num_pairs} image-class pairs. Cosine: {fit.similarity:.2f} to the backgrounds, "
         f"{fit.class_similarity:.2f} to the class names.\nWhat they say (nearest of the {len(experiment.world_vocabulary())} "
         "names this CLIP knows, cosine):"
     )
-    for reading in result.readings:
-        print(f"  {reading}")
+    for prompt in result.nearest_words:
+        print(f"  {prompt}")
     print(f"\nPicture: {args.out / 'demo.png'}   Table: {args.out / 'table.txt'}   ({time.time() - start:.0f} s)")
 
 

@@ -16,14 +16,14 @@ from .world import HOME, STUFF, THINGS
 
 
 def _overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """A heat map in [0, 1] over a grey version of the image."""
-    grey = image.mean(2, keepdims=True) / 255 * 0.45
-    colour = plt.get_cmap("inferno")(heat)[..., :3]
-    return np.clip(grey * (1 - 0.6 * heat[..., None]) + colour * heat[..., None] + 0.08, 0, 1)
+    """A heat map (H, W) in [0, 1] over a gray version of the image (H, W, 3)."""
+    gray = image.mean(2, keepdims=True) / 255 * 0.45
+    color = plt.get_cmap("inferno")(heat)[..., :3]
+    return np.clip(gray * (1 - 0.6 * heat[..., None]) + color * heat[..., None] + 0.08, 0, 1)
 
 
 def _chosen(result: Result) -> List[int]:
-    """One test scene per class: the first that shows this class alone, on its usual stuff."""
+    """Indices of one test scene per class: the first that shows this class alone on its usual stuff."""
     chosen = []
     for k, name in enumerate(THINGS):
         home = STUFF.index(HOME[name])
@@ -66,10 +66,10 @@ def draw_figure(result: Result, path: Path) -> None:
         ("match_background", MATCH, "C1", "match, background (stage a)"),
         ("refine", LEARNED, "C3", "refine (stage c)"), ("match_foreground", LEARNED, "C2", "match, foreground (stage c)"),
     )  # fmt: skip
-    for term, name, colour, label in curves:
+    for term, name, color, label in curves:
         values = np.array([record[term] for record in result.histories[name]])
         smooth = np.convolve(values, np.ones(9) / 9, mode="valid")
-        axis.plot(np.arange(len(smooth)) + 5, smooth, color=colour, label=label)
+        axis.plot(np.arange(len(smooth)) + 5, smooth, color=color, label=label)
     axis.set_title("terms of the loss, unweighted (mean of 9 steps)", fontsize=10)
     axis.set_xlabel("step", fontsize=9)
     axis.tick_params(labelsize=8)
@@ -79,9 +79,9 @@ def draw_figure(result: Result, path: Path) -> None:
     axis = figure.add_subplot(grid[half:, len(columns) + 1 :])
     axis.axis("off")
     lines = ["Learned background prompts, nearest words (cosine)", ""]
-    for reading in result.readings:
-        lines.append(f"{reading.name}:  " + ",  ".join(f"{word} {value:.2f}" for word, value in reading.words[:3]))
-        lines.append(f"      cosine to the class name {reading.class_similarity:.2f}")
+    for prompt in result.nearest_words:
+        lines.append(f"{prompt.name}:  " + ",  ".join(f"{word} {value:.2f}" for word, value in prompt.words[:3]))
+        lines.append(f"      cosine to the class name {prompt.class_similarity:.2f}")
     lines += ["", "mIoU on held-out scenes"]
     lines += [f"{100 * row.miou:5.1f}   {name}" for name, row in result.rows.items()]
     axis.text(0.02, 0.9, "\n".join(lines), va="top", ha="left", fontsize=9.5, linespacing=1.45, transform=axis.transAxes)

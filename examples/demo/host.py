@@ -1,6 +1,6 @@
 """The demo's host: a small convolutional classifier with class activation maps, as any CAM pipeline has one.
 
-It knows nothing of CLIP or of the plug-in. Its classification loss alone is what `train_host` minimises.
+It contains nothing of CLIP or of the refiner. `train_host` minimizes its classification loss, plus another one if it is given.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from .world import THINGS, WORLD, Scene, World, draw
 
 
 class Split(NamedTuple):
-    """Scenes as tensors: `images` (N, 3, S, S) in [0, 1], `labels` (N, C) multi-hot, and the scenes for evaluation."""
+    """Scenes as tensors: `images` (N, 3, S, S) in [0, 1], `labels` (N, C) multi-hot, and the scenes for scoring."""
 
     images: Tensor
     labels: Tensor
     scenes: List[Scene]
+
+    def batches(self, size: int) -> List[Tuple[Tensor, Tensor]]:
+        """(img, labels) batches in order, as a data loader yields them."""
+        return list(zip(self.images.split(size), self.labels.split(size)))
 
 
 def make_split(count: int, seed: int, world: World = WORLD) -> Split:
@@ -54,7 +58,7 @@ class HostCam(nn.Module):
 ExtraLoss = Callable[[Tensor, Tensor, Tensor], Tuple[Tensor, Dict[str, Tensor]]]
 
 
-def batches(split: Split, batch_size: int, seed: int) -> Iterator[Tuple[Tensor, Tensor]]:
+def random_batches(split: Split, batch_size: int, seed: int) -> Iterator[Tuple[Tensor, Tensor]]:
     """Endless shuffled (img, labels) batches, flipped left to right at random."""
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -68,20 +72,20 @@ def train_host(
     host: nn.Module,
     split: Split,
     steps: int,
-    rate: float,
+    lr: float,
     batch_size: int,
     seed: int,
     title: str,
     extra: Optional[ExtraLoss] = None,
 ) -> List[Dict[str, float]]:
-    """The host's own loop: classification, plus whatever `extra(img, cam, labels)` adds. Returns the losses per step.
+    """The host's own loop: classification, plus the loss that `extra(img, cam, labels)` gives. Returns the losses per step.
 
     `host(img)` returns the CAM and one or more logits (B, C); each of them gets the classification loss.
     """
-    optimizer = torch.optim.AdamW(host.parameters(), lr=rate, weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(host.parameters(), lr=lr, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     history: List[Dict[str, float]] = []
-    source = batches(split, batch_size, seed)
+    source = random_batches(split, batch_size, seed)
     host.train()
     bar = tqdm(range(steps), desc=title)
     for _ in bar:

@@ -1,17 +1,16 @@
 """The demo world: procedural scenes with known pixel masks, made by this file alone.
 
-Six *things* (boat, train, bird, sheep, car, cactus) stand on eight kinds of *stuff* (water, rails, sky, grass, road,
-sand, snow, forest). Two distributions are drawn from the same painters:
+Six *things* (boat, train, bird, sheep, car, cactus) stand on eight kinds of *stuff* (water, rails, sky, grass, road, sand,
+snow, forest). There are two kinds of scenes:
 
-- `caption_scene`: the image-text world. Things and stuff are independent; every picture has a caption. CLIP is
-  trained here.
-- `weak_scene`: the weakly-supervised world. A thing nearly always comes with its own stuff (a boat on water), and only
-  image-level labels are given out. The pixel masks exist for evaluation alone.
+- `caption_scene`: the image-text world, for training CLIP. Things and stuff are independent; every scene has a caption.
+- `weak_scene`: the weakly-supervised world, for training the host. A thing nearly always comes with its own stuff (a boat on
+  water). Training gets image-level labels only; the pixel masks are for scoring.
 
 Everything is drawn from one `numpy.random.Generator`, so a seed fixes every pixel.
 
-A second `World` of the same stuff, `KIN`, has things that share looks in pairs: car and tram, sheep and deer, cactus and
-fir. All functions draw the demo world unless they are told otherwise.
+A second `World` with the same stuff, `KIN`, has things that look alike in pairs: car and tram, sheep and deer, cactus and fir.
+All functions draw the demo world unless they get another one.
 """
 
 from __future__ import annotations
@@ -32,11 +31,17 @@ PLAIN = len(STUFF)  # stuff index of a plain studio backdrop (image-text world o
 
 
 class World(NamedTuple):
-    """What a world has: its `things`, the `home` stuff of each, and the `neutral` stuff, home of none.
+    """The things and the stuff of a world, and how they occur together in weak scenes.
 
-    `flyer` is the thing that appears above the horizon of a weak scene; in a world without one, any second thing may
-    stand there, the `kin` of the first in half of the cases. In a weak scene a thing stands on (or flies in) its own stuff
-    with probability `loyalty`, otherwise on any; where no thing is, the stuff is neutral with probability `calm`, else any.
+    Attributes:
+        things: names of the things.
+        home: name of each thing -> name of its own stuff.
+        neutral: stuff that is the own stuff of no thing.
+        flyer: the thing that appears above the horizon. Without one, any second thing appears there: in half of the cases the
+            one that looks like the first.
+        loyalty: probability that a thing is on its own stuff; otherwise it is on any stuff.
+        calm: probability that stuff without a thing is neutral; otherwise it is any stuff.
+        kin: pairs of things that look alike.
     """
 
     things: Tuple[str, ...]
@@ -49,7 +54,7 @@ class World(NamedTuple):
 
 
 WORLD = World(THINGS, HOME, ("snow", "forest"), "bird")
-# Two vehicles, two animals, two plants: the things of a pair are built of the same parts and colours.
+# Two vehicles, two animals, two plants. The things of a pair are drawn with the same parts and colors.
 KIN = World(
     ("car", "tram", "sheep", "deer", "cactus", "fir"),
     {"car": "road", "tram": "rails", "sheep": "grass", "deer": "forest", "cactus": "sand", "fir": "snow"},
@@ -60,15 +65,19 @@ KIN = World(
 )
 WORLDS: Dict[str, World] = {"demo": WORLD, "kin": KIN}
 
-_TILE = 192  # texture tiles are drawn once at this size and cropped at random
+_TILE = 192  # pixels; texture tiles are drawn once and cropped at random
 _NUM_TILES = 6  # variations of each texture
 
 
 class Scene(NamedTuple):
-    """One picture: `image` (SIZE, SIZE, 3) uint8 RGB, `things` and `stuff` (SIZE, SIZE) uint8 maps, and its caption.
+    """One image with its maps and its caption.
 
-    `things` is 0 for background and 1 + index into the world's things (`num_things` of them); `stuff` indexes `STUFF`
-    (`PLAIN` for a plain backdrop) and also tells what lies under a thing.
+    Attributes:
+        image: (SIZE, SIZE, 3) uint8 RGB.
+        things: (SIZE, SIZE) uint8, 0 for background, 1 + index into the world's things.
+        stuff: (SIZE, SIZE) uint8, index into `STUFF` (`PLAIN` for a plain backdrop), also under a thing.
+        caption: text; empty for weak scenes.
+        num_things: number of things of the world.
     """
 
     image: np.ndarray
@@ -79,7 +88,7 @@ class Scene(NamedTuple):
 
     @property
     def labels(self) -> np.ndarray:
-        """Image-level labels, multi-hot (num_things,) float32: a thing counts from 12 visible pixels on."""
+        """Image-level labels (num_things,), multi-hot float32: 1 for a thing with at least 12 visible pixels."""
         count = np.bincount(self.things.ravel(), minlength=self.num_things + 1)[1:]
         return (count >= 12).astype(np.float32)
 
@@ -93,10 +102,10 @@ def _noise(rng: np.random.Generator, cells: Tuple[int, int], size: int = _TILE) 
     return cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)
 
 
-def _paint(colour: Sequence[float], *layers: Tuple[np.ndarray, Sequence[float]]) -> np.ndarray:
-    """A tile of one colour plus layers of (map (n, n), colour amplitude)."""
+def _paint(color: Sequence[float], *layers: Tuple[np.ndarray, Sequence[float]]) -> np.ndarray:
+    """A tile of one color plus layers of (map (n, n), color amplitude)."""
     tile = np.empty((_TILE, _TILE, 3), np.float32)
-    tile[:] = colour
+    tile[:] = color
     for layer, amplitude in layers:
         tile += layer[..., None] * np.asarray(amplitude, np.float32)
     return tile
@@ -143,12 +152,12 @@ _tiles: Dict[str, List[np.ndarray]] = {}
 
 
 def _texture(index: int, rng: np.random.Generator) -> np.ndarray:
-    """A random (SIZE, SIZE, 3) crop of stuff `index`, with a little colour and brightness jitter."""
+    """A random (SIZE, SIZE, 3) crop of stuff `index`, with some color and brightness jitter."""
     if index == PLAIN:
-        grey = rng.uniform(60, 200)
-        return np.full((SIZE, SIZE, 3), grey, np.float32) + rng.uniform(-15, 15, 3).astype(np.float32)
+        gray = rng.uniform(60, 200)
+        return np.full((SIZE, SIZE, 3), gray, np.float32) + rng.uniform(-15, 15, 3).astype(np.float32)
     name = STUFF[index]
-    if name not in _tiles:  # drawn from a generator of their own, so the world does not depend on the order of use
+    if name not in _tiles:  # a separate generator, so that scenes do not depend on which stuff is drawn first
         own = np.random.default_rng(1000 + index)
         _tiles[name] = [_stuff_tile(name, own) for _ in range(_NUM_TILES)]
     tile = _tiles[name][rng.integers(_NUM_TILES)]
@@ -165,39 +174,39 @@ _BRIGHT = ((205, 45, 45), (235, 185, 40), (45, 80, 190), (235, 235, 230), (230, 
 
 
 class _Pen:
-    """Draws in unit coordinates (x right, y down, the thing fills [-1, 1]) on a picture and its mask."""
+    """Draws on an image and its mask, in unit coordinates: x right, y down, the thing fills about [-1, 1]."""
 
-    def __init__(self, image: np.ndarray, mask: np.ndarray, centre: Tuple[float, float], scale: float, flip: bool):
-        self.image, self.mask, self.centre, self.scale, self.flip = image, mask, centre, scale, flip
+    def __init__(self, image: np.ndarray, mask: np.ndarray, center: Tuple[float, float], scale: float, flip: bool):
+        self.image, self.mask, self.center, self.scale, self.flip = image, mask, center, scale, flip
 
     def _points(self, points: Sequence[Tuple[float, float]]) -> np.ndarray:
         xy = np.asarray(points, np.float32) * self.scale
         xy[:, 0] *= -1 if self.flip else 1
-        return np.round((xy + self.centre) * 16).astype(np.int32)  # 4 fractional bits
+        return np.round((xy + self.center) * 16).astype(np.int32)  # 4 fractional bits
 
-    def polygon(self, points: Sequence[Tuple[float, float]], colour: Sequence[float]) -> None:
+    def polygon(self, points: Sequence[Tuple[float, float]], color: Sequence[float]) -> None:
         at = self._points(points)
-        cv2.fillPoly(self.image, [at], tuple(map(float, colour)), cv2.LINE_8, 4)
+        cv2.fillPoly(self.image, [at], tuple(map(float, color)), cv2.LINE_8, 4)
         cv2.fillPoly(self.mask, [at], 1, cv2.LINE_8, 4)
 
-    def box(self, x0: float, y0: float, x1: float, y1: float, colour: Sequence[float]) -> None:
-        self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], colour)
+    def box(self, x0: float, y0: float, x1: float, y1: float, color: Sequence[float]) -> None:
+        self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], color)
 
-    def ellipse(self, x: float, y: float, rx: float, ry: float, colour: Sequence[float]) -> None:
+    def ellipse(self, x: float, y: float, rx: float, ry: float, color: Sequence[float]) -> None:
         angle = np.linspace(0, 2 * np.pi, 20, endpoint=False)
-        self.polygon(list(zip(x + rx * np.cos(angle), y + ry * np.sin(angle))), colour)
+        self.polygon(list(zip(x + rx * np.cos(angle), y + ry * np.sin(angle))), color)
 
 
 def _draw_thing(name: str, pen: _Pen, rng: np.random.Generator) -> None:
-    colour = np.asarray(_BRIGHT[rng.integers(len(_BRIGHT))], np.float32) + rng.uniform(-18, 18, 3)
-    dark = colour * 0.55
+    color = np.asarray(_BRIGHT[rng.integers(len(_BRIGHT))], np.float32) + rng.uniform(-18, 18, 3)
+    dark = color * 0.55
     if name == "boat":
-        pen.polygon([(-1, 0.25), (1, 0.25), (0.65, 0.85), (-0.65, 0.85)], colour)
+        pen.polygon([(-1, 0.25), (1, 0.25), (0.65, 0.85), (-0.65, 0.85)], color)
         pen.box(-0.06, -1, 0.06, 0.3, (92, 60, 36))
         pen.polygon([(0.1, -0.95), (0.85, 0.12), (0.1, 0.12)], (246, 244, 236))
         pen.polygon([(-0.12, -0.7), (-0.62, 0.12), (-0.12, 0.12)], (226, 222, 212))
     elif name == "train":
-        pen.polygon([(-1.3, -0.5), (1.1, -0.5), (1.4, 0.0), (1.4, 0.55), (-1.3, 0.55)], colour)
+        pen.polygon([(-1.3, -0.5), (1.1, -0.5), (1.4, 0.0), (1.4, 0.55), (-1.3, 0.55)], color)
         pen.box(-1.3, 0.28, 1.4, 0.42, dark)
         for x in np.linspace(-1.15, 0.75, 5):
             pen.box(x, -0.35, x + 0.26, 0.05, (206, 232, 246))
@@ -223,22 +232,22 @@ def _draw_thing(name: str, pen: _Pen, rng: np.random.Generator) -> None:
         pen.polygon([(-0.65, -0.05), (-0.4, -0.55), (0.35, -0.55), (0.7, -0.05)], dark)
         pen.polygon([(-0.5, -0.08), (-0.34, -0.44), (-0.05, -0.44), (-0.05, -0.08)], (190, 224, 240))
         pen.polygon([(0.06, -0.08), (0.06, -0.44), (0.28, -0.44), (0.52, -0.08)], (190, 224, 240))
-        pen.polygon([(-1.1, -0.08), (1.0, -0.08), (1.15, 0.15), (1.15, 0.42), (-1.1, 0.42)], colour)
+        pen.polygon([(-1.1, -0.08), (1.0, -0.08), (1.15, 0.15), (1.15, 0.42), (-1.1, 0.42)], color)
         for x in (-0.62, 0.64):
             pen.ellipse(x, 0.42, 0.28, 0.28, (24, 24, 26))
             pen.ellipse(x, 0.42, 0.11, 0.11, (170, 170, 174))
-    elif name == "tram":  # the car's colours, glass and wheels
+    elif name == "tram":  # has the car's colors, windows and wheels
         pen.polygon([(-0.32, -0.72), (0.02, -1.12), (0.1, -1.06), (-0.18, -0.72)], (60, 60, 64))
         pen.polygon([(0.32, -0.72), (-0.02, -1.12), (-0.1, -1.06), (0.18, -0.72)], (60, 60, 64))
         pen.box(-0.38, -1.16, 0.38, -1.06, (60, 60, 64))
         pen.polygon([(-1.35, -0.55), (-1.2, -0.74), (1.2, -0.74), (1.35, -0.55)], dark)
-        pen.box(-1.4, -0.58, 1.4, 0.42, colour)
+        pen.box(-1.4, -0.58, 1.4, 0.42, color)
         for x in (-1.24, -0.72, -0.2, 0.32, 0.84):
             pen.box(x, -0.44, x + 0.4, -0.08, (190, 224, 240))
         for x in (-0.98, -0.36, 0.36, 0.98):
             pen.ellipse(x, 0.42, 0.28, 0.28, (24, 24, 26))
             pen.ellipse(x, 0.42, 0.11, 0.11, (170, 170, 174))
-    elif name == "deer":  # the sheep's body, legs and head; its coat is pale at times
+    elif name == "deer":  # has the sheep's body, legs and head; its coat is sometimes as pale
         tan = np.asarray((222, 212, 196), np.float32) + rng.uniform(0, 1) * np.asarray((-70, -98, -124), np.float32)
         for x in (-0.45, -0.15, 0.2, 0.45):
             pen.box(x - 0.07, 0.25, x + 0.07, 0.95, (48, 42, 40))
@@ -262,7 +271,7 @@ def _draw_thing(name: str, pen: _Pen, rng: np.random.Generator) -> None:
         pen.box(0.45, -0.7, 0.7, 0.0, green * 0.92)
         for x in (-0.1, 0.1):
             pen.box(x - 0.02, -0.9, x + 0.02, 0.9, green * 1.4)
-    elif name == "fir":  # the cactus's green
+    elif name == "fir":  # has the green of the cactus
         green = np.asarray((46, 112, 62), np.float32) + rng.uniform(-14, 14)
         pen.box(-0.11, 0.6, 0.11, 0.98, (92, 60, 36))
         for y, reach in ((0.72, 0.74), (0.2, 0.6), (-0.3, 0.44)):
@@ -277,7 +286,7 @@ def _draw_thing(name: str, pen: _Pen, rng: np.random.Generator) -> None:
 
 
 def _backdrop(top: int, bottom: int, rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray, int]:
-    """Two stuffs with an uneven horizon between them: image float32, stuff map uint8, horizon row."""
+    """Two kinds of stuff with an uneven horizon between them: image float32, stuff map uint8, row of the horizon."""
     horizon = int(rng.integers(SIZE * 3 // 10, SIZE * 6 // 10))
     line = horizon + 2.5 * cv2.resize(rng.uniform(-1, 1, (1, 7)).astype(np.float32), (SIZE, 1))[0]
     below = np.arange(SIZE)[:, None] >= line[None, :]
@@ -301,11 +310,11 @@ def _article(name: str) -> str:
 
 
 def caption_scene(rng: np.random.Generator, world: World = WORLD) -> Scene:
-    """One picture of the image-text world: things and stuff independent of each other, and a caption that names them.
+    """A scene of the image-text world: things and stuff are independent of each other, and the caption names them.
 
-    Some pictures show a thing cut out on a plain backdrop, some show stuff alone, and half are partly faded to a plain
-    colour, as pictures on the web are (product shots, vignettes, banners); without them no CLIP could know what a region
-    with the rest masked out shows. The caption names what is left to be seen.
+    Some scenes show a thing on a plain backdrop, some show stuff alone, and half are partly faded to a plain color, like
+    product photos or banners on the web. From these CLIP learns what a region looks like when the rest is masked out. The
+    caption names what is still visible.
     """
     kind = rng.random()
     top, bottom = (int(i) for i in rng.choice(len(STUFF), 2, replace=False))
@@ -335,11 +344,11 @@ def caption_scene(rng: np.random.Generator, world: World = WORLD) -> Scene:
     return _finish(image, things, stuff, _caption(seen, [STUFF[i] for i in grounds], rng), world, rng)
 
 
-FADED = np.array((122.8, 116.7, 104.1), np.float32)  # CLIP's mean colour, which masked-out pixels have
+FADED = np.array((122.8, 116.7, 104.1), np.float32)  # CLIP's mean color, the color of masked-out pixels
 
 
 def _fade_mask(things: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A soft mask in [0, 1], (SIZE, SIZE): smooth noise, or a blurred spot around the things, kept or faded."""
+    """A soft mask (SIZE, SIZE) in [0, 1]: smooth noise, or a blurred spot around the things, or all but that spot."""
     if rng.random() < 0.4 or not things.any():
         mask = cv2.resize(rng.uniform(-1, 1, (5, 5)).astype(np.float32), (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
         return 1 / (1 + np.exp(-(mask + rng.uniform(-0.3, 0.3)) * rng.uniform(3, 20)))
@@ -350,7 +359,7 @@ def _fade_mask(things: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _caption(names: Sequence[str], grounds: List[str], rng: np.random.Generator) -> str:
-    """A caption in the manner of web captions: it names the things, and mostly, but not always, the stuff."""
+    """A caption like those on the web: it names the things, and in most cases the stuff too."""
     rng.shuffle(grounds)
     style = rng.random()
     subject = " and ".join(_article(n) for n in names)
@@ -365,15 +374,15 @@ def _caption(names: Sequence[str], grounds: List[str], rng: np.random.Generator)
 
 
 def weak_scene(rng: np.random.Generator, empty: float = 0.2, world: World = WORLD) -> Scene:
-    """One picture of the weakly-supervised world: each thing nearly always with its own stuff.
+    """A scene of the weakly-supervised world: each thing is nearly always on its own stuff.
 
-    The reverse does not hold: stuff also occurs without its thing, now and then, so a classifier that looks at the stuff
-    alone is often right, and one that looks at the thing too is right more often.
+    Stuff sometimes occurs without its thing. A classifier that looks at the stuff alone is therefore often right, and one that
+    also looks at the thing is right more often.
 
     Args:
         rng: source of every random choice.
         empty: probability of a scene without things, on random stuff.
-        world: which things there are, and where each is at home.
+        world: the things and their own stuff.
     """
     things = np.zeros((SIZE, SIZE), np.uint8)
     neutral = tuple(STUFF.index(name) for name in world.neutral)

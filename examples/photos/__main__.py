@@ -1,10 +1,12 @@
-"""The whole chain on real photos: train a CAM network on image-level labels, three stages, CAM files, refine, evaluate, report.
+"""The whole chain on real photos: a CAM network trained on image-level labels, three stages, CAM files, and the commands
+`semples refine`, `evaluate` and `report`.
 
     python -m examples.photos --photos VOCdevkit/VOC2012 --labels image_labels.json --squeezenet squeezenet1_1.safetensors \\
         --captioned flickr8k --out runs/photos
 
-`--photos` is laid out as VOC, `--labels` maps image ids to class names, `--captioned` holds `images/` and `captions.csv` and is
-used to train a compact CLIP (or give one: `--clip FILE`). What is there already in `--out` is not computed again.
+`--photos` is laid out as VOC. `--labels` maps image ids to class names. `--captioned` holds `images/` and `captions.csv`; a
+compact CLIP is trained on them. `--clip FILE` takes a CLIP that is trained already. Finished parts in `--out` are not computed
+again.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 from semples_plugin import cli
 
 from .. import train_clip
+from ..seeds import spread
 from . import experiment
 from .experiment import CLASSES, Settings
 
@@ -46,17 +49,19 @@ def main() -> None:
     parser.add_argument("--labels", type=Path, required=True, help="JSON: image id -> class names")
     parser.add_argument("--squeezenet", type=Path, required=True, help="SqueezeNet 1.1 features, safetensors")
     parser.add_argument("--captioned", type=Path, help="folder with images/ and captions.csv, to train the CLIP")
-    parser.add_argument("--clip", type=Path, help="a CLIP that this command trained before")
-    parser.add_argument("--clip-steps", type=int, default=1000, help="training steps of the CLIP (1000)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 1, 2, ... (3)")
-    parser.add_argument("--out", type=Path, default=Path("runs/photos"))
+    parser.add_argument("--clip", type=Path, help="weights of a CLIP that this command trained before")
+    parser.add_argument("--clip-steps", type=int, default=1000, help="training steps of the CLIP (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 1 (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/photos"), help="folder for everything that is written (%(default)s)"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ["SQUEEZENET"] = str(args.squeezenet.resolve())
     clip_file = args.clip or args.out / "photo_clip.pt"
     if not clip_file.exists():
         if args.captioned is None:
-            parser.error("Give --captioned, to train a CLIP, or --clip.")
+            parser.error("Give --captioned to train a CLIP, or --clip to use one.")
         train_photo_clip(args.photos, args.labels, args.captioned, clip_file, args.clip_steps, args.out)
     clip = train_clip.load_feature_clip(clip_file, TOWER)
     settings = Settings()
@@ -67,7 +72,7 @@ def main() -> None:
     chance = {name: float(test.labels[:, k].float().mean()) for k, name in enumerate(CLASSES)}
     print("zero-shot average precision of the CLIP on val (chance): " + ", ".join(
         f"{name} {precision[name]:.2f} ({chance[name]:.2f})" for name in CLASSES))  # fmt: skip
-    half = test.ids[::2]  # thresholds are chosen on these, figures come from the others
+    half = test.ids[::2]  # the background threshold is chosen on these; figures come from the others
     truth = args.out / "truth"
     experiment.write_masks(test, args.photos, truth)
     (args.out / "classes.txt").write_text("\n".join(CLASSES) + "\n", encoding="utf-8")
@@ -82,7 +87,7 @@ def main() -> None:
             experiment.write_cams(host, test, args.photos, folder / "cams" / name)
 
         refiner = experiment.stages(high, clip, data, settings, seed, folder, write)
-        print("\n".join(f"  {reading}" for reading in refiner.nearest_words()))
+        print("\n".join(f"  {prompt}" for prompt in refiner.nearest_words()))
         records.append({name: row(args.out, folder, args.photos, source, aligned) for name, source, aligned in ROWS})
         (folder / "rows.json").write_text(json.dumps(records[-1], indent=1) + "\n", encoding="utf-8")
     last = args.out / f"seed_{args.seeds}"
@@ -97,7 +102,7 @@ def main() -> None:
 
 
 def train_photo_clip(photos: Path, labels: Path, captioned: Path, path: Path, steps: int, out: Path) -> None:
-    """The trainer of the demo's CLIP, on captioned photos and on captions made from the train photos' image-level labels."""
+    """Train a CLIP on captioned photos, and on captions made of the image-level labels of the train photos."""
     ids = (photos / "ImageSets" / "Segmentation" / "train.txt").read_text(encoding="utf-8").split()
     own = out / "label_captions.csv"
     with own.open("w", newline="", encoding="utf-8") as file:
@@ -109,7 +114,7 @@ def train_photo_clip(photos: Path, labels: Path, captioned: Path, path: Path, st
 
 
 def run_cli(arguments: Sequence[str]) -> str:
-    """A command of `semples`, and what it printed."""
+    """Run a command of `semples` and return what it printed."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         status = cli.main(list(arguments))
@@ -123,7 +128,7 @@ def refined(folder: Path, source: str) -> Path:
 
 
 def row(out: Path, folder: Path, photos: Path, source: str, aligned: bool) -> Dict[str, Any]:
-    """Figures on the test half at the threshold that is best on the other half, by the package's own commands."""
+    """Figures on the test half of val, at the background threshold that is best on the other half."""
     cams = folder / "cams" / source
     common = ["--classes", str(out / "classes.txt")]
     if aligned:
@@ -137,14 +142,13 @@ def row(out: Path, folder: Path, photos: Path, source: str, aligned: bool) -> Di
 
 
 def table(records: List[Dict[str, Any]]) -> str:
-    """Mean and standard deviation (n - 1) over the seeds, in percent."""
+    """One line per row: mIoU with its spread over the seeds, and the mean IoU of every label, in percent."""
     names = ["background", *CLASSES]
     lines = [f"{'':44s} {'mIoU':>12s}  " + "  ".join(f"{name:>10s}" for name in names)]
     for name in records[0]:
-        miou = 100 * np.array([r[name]["miou"] for r in records])
-        spread = f" ± {miou.std(ddof=1):.1f}" if len(miou) > 1 else ""
+        miou = spread([100 * r[name]["miou"] for r in records], "±")
         each = [100 * np.mean([r[name]["iou"][c] or 0.0 for r in records]) for c in names]
-        lines.append(f"{name:44s} {f'{miou.mean():.1f}{spread}':>12s}  " + "  ".join(f"{value:10.1f}" for value in each))
+        lines.append(f"{name:44s} {miou:>12s}  " + "  ".join(f"{value:10.1f}" for value in each))
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The three stages on real photos: a CAM network on pretrained features, trained with image-level labels, and its CAM files."""
+"""The three stages on real photos: a CAM network on pretrained features, trained on image-level labels, and its CAM files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from semples_plugin import PromptRefiner
+from semples_plugin.class_names import VOC_CLASSES
+from semples_plugin.config import RefinerConfig
 from semples_plugin.files.cams import CamFile, write_cam_file
-from semples_plugin.files.images import read_image
+from semples_plugin.files.images import read_image, write_label_png
+from semples_plugin.regions import change_stats, resize_image
 
+from ..recipe import COMPACT_CLIP
 from .squeezenet import load_squeezenet
 
 CLASSES = ["cat", "cow", "dog", "horse", "sheep", "person"]
@@ -25,10 +29,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Settings(NamedTuple):
-    """Sizes, steps and weights; what is not here is the package's default or VOC recipe.
-
-    As in the demo, lambda_t, lambda_refine and the area term are set for a CLIP with wide cosines.
-    """
+    """Sizes, steps and learning rates, and the configuration of the refiner."""
 
     size: int = 192
     host_steps: int = 200
@@ -36,16 +37,18 @@ class Settings(NamedTuple):
     stage_steps: int = 100
     stage_lr: float = 3e-4
     batch_size: int = 12
-    lambda_refine: float = 2.0
-    lambda_t: float = 0.1
-    lambda_area: float = 1.0
-    prompt_length: int = 8
-    prompt_epochs: int = 60
+    config: RefinerConfig = COMPACT_CLIP
 
 
 class Photos(NamedTuple):
-    """A split: ids, images (N, 3, S, S) in [0, 1], labels (N, C), frozen low features of the images and of their mirror
-    images (2, N, 256, h, h) at half precision."""
+    """A split of the photos.
+
+    Attributes:
+        ids: N names of images.
+        images: (N, 3, S, S) in [0, 1].
+        labels: (N, C) multi-hot.
+        low: (2, N, 256, h, h) frozen low features of the images and of the mirrored images, at half precision.
+    """
 
     ids: List[str]
     images: Tensor
@@ -54,7 +57,7 @@ class Photos(NamedTuple):
 
 
 class PhotoHost(nn.Module):
-    """The last four blocks of SqueezeNet 1.1, trained, and a 1x1 classifier: low features -> cam (B, C, h, h)."""
+    """The last four blocks of SqueezeNet 1.1 and a 1x1 classifier, all trained: low features -> cam (B, C, h, h)."""
 
     def __init__(self, high: nn.Module, num_classes: int):
         super().__init__()
@@ -66,7 +69,7 @@ class PhotoHost(nn.Module):
 
 
 def load_backbone(path: Path) -> Tuple[nn.Module, nn.Sequential]:
-    """(images in [0, 1] -> frozen low features at an eighth of their size, the pretrained last four blocks)."""
+    """The frozen lower part, images in [0, 1] -> features at an eighth of their size, and the pretrained last four blocks."""
     network = load_squeezenet(str(path), ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))).eval().requires_grad_(False)
     network.features[8] = nn.MaxPool2d(3, stride=1, padding=1)  # a finer CAM
     high = copy.deepcopy(network.features[9:]).requires_grad_(True)
@@ -76,7 +79,7 @@ def load_backbone(path: Path) -> Tuple[nn.Module, nn.Sequential]:
 
 @torch.no_grad()
 def load_split(root: Path, labels: Path, split: str, low: nn.Module, settings: Settings) -> Photos:
-    """Photos of a split that show one of the six classes; their labels come from the labels file, never from a mask."""
+    """The photos of a split that show at least one of the six classes. Labels come from the labels file, never from masks."""
     named: Dict[str, List[str]] = json.loads(labels.read_text(encoding="utf-8"))
     ids = (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text(encoding="utf-8").split()
     ids = [i for i in ids if set(named[i]) & set(CLASSES)]
@@ -95,11 +98,11 @@ def load_split(root: Path, labels: Path, split: str, low: nn.Module, settings: S
 Extra = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def train(host: PhotoHost, photos: Photos, steps: int, rate: float, batch_size: int, seed: int, title: str,
+def train(host: PhotoHost, photos: Photos, steps: int, lr: float, batch_size: int, seed: int, title: str,
           extra: Optional[Extra] = None) -> None:  # fmt: skip
-    """The host's own loop: multi-label classification of the pooled CAM, plus whatever `extra(img, cam, labels)` adds."""
-    optimizer = torch.optim.AdamW(host.parameters(), lr=rate, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1, cycle_momentum=False)
+    """The host's own loop: classification of the pooled CAM, plus the loss `extra(img, cam, labels)` if it is given."""
+    optimizer = torch.optim.AdamW(host.parameters(), lr=lr, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
     generator = torch.Generator().manual_seed(seed)
     order: List[int] = []
     bar = tqdm(range(steps), desc=title)
@@ -122,14 +125,14 @@ def train(host: PhotoHost, photos: Photos, steps: int, rate: float, batch_size: 
 
 @torch.no_grad()
 def cams_of(host: PhotoHost, photos: Photos) -> Tensor:
-    """CAM (N, C, h, h), the mean over the image and its mirror image."""
+    """CAM (N, C, h, h), the mean over the image and the mirrored image."""
     return torch.cat(
         [(host(a.float()) + host(b.float()).flip(3)) / 2 for a, b in zip(photos.low[0].split(50), photos.low[1].split(50))]
     )
 
 
 def write_cams(host: PhotoHost, photos: Photos, root: Path, folder: Path) -> None:
-    """CAM files as the baselines write them: {class index: (H, W)}, rectified and normalised to [0, 1] per image and class."""
+    """CAM files {class index: (H, W)}: positive part of the CAM, normalized to [0, 1] per image and class."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, cam, labels in zip(photos.ids, cams_of(host, photos).relu(), photos.labels):
         height, width = cv2.imread(str(root / "JPEGImages" / f"{name}.jpg")).shape[:2]
@@ -141,11 +144,8 @@ def write_cams(host: PhotoHost, photos: Photos, root: Path, folder: Path) -> Non
 
 
 def write_masks(photos: Photos, root: Path, folder: Path) -> None:
-    """Ground truth of the six classes as label maps 0 to 6; other classes of VOC count as background, void as void."""
+    """Ground truth of the six classes as label maps 0 to 6. Other classes of VOC become background; void stays void."""
     from PIL import Image
-
-    from semples_plugin.class_names import VOC_CLASSES
-    from semples_plugin.files.images import write_label_png
 
     table = np.zeros(256, np.uint8)
     table[255] = 255
@@ -158,24 +158,22 @@ def write_masks(photos: Photos, root: Path, folder: Path) -> None:
 
 
 def new_refiner(clip: nn.Module, settings: Settings, seed: int) -> PromptRefiner:
-    return PromptRefiner(
-        CLASSES, clip=clip, image_stats=None, seed=seed, prompt_length=settings.prompt_length, lambda_t=settings.lambda_t,
-        lambda_refine=settings.lambda_refine, lambda_area=settings.lambda_area,
-    )  # fmt: skip
+    return PromptRefiner(CLASSES, clip=clip, config=settings.config, seed=seed)
 
 
 def zero_shot(clip: nn.Module, photos: Photos, settings: Settings) -> Dict[str, float]:
-    """Average precision per class of cos(image, "a photo of a <class>."), and its chance level: is this CLIP of any use?"""
+    """Average precision per class of cos(image, "a photo of a <class>."): does this CLIP know the classes?"""
     refiner = new_refiner(clip, settings, 0)
+    encoder = refiner.encoder
+    images = change_stats(resize_image(photos.images, encoder.image_size), None, (encoder.mean, encoder.std))
     with torch.no_grad():
-        clip_images = refiner._clip_images(photos.images)
-        v = torch.cat([refiner.encoder.encode_image(part) for part in clip_images.split(50)])
+        v = torch.cat([encoder.encode_image(part) for part in images.split(50)])  # (N, D)
     scores = F.normalize(v, dim=-1) @ F.normalize(refiner.text_features, dim=-1).T
     return {name: average_precision(scores[:, k], photos.labels[:, k]) for k, name in enumerate(CLASSES)}
 
 
 def average_precision(scores: Tensor, labels: Tensor) -> float:
-    """Mean of the precision at every positive, best scores first."""
+    """Mean of the precision at the rank of every positive, highest scores first."""
     hits = labels[scores.argsort(descending=True)].float()
     precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
     return float((precision * hits).sum() / hits.sum())
@@ -184,14 +182,27 @@ def average_precision(scores: Tensor, labels: Tensor) -> float:
 def stages(
     backbone: nn.Sequential, clip: nn.Module, data: Photos, settings: Settings, seed: int, out: Path, write: Callable[..., None]
 ) -> PromptRefiner:
-    """Host, host trained as long as the others, match, refine: `write(name, host)` after each. Returns the refiner.
+    """Train the host, then train it on in three ways: alone for as long as the others, match, and match + refine.
 
-    Weights are kept in `out`, so that an interrupted run goes on after the last finished part.
+    The weights of every finished part are saved in `out`, so that an interrupted run continues after the last one.
+
+    Args:
+        backbone: the pretrained last four blocks, see `load_backbone`.
+        clip: a loaded CLIP.
+        data: the photos to train on.
+        settings: sizes, steps and options.
+        seed: of the host, the batches and the prompts.
+        out: folder for weights and prompts.
+        write: called as `write(name, host)` after every part.
+
+    Returns:
+        The refiner with its learned prompts.
     """
     torch.manual_seed(seed)
     first = PhotoHost(copy.deepcopy(backbone), len(CLASSES))
 
-    def part(name: str, start: Optional[Dict[str, Tensor]], work: Callable[[PhotoHost], None]) -> Dict[str, Tensor]:
+    def trained(name: str, start: Optional[Dict[str, Tensor]], work: Callable[[PhotoHost], None]) -> Dict[str, Tensor]:
+        """Weights of the part `name`: read from its file, or trained by `work` from the weights `start`."""
         host = copy.deepcopy(first)
         path = out / f"{name}.pt"
         if path.exists():
@@ -205,11 +216,17 @@ def stages(
         write(name, host.eval())
         return host.state_dict()
 
-    s = settings
-    base = part("base", None, lambda h: train(h, data, s.host_steps, s.host_lr, s.batch_size, seed, "host"))
-    part("host", base, lambda h: train(h, data, s.stage_steps, s.stage_lr, s.batch_size, seed, "host, as long as the others"))
-    refiner = new_refiner(clip, s, seed)
-    matched = part("match", base, lambda h: train(h, data, s.stage_steps, s.stage_lr, s.batch_size, seed, "match", refiner))
+    def train_on(title: str, extra: Optional[Extra] = None) -> Callable[[PhotoHost], None]:
+        s = settings
+        return lambda host: train(host, data, s.stage_steps, s.stage_lr, s.batch_size, seed, title, extra)
+
+    def train_first(host: PhotoHost) -> None:
+        train(host, data, settings.host_steps, settings.host_lr, settings.batch_size, seed, "host")
+
+    base = trained("base", None, train_first)
+    trained("host", base, train_on("host, as long as the others"))
+    refiner = new_refiner(clip, settings, seed)
+    matched = trained("match", base, train_on("match", refiner))
     prompts = out / "prompts.safetensors"
     if prompts.exists():
         refiner.load_prompts(prompts)
@@ -221,16 +238,14 @@ def stages(
             refiner.encode_backgrounds(*batch) for batch in zip(data.images.split(32), cams.split(32), data.labels.split(32))
         ]
         pairs = torch.cat([p + torch.tensor([32 * i, 0]) for i, (_, p) in enumerate(rows)])
-        refiner.fit_prompts_on(torch.cat([f for f, _ in rows]), pairs, epochs=s.prompt_epochs)
+        refiner.fit_prompts_on(torch.cat([f for f, _ in rows]), pairs)
         refiner.save(prompts)
-    part("refine", base, lambda h: train(h, data, s.stage_steps, s.stage_lr, s.batch_size, seed, "match + refine", refiner))
+    trained("refine", base, train_on("match + refine", refiner))
     return refiner
 
 
 def captions(labels: Path, ids: Sequence[str]) -> List[Tuple[str, str]]:
-    """(image, caption) of photos from their image-level labels, for the photo CLIP's training."""
-    from semples_plugin.class_names import VOC_CLASSES
-
+    """(image, caption) pairs made of the photos' image-level labels, to train the photo CLIP on."""
     named: Dict[str, List[str]] = json.loads(labels.read_text(encoding="utf-8"))
     rows = []
     for name in ids:

@@ -1,7 +1,7 @@
 """SqueezeNet 1.1 features (Iandola et al., 2016), pretrained on ImageNet: 512 channels at a sixteenth of the image's size.
 
-The layout and the names of the weights are those of torchvision's `squeezenet1_1().features`; torchvision is not needed. The
-weights are given as a safetensors file by the environment variable `SQUEEZENET` (BGR, 0..255, minus the Caffe mean).
+Layout and names of the weights are those of torchvision's `squeezenet1_1().features`; torchvision is not needed. The weights, a
+safetensors file, must have been trained on BGR images in 0..255 minus the Caffe mean.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ CAFFE_MEAN = (103.939, 116.779, 123.68)  # of B, G, R in 0..255
 
 
 class Fire(nn.Module):
+    """1x1 convolution to few channels, then a 1x1 and a 3x3 convolution side by side."""
+
     def __init__(self, channels: int, squeeze: int, expand: int):
         super().__init__()
         self.squeeze = nn.Conv2d(channels, squeeze, 1)
@@ -30,7 +32,7 @@ class Fire(nn.Module):
 
 
 class SqueezeNetFeatures(nn.Module):
-    """(B, 3, H, W) images with the statistics `stats` -> (B, 512, H / 16, W / 16), rounded down."""
+    """Images (B, 3, H, W) with the statistics `stats` (mean, std) -> features (B, 512, H / 16, W / 16), sizes rounded down."""
 
     mean: Tensor
     scale: Tensor
@@ -63,7 +65,10 @@ def load_squeezenet(path: str, stats: Tuple[Sequence[float], Sequence[float]]) -
 
 
 def clip_tower() -> nn.Module:
-    """For `python -m examples.train_clip --tower examples/photos/squeezenet.py:clip_tower`."""
+    """Pretrained features for `python -m examples.train_clip --tower examples/photos/squeezenet.py:clip_tower`.
+
+    The environment variable `SQUEEZENET` names the weights file.
+    """
     if "SQUEEZENET" not in os.environ:
         raise ValueError("Set SQUEEZENET to the safetensors file of SqueezeNet 1.1 features.")
     return load_squeezenet(os.environ["SQUEEZENET"], (CLIP_MEAN, CLIP_STD))
