@@ -1,5 +1,5 @@
 # `make demo` and `make test` set themselves up in .venv on a fresh machine; nothing outside this folder is touched.
-#   make demo TORCH="torch==2.0.1 numpy==1.26.4"   another torch, from 1.13 on (before 2.3 with numpy 1)
+#   make demo TORCH="torch==2.0.1 numpy==1.26.4"   another torch, from 2.0 on (before 2.3 with numpy 1)
 #   make test PYTHON=python3.10          another Python; one that has torch already lends it to .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 OUT ?= runs/demo
 SEEDS ?= 5
 
-.PHONY: demo seeds clusters benchmark test test-hosts lint clean
+.PHONY: demo seeds clusters benchmark test test-hosts lint docs docs-serve build/api clean
 demo: $(VENV)/ready
 	$(RUN) -m examples.demo --out $(OUT)
 
@@ -39,6 +39,22 @@ lint: $(VENV)/ready
 	$(RUN) -m ruff format --check .
 	rm -rf build/mypy && mkdir -p build/mypy && cp -r semples_plugin build/mypy/ && cp -r adapters build/mypy/semples_plugin/
 	$(RUN) -m mypy build/mypy/semples_plugin
+
+# The pages of docs/ as a site in build/site; a warning is an error. The API pages read the package as it is installed.
+docs: $(VENV)/docs build/api
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+docs-serve: $(VENV)/docs build/api
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve
+
+build/api:
+	mkdir -p $@/semples_plugin
+	ln -sfn $(abspath $(wildcard semples_plugin/*)) $@/semples_plugin/
+	ln -sfn $(abspath adapters) $@/semples_plugin/adapters
+
+$(VENV)/docs: $(VENV)/ready
+	$(RUN) -m pip install --quiet --editable ".[docs]"
+	touch $@
 
 # An installed torch is used as it is; otherwise one pinned release, so that no newer one with other needs slips in.
 $(VENV)/ready: setup.cfg
