@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 OUT ?= runs/demo
 SEEDS ?= 5
 
-.PHONY: demo seeds clusters benchmark test test-hosts lint clean
+.PHONY: demo seeds clusters benchmark test test-hosts lint docs docs-serve build/api clean
 demo: $(VENV)/ready
 	$(RUN) -m examples.demo --out $(OUT)
 
@@ -40,6 +40,22 @@ lint: $(VENV)/ready
 	rm -rf build/lint && mkdir -p build/lint && cp -r semples_plugin build/lint/ && cp -r adapters build/lint/semples_plugin/
 	$(RUN) -m mypy build/lint/semples_plugin
 	cd build/lint && PYTHONPATH=. $(abspath $(VENV))/bin/lint-imports ../../setup.cfg
+
+# The pages of docs/ as a site in build/site; a warning is an error. The API pages read the package as it is installed.
+docs: $(VENV)/docs build/api
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+docs-serve: $(VENV)/docs build/api
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve
+
+build/api:
+	mkdir -p $@/semples_plugin
+	ln -sfn $(abspath $(wildcard semples_plugin/*)) $@/semples_plugin/
+	ln -sfn $(abspath adapters) $@/semples_plugin/adapters
+
+$(VENV)/docs: $(VENV)/ready
+	$(RUN) -m pip install --quiet --editable ".[docs]"
+	touch $@
 
 # An installed torch is used as it is; otherwise one pinned release, so that no newer one with other needs slips in.
 $(VENV)/ready: setup.cfg
