@@ -1,7 +1,7 @@
 """PCC and CPC on a vision transformer: cluster tokens, HV-BiLSTM, patch classifier and patch contrast in one module.
 
-`ClusterBranch` is what people build for this part, as they build `PromptRefiner` for the prompts. It reads and extends a host by
-hooks and gives one loss with named terms. Flow: host's patch tokens -> (`HVBiLSTM`) -> `PatchClassifier` -> top-k pooling ->
+`ClusterBranch` is what people build for this part, as they build `PromptRefiner` for the prompts. It reads and extends a host
+by hooks and gives one loss with named terms. Flow: host's patch tokens -> (`HVBiLSTM`) -> `PatchClassifier` -> top-k pooling ->
 L_MCE and patch contrast; `ClusterTokens` -> loss on cluster labels. No reference code of PCC (arXiv 2412.13823) or CPC (arXiv
 2508.17009) exists: this is re-implemented from their description, and no published figure is claimed.
 """
