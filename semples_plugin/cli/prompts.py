@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print what the file holds; returns 0."""
-    from ..prompts import read_file
+    from ..prompt_files import read_file
 
     found = read_file(options.file)
     words = None

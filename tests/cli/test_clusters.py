@@ -76,7 +76,7 @@ def test_rounds_and_clusters_are_shown(semples: Command, chat: ChatServer) -> No
     status, out, err = semples(*model(chat, "?", text(A), text(C), text(C)))
     assert (status, err) == (0, "") and out.splitlines() == [
         "round 1: no valid clusters",
-        '  The answer is not JSON (Expecting value: line 1 column 1 (char 0)). Expected only {"clusters": [{"name": "...", '
+        '  The answer could not be read: it holds no JSON object of clusters. Expected only {"clusters": [{"name": "...", '
         "\"classes\": [\"...\", \"...\"]}]}; got '?'.",
         "round 2: 3 clusters",
         "round 3: 4 clusters",
@@ -128,7 +128,7 @@ def test_a_failure_leaves_the_old_clusters_and_a_record(semples: Command, chat: 
     semples.out.write_text("mine")
     status, out, err = semples(*model(chat, text(A), Reply(f"bad key\n{KEY}", 401)))
     assert (status, out) == (2, "round 1: 3 clusters\n") and err.startswith("error: The language model 'toy' at ")
-    assert err.count("\n") == 1 and f"What was said so far is in {semples.partial}." in err
+    assert err.count("\n") == 1 and f"The record of all answers so far is in {semples.partial}." in err
     assert semples.out.read_text() == "mine" and KEY not in semples.partial.read_text()
     assert json.loads(semples.partial.read_text())["provenance"]["rounds"][0]["clusters"] == A
     assert sorted(path.name for path in semples.root.iterdir()) == ["c.json", "c.partial.json", "classes.txt"]
