@@ -293,9 +293,9 @@ ONES = np.ones(SIZE, np.float32)
 BAD: Dict[str, Tuple[Callable[[World], None], str]] = {
     "no image": (no_image, "no image bad.jpg"),
     "a folder for an image": (folder_for_an_image, "no image bad.jpg"),
-    "no bytes of an image": (bad_image(b""), "no readable image"),
-    "text for an image": (bad_image(b"<html>not found</html>"), "no readable image"),
-    "header of an image only": (bad_image(lambda data: data[:300]), "no readable image"),
+    "no bytes of an image": (bad_image(b""), "not a readable image"),
+    "text for an image": (bad_image(b"<html>not found</html>"), "not a readable image"),
+    "header of an image only": (bad_image(lambda data: data[:300]), "not a readable image"),
     "an image that OpenCV does not take": (bad_image(bmp(2**20 + 1, 1)), ""),
     "a folder for a CAM": (folder_for_a_cam, ""),
     "no bytes of a CAM": (bad_cam(b""), "not a readable .npy file"),
