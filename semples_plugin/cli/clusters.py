@@ -172,5 +172,5 @@ def _interrupted(options: argparse.Namespace) -> str:
     if options.model is None:
         return "`semples clusters` starts anew with the same command."
     partial = _partial(options.out)
-    said = f" What was said so far is in {partial}." if partial.is_file() else ""
-    return f"{options.out} is as it was.{said}"
+    record = f" The record of all answers so far is in {partial}." if partial.is_file() else ""
+    return f"{options.out} is as it was.{record}"

@@ -138,12 +138,13 @@ def _figures(first: Result, second: Result, gain: Mapping[str, float]) -> List[T
 
 def _plot(first: Result, second: Result) -> Dict[str, Any]:
     """The curves of mIoU over the threshold, without the points that are NaN, and the upper end of the axis."""
-    curves = []
-    for result in (first, second):
-        points = [(threshold, miou) for threshold, miou in result.curve if not np.isnan(miou)]
-        curves.append({"points": points, "best": (result.threshold, result.miou) if points else None})
-    highest = max((miou for curve in curves for _, miou in curve["points"]), default=1.0)
-    return {"top": max(0.1, float(np.ceil(highest * 10) / 10)), "curves": curves}
+    points = [[(threshold, miou) for threshold, miou in result.curve if not np.isnan(miou)] for result in (first, second)]
+    highest = max((miou for curve in points for _, miou in curve), default=1.0)
+    best = [(result.threshold, result.miou) if curve else None for result, curve in zip((first, second), points)]
+    return {
+        "top": max(0.1, float(np.ceil(highest * 10) / 10)),
+        "curves": [{"points": curve, "best": mark} for curve, mark in zip(points, best)],
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- pictures

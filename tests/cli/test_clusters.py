@@ -141,7 +141,7 @@ def test_no_fixed_point_is_an_error(semples: Command, chat: ChatServer) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_ctrl_c_keeps_what_was_said_and_the_old_file(semples: Command, chat: ChatServer) -> None:
+def test_ctrl_c_keeps_the_record_and_the_old_file(semples: Command, chat: ChatServer) -> None:
     command = semples.arguments(*model(chat, text(A), Reply(text(A), delay=30)))
     process = subprocess.Popen(
         [sys.executable, "-m", "semples_plugin", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -151,8 +151,8 @@ def test_ctrl_c_keeps_what_was_said_and_the_old_file(semples: Command, chat: Cha
     assert process.stdout is not None and process.stdout.readline() == "round 1: 3 clusters\n"  # the second one is asked
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
-    kept = f"What was said so far is in {semples.partial}."
-    assert process.returncode == 130 and err == f"interrupted; {semples.out} is as it was. {kept}\n"
+    record = f"The record of all answers so far is in {semples.partial}."
+    assert process.returncode == 130 and err == f"interrupted; {semples.out} is as it was. {record}\n"
     assert json.loads(semples.partial.read_text())["provenance"]["rounds"][0]["clusters"] == A and not semples.out.exists()
 
 
