@@ -33,7 +33,7 @@ def data(make_batch: Callable[..., Any], count: int = 2) -> Tuple[List[Any], Cal
 
 def fit(refiner: PromptRefiner, make_batch: Callable[..., Any], **options: Any) -> Any:
     loader, cam_of = data(make_batch)
-    return refiner.fit_prompts(loader, cam_of, **{"epochs": 4, "rate": 0.05, "batch_size": 3, "progress": False, **options})
+    return refiner.fit_prompts(loader, cam_of, **{"epochs": 4, "lr": 0.05, "batch_size": 3, "progress": False, **options})
 
 
 # ------------------------------------------------------------------------------------------------ what is accepted
@@ -143,7 +143,7 @@ def test_first_step_follows_the_gradient_of_the_formula(
     padded_prompt: Callable,
     classes: List[str],
 ) -> None:
-    """AdamW's first step is rate x sign(gradient), after its weight decay."""
+    """AdamW's first step is lr x sign(gradient), after its weight decay."""
     refiner = make_refiner(clusters=GROUPS, lambda_t=1.0)
     loader, cam_of = data(make_batch)
     context = refiner.prompts.context.clone().requires_grad_(True)
@@ -158,9 +158,9 @@ def test_first_step_follows_the_gradient_of_the_formula(
             total = total + (repulsion - log(clamped_cosine(v_b, u_b))) / 7
     gradient = torch.autograd.grad(total, context)[0]
     before = refiner.prompts.context.clone()
-    rate, decay = 0.01, refiner.config.weight_decay
-    fit(refiner, make_batch, epochs=1, batch_size=100, rate=rate)
-    step = (before * (1 - rate * decay) - refiner.prompts.context) / rate
+    lr, decay = 0.01, refiner.config.weight_decay
+    fit(refiner, make_batch, epochs=1, batch_size=100, lr=lr)
+    step = (before * (1 - lr * decay) - refiner.prompts.context) / lr
     clear = gradient.abs() > 0.01 * gradient.abs().max()
     assert clear.float().mean() > 0.5
     assert torch.allclose(step[clear], gradient[clear].sign(), atol=1e-2)
@@ -190,7 +190,7 @@ def test_a_failed_fit_with_clusters_leaves_the_prompts(make_refiner: Any, make_b
     refiner = make_refiner(clusters=GROUPS, learned=True)
     before = copy.deepcopy(refiner.prompts.state_dict())
     with pytest.raises(FloatingPointError, match="The prompts diverged"):
-        fit(refiner, make_batch, rate=1e30)
+        fit(refiner, make_batch, lr=1e30)
     assert all(torch.equal(value, before[name]) for name, value in refiner.prompts.state_dict().items())
 
 

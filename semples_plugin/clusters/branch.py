@@ -1,7 +1,7 @@
 """PCC and CPC on top of a vision transformer: cluster tokens, HV-BiLSTM, patch classifier and patch contrast in one module.
 
-`ClusterBranch` is what people build for this part, as they build `PromptRefiner` for the prompts. It reads and extends a host by
-hooks and gives one loss with named terms. Flow: host's patch tokens -> (`HVBiLSTM`) -> `PatchClassifier` -> top-k pooling ->
+`ClusterBranch` is what people build for this part, as they build `PromptRefiner` for the prompts. It reads and extends a host
+by hooks and gives one loss with named terms. Flow: host's patch tokens -> (`HVBiLSTM`) -> `PatchClassifier` -> top-k pooling ->
 L_MCE and patch contrast; `ClusterTokens` -> loss on cluster labels. No reference code of PCC (arXiv 2412.13823) or CPC (arXiv
 2508.17009) exists: this is re-implemented from their description, and no published figure is claimed.
 """
@@ -330,8 +330,8 @@ class ClusterBranch(nn.Module):
             branch.load_state_dict(tensors)
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ClusterError(
-                f"{os.fspath(path)} is damaged or is not a cluster branch ({error}). Expected a file of branch.save(path), format "
-                f"{FORMAT!r}, version {FORMAT_VERSION}."
+                f"{os.fspath(path)} is damaged or is not a cluster branch ({error}). Expected a file of branch.save(path), "
+                f"format {FORMAT!r}, version {FORMAT_VERSION}."
             ) from error
         return branch
 
