@@ -187,9 +187,8 @@ class Chat:
 
     def _details(self, error: Any) -> str:
         if hasattr(error, "status_code"):
-            message = error.body.get("message") if isinstance(error.body, dict) else None
-            said = message if isinstance(message, str) else error.response.text or error.message
-            return f"status {error.status_code}: {self._quote(said)}"
+            message = error.body.get("message") if isinstance(error.body, dict) else error.response.text
+            return f"status {error.status_code}: {self._quote(str(message or error.message))}"
         cause = error.__cause__ or error
         return f"{type(cause).__name__}: {self._quote(str(cause))}"
 

@@ -492,11 +492,9 @@ def test_neither_key_nor_address(chat: ChatServer, monkeypatch: pytest.MonkeyPat
 
 
 def test_without_the_client() -> None:
-    code = (
-        "import sys; sys.modules['openai'] = None\n"
-        "from semples_plugin.clusters import clusters_from_language_model as ask\n"
-        "ask(['a'], 'm', base_url='http://x')"
-    )
+    code = """import sys; sys.modules['openai'] = None
+from semples_plugin.clusters import clusters_from_language_model
+clusters_from_language_model(['a'], 'm', base_url='http://x')"""
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert (
         "ModuleNotFoundError: Asking a language model needs the openai client: pip install 'semples-plugin[clusters]'."
