@@ -41,7 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add, assignments = parser.add_argument, {"action": "append", "default": [], "metavar": "NAME=VALUE"}
+    add = parser.add_argument
+    assignments: Dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
     add("host", metavar="HOST", choices=names(), help=", ".join(names()))
     add("--repo", type=Path, required=True, metavar="DIR", help="folder of the host; the runner changes nothing in it")
     add("--stage", choices=["all", *STAGES, "plain"], default="all", help="default: %(default)s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any, Dict, List, Union
 
 from .sources import CamSource
@@ -32,7 +33,7 @@ def make_source(host: Union[str, CamSource], **options: Any) -> CamSource:
 
     Raises:
         ValueError: if there is no host of that name.
-        TypeError: if options are given for a `CamSource`.
+        TypeError: if the host has no such option, or options are given for a `CamSource`.
 
     Example:
         >>> make_source("mctformer", cam="patch").name
@@ -47,5 +48,10 @@ def make_source(host: Union[str, CamSource], **options: Any) -> CamSource:
     if host not in HOSTS:
         raise ValueError(f"The host must be one of {', '.join(map(repr, names()))} or a CamSource; got {host!r}.")
     module = importlib.import_module(f".{host}", __package__)
-    source: CamSource = getattr(module, HOSTS[host])(**options)
+    kind = getattr(module, HOSTS[host])
+    known = list(inspect.signature(kind).parameters)
+    for name in options:
+        if name not in known:
+            raise TypeError(f"The host {host!r} has no option {name!r}; its options are {', '.join(known)}.")
+    source: CamSource = kind(**options)
     return source

@@ -853,6 +853,8 @@ def test_unknown_hosts_and_options(refiner: PromptRefiner, cnn: ToyCNN) -> None:
         ValueError, match="must be one of 'generic', 'mctformer', 'transcam', 'weaktr' or a CamSource; got 'toco'"
     ):
         adapters.attach("toco", cnn, refiner)
+    with pytest.raises(TypeError, match="The host 'mctformer' has no option 'layer'; its options are cam, layers."):
+        adapters.attach("mctformer", cnn, refiner, layer=1)
     with pytest.raises(ValueError, match="`mode` must be 'add' .* or 'replace' .*; got 'instead'"):
         adapters.attach("generic", cnn, refiner, mode="instead", **CNN)
     for weight, error in ((-1.0, ValueError), (float("nan"), ValueError), (float("inf"), ValueError), ("1", TypeError)):

@@ -170,14 +170,14 @@ class ClusterChecks(Checks):
             tokens = self.run(Short)
             with adapters.attach(self.name, self.bench.model, self.refiner) as refiner:
                 refined = self.run(Short)
-        options = {"clusters": branch, "branch_optimizer": make_optimizer(branch)}
+        options = {"branch": branch, "branch_optimizer": make_optimizer(branch)}
         with adapters.attach(self.name, self.bench.model, None, **options) as alone:
             pcc = self.run(Short)
         plain = self.run()
         branch = make_branch(self.inner)  # as it was
         before = {name: value.detach().clone() for name, value in branch.named_parameters()}
         terms: List[Dict[str, float]] = []
-        options = {"clusters": branch, "branch_optimizer": make_optimizer(branch)}
+        options = {"branch": branch, "branch_optimizer": make_optimizer(branch)}
         with adapters.attach(
             self.name, self.bench.model, self.refiner, on_step=lambda step, values: terms.append(values), **options
         ) as attachment:
