@@ -187,8 +187,8 @@ def listed_messages() -> List[str]:
 
 
 def pattern(beginning: str) -> "re.Pattern[str]":
-    """`...` of the page stands for any text, so also for a field."""
-    return re.compile(".*?".join(re.escape(part) for part in beginning.split("...")), re.S)
+    """`...` of the page stands for a field and what may be around it."""
+    return re.compile(f".*?{FIELD}.*?".join(re.escape(part) for part in beginning.split("...")), re.S)
 
 
 def test_troubleshooting_names_messages_that_exist() -> None:
