@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from semples_plugin import PromptFileError, PromptRefiner, prompts
+from semples_plugin import PromptFileError, PromptRefiner, prompt_files, prompts
 from semples_plugin.clusters.categories import CategoryClusters
 from semples_plugin.errors import ClusterError
 from tests.test_losses import clamped_cosine, log
@@ -46,10 +46,10 @@ def test_clusters_are_taken_in_the_refiners_order(form: str, make_refiner: Any, 
         "clusters": CategoryClusters(GROUPS, classes, {"source": "test"}),
         "other order": CategoryClusters(GROUPS, ["bird", "boat", "train"], {"source": "test"}),
     }[form]
-    found = make_refiner(clusters=given).clusters
-    assert found.classes == tuple(classes) and dict(found) == {name: tuple(members) for name, members in GROUPS.items()}
-    assert found.related().tolist() == [[True, True, False], [True, True, False], [False, False, True]]
-    assert found.provenance == {"source": "mapping" if form == "mapping" else "test"}
+    config = make_refiner(clusters=given).config
+    assert config.as_dict()["clusters"] == GROUPS
+    related = prompts.related_classes(config.clusters, classes)
+    assert related.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
 
 
 def test_every_form_learns_the_same(make_refiner: Any, make_batch: Any, classes: List[str]) -> None:
@@ -63,7 +63,7 @@ def test_every_form_learns_the_same(make_refiner: Any, make_batch: Any, classes:
 
 def test_clusters_name_the_classes_not_their_prompt_names(make_refiner: Any) -> None:
     names = {"boat": "ship", "train": "train", "bird": "bird"}
-    assert make_refiner(names, clusters=GROUPS).clusters.classes == ("boat", "train", "bird")
+    assert make_refiner(names, clusters=GROUPS).config.clusters == GROUPS
     with pytest.raises(ClusterError, match="'ship' in cluster 'vehicles' is not one of the classes. In no cluster: 'boat'"):
         make_refiner(names, clusters={"vehicles": ["ship", "train"], "animals": ["bird"]})
 
@@ -143,7 +143,7 @@ def test_first_step_follows_the_gradient_of_the_formula(
     padded_prompt: Callable,
     classes: List[str],
 ) -> None:
-    """AdamW's first step is lr x sign(gradient), after its weight decay."""
+    """AdamW's first step is rate x sign(gradient), after its weight decay."""
     refiner = make_refiner(clusters=GROUPS, lambda_t=1.0)
     loader, cam_of = data(make_batch)
     context = refiner.prompts.context.clone().requires_grad_(True)
@@ -158,9 +158,9 @@ def test_first_step_follows_the_gradient_of_the_formula(
             total = total + (repulsion - log(clamped_cosine(v_b, u_b))) / 7
     gradient = torch.autograd.grad(total, context)[0]
     before = refiner.prompts.context.clone()
-    lr, decay = 0.01, refiner.config.weight_decay
-    fit(refiner, make_batch, epochs=1, batch_size=100, lr=lr)
-    step = (before * (1 - lr * decay) - refiner.prompts.context) / lr
+    rate, decay = 0.01, refiner.config.weight_decay
+    fit(refiner, make_batch, epochs=1, batch_size=100, lr=rate)
+    step = (before * (1 - rate * decay) - refiner.prompts.context) / rate
     clear = gradient.abs() > 0.01 * gradient.abs().max()
     assert clear.float().mean() > 0.5
     assert torch.allclose(step[clear], gradient[clear].sign(), atol=1e-2)
@@ -197,7 +197,7 @@ def test_a_failed_fit_with_clusters_leaves_the_prompts(make_refiner: Any, make_b
 def test_copies_keep_the_clusters(make_refiner: Any, make_batch: Any) -> None:
     refiner = make_refiner(clusters=GROUPS)
     other = copy.deepcopy(refiner)
-    assert other.clusters == refiner.clusters
+    assert other.config == refiner.config
     assert fit(other, make_batch) == fit(refiner, make_batch)
 
 
@@ -213,9 +213,9 @@ def test_a_file_says_which_clusters(make_refiner: Any, make_batch: Any, tmp_path
     refiner = make_refiner(clusters=CategoryClusters(GROUPS, ["bird", "boat", "train"], {"source": "test"}))
     fit(refiner, make_batch)
     refiner.save(tmp_path / "p.safetensors")
-    context, facts = prompts.read_file(tmp_path / "p.safetensors")
-    assert facts["clusters"] == GROUPS and list(facts["clusters"]) == list(GROUPS)
-    assert torch.equal(context, refiner.prompts.context)
+    found = prompt_files.read_file(tmp_path / "p.safetensors")
+    assert found.config.clusters == GROUPS and list(found.config.clusters) == list(GROUPS)
+    assert torch.equal(found.context, refiner.prompts.context)
 
 
 def test_a_file_with_clusters_loads_with_and_without_them(
@@ -234,9 +234,9 @@ def test_a_file_with_clusters_loads_with_and_without_them(
         ):
             assert loaded.stage == "refine" and torch.equal(loaded.prompts.context, refiner.prompts.context)
             assert loaded(*batch).item() == expected
-            assert (loaded.clusters is None) == (given is None)
+            assert (loaded.config.clusters is None) == (given is None)
     plain = PromptRefiner.load(path, clip=aligned_clip, image_stats=None)
-    assert plain.clusters == refiner.clusters and plain(*batch).item() == expected  # the file's own
+    assert plain.config == refiner.config and plain(*batch).item() == expected  # the file's own
     assert "2 clusters" in repr(plain)
     with pytest.raises(ClusterError, match="In no cluster: 'bird'"):
         PromptRefiner.load(path, clip=aligned_clip, image_stats=None, clusters={"vehicles": ["boat", "train"]})
@@ -244,7 +244,7 @@ def test_a_file_with_clusters_loads_with_and_without_them(
         make_refiner(["bird", "train", "boat"], clusters=GROUPS).load_prompts(path)
 
 
-def test_a_file_without_clusters_has_the_bytes_it_always_had(make_refiner: Any, make_batch: Any, tmp_path: Path) -> None:
+def test_a_prompt_file_has_exactly_these_bytes(make_refiner: Any, make_batch: Any, tmp_path: Path) -> None:
     refiner = make_refiner()
     fit(refiner, make_batch)
     refiner.save(tmp_path / "p.safetensors")
@@ -253,13 +253,10 @@ def test_a_file_without_clusters_has_the_bytes_it_always_had(make_refiner: Any, 
         "prompt_names": ["boat", "train", "bird"],
         "clip": refiner.encoder.name,
         "clip_fingerprint": refiner.encoder.fingerprint,
-        "template": "a photo of a {}.",
-        "prompt_template": "a photo of {} .",
-        "clip_stats": True,
-        "prompt_length": 4,
+        "config": refiner.config.as_dict(),
     }
     context = refiner.prompts.context
-    metadata = {"facts": json.dumps(facts), "format": "semples-plugin prompts", "version": "1"}
+    metadata = {"facts": json.dumps(facts), "format": "semples-plugin prompts", "version": "2"}
     tensor = {"data_offsets": [0, 4 * context.numel()], "dtype": "F32", "shape": list(context.shape)}
     text = json.dumps({"__metadata__": metadata, "context": tensor}, separators=(",", ":"))
     text += " " * (-len(text) % 8)
@@ -274,7 +271,8 @@ def test_clusters_of_one_class_change_the_facts_alone(make_refiner: Any, make_ba
         refiner.save(tmp_path / name)
     plain, alone = header(tmp_path / "plain"), header(tmp_path / "alone")
     facts, more = (json.loads(part["__metadata__"].pop("facts")) for part in (plain, alone))
-    assert "clusters" not in facts and more == {**facts, "clusters": ALONE}
+    assert facts["config"]["clusters"] is None
+    assert more == {**facts, "config": {**facts["config"], "clusters": ALONE}}
     assert plain == alone
     size = 4 * refiner.prompts.context.numel()
     assert (tmp_path / "plain").read_bytes()[-size:] == (tmp_path / "alone").read_bytes()[-size:]
