@@ -855,7 +855,7 @@ def without_mark(arguments: List[str]) -> List[str]:
         (["--prompts", "none.safetensors"], None, "--prompts: there is no file none.safetensors"),
         (["--checkpoint", "none.pt"], None, "--checkpoint: there is no file none.pt"),
         (["--cwd", "none"], None, "--cwd: there is no folder none"),
-        (["--classes", "none.txt"], None, "--classes must be voc, coco or a readable file; got 'none.txt'"),
+        (["--classes", "none.txt"], None, "The class names must be voc, coco or a readable file; got 'none.txt'"),
         ([], [], "Give the host's script and its arguments after --"),
         ([], ["main.py"], "There is no main.py in"),
         ([], ["tools"], "There is no tools in"),
@@ -974,7 +974,7 @@ def test_classes_and_configuration_of_the_benchmarks(
     "name, content, message",
     [
         ("names.json", b"[", "names.json is not readable JSON"),
-        ("names.json", b'"boat"', "must hold a list of names or a mapping"),
+        ("names.json", b'"boat"', "must hold a list of names, or a mapping"),
         ("names.json", b'["boat", 2]', "2"),
         ("names.json", b'["boat", "boat"]', "'boat' more than once"),
         ("names.txt", b"\n\n", "at least one name"),

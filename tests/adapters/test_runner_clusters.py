@@ -177,7 +177,7 @@ def test_a_network_without_blocks_is_refused(folder: Path, tmp_path: Path) -> No
         (["--cluster-prompts"], "need --clusters FILE"),
         (["--branch-option", "top_k=2"], "need --clusters FILE"),
         (["--clusters", "FOLDER/none.json"], "No cluster file at"),
-        (["--clusters", "FOLDER/classes.txt"], "must end in .json, .yaml or .yml"),
+        (["--clusters", "FOLDER/classes.txt"], "must end in .json; got 'classes"),
         (["--clusters", "FOLDER/clusters.json", "--classes", "voc"], "In no cluster: 'aeroplane'"),
         (["--clusters", "voc"], "'aeroplane' in cluster 'vehicles' is not one of the classes"),
         (["--clusters", "FOLDER/clusters.json", "--stage", "plain"], "--stage plain trains nothing"),
