@@ -49,7 +49,7 @@ docs-serve: $(VENV)/docs build/api
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve
 
 build/api:
-	mkdir -p $@/semples_plugin
+	rm -rf $@ && mkdir -p $@/semples_plugin
 	ln -sfn $(abspath $(wildcard semples_plugin/*)) $@/semples_plugin/
 	ln -sfn $(abspath adapters) $@/semples_plugin/adapters
 
