@@ -40,19 +40,20 @@ def fit(refiner: PromptRefiner, make_batch: Callable[..., Any], **options: Any) 
 
 
 @pytest.mark.parametrize("form", ["mapping", "clusters", "other order"])
-def test_clusters_are_taken_in_the_refiners_order(form: str, make_refiner: Any, classes: List[str]) -> None:
+def test_classes_are_related_in_the_refiners_order(form: str, make_refiner: Any, classes: List[str]) -> None:
     given = {
         "mapping": GROUPS,
         "clusters": CategoryClusters(GROUPS, classes, {"source": "test"}),
         "other order": CategoryClusters(GROUPS, ["bird", "boat", "train"], {"source": "test"}),
     }[form]
-    found = make_refiner(clusters=given).clusters
-    assert found.classes == tuple(classes) and dict(found) == {name: tuple(members) for name, members in GROUPS.items()}
-    assert found.related().tolist() == [[True, True, False], [True, True, False], [False, False, True]]
-    assert found.provenance == {"source": "mapping" if form == "mapping" else "test"}
+    refiner = make_refiner(clusters=given)
+    found = refiner.config.clusters
+    assert {name: list(members) for name, members in found.items()} == GROUPS and refiner.classes == classes
+    related = prompts.related_classes(found, refiner.classes)
+    assert related.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
 
 
-def test_every_form_learns_the_same(make_refiner: Any, make_batch: Any, classes: List[str]) -> None:
+def test_mappings_and_clusters_in_any_order_learn_the_same(make_refiner: Any, make_batch: Any, classes: List[str]) -> None:
     results = []
     for given in (GROUPS, CategoryClusters(GROUPS, classes), CategoryClusters(GROUPS, ["bird", "boat", "train"])):
         refiner = make_refiner(clusters=given)
@@ -63,7 +64,7 @@ def test_every_form_learns_the_same(make_refiner: Any, make_batch: Any, classes:
 
 def test_clusters_name_the_classes_not_their_prompt_names(make_refiner: Any) -> None:
     names = {"boat": "ship", "train": "train", "bird": "bird"}
-    assert make_refiner(names, clusters=GROUPS).clusters.classes == ("boat", "train", "bird")
+    assert make_refiner(names, clusters=GROUPS).config.clusters == GROUPS
     with pytest.raises(ClusterError, match="'ship' in cluster 'vehicles' is not one of the classes. In no cluster: 'boat'"):
         make_refiner(names, clusters={"vehicles": ["ship", "train"], "animals": ["bird"]})
 
@@ -83,7 +84,9 @@ def test_clusters_name_the_classes_not_their_prompt_names(make_refiner: Any) -> 
         (CategoryClusters({"a": ["boat", "train", "bird", "cat"]}, ["boat", "train", "bird", "cat"]), ClusterError, "'cat'"),
     ],
 )
-def test_other_clusters_are_refused(given: Any, error: Any, message: str, make_refiner: Any) -> None:
+def test_clusters_that_are_no_partition_of_the_classes_are_refused(
+    given: Any, error: Any, message: str, make_refiner: Any
+) -> None:
     with pytest.raises(error, match=message):
         make_refiner(clusters=given)
 
@@ -92,7 +95,7 @@ def test_other_clusters_are_refused(given: Any, error: Any, message: str, make_r
 
 
 @pytest.mark.parametrize("repel", ["log", "log1m"])
-def test_clusters_of_one_class_learn_what_none_learn_bit_for_bit(repel: str, make_refiner: Any, make_batch: Any) -> None:
+def test_clusters_of_one_class_learn_the_same_as_none_bit_for_bit(repel: str, make_refiner: Any, make_batch: Any) -> None:
     plain, alone = (make_refiner(repel=repel, lambda_t=0.5, clusters=given) for given in (None, ALONE))
     assert fit(plain, make_batch) == fit(alone, make_batch)
     assert torch.equal(plain.prompts.context, alone.prompts.context)
@@ -177,7 +180,7 @@ def test_prompts_are_pushed_from_the_whole_cluster(make_refiner: Any, make_batch
     assert torch.equal(cosines["clusters"][2], cosines["none"][2])  # bird is alone
 
 
-def test_stages_a_and_c_do_not_know_the_clusters(make_refiner: Any, make_batch: Any) -> None:
+def test_losses_of_stages_a_and_c_do_not_depend_on_clusters(make_refiner: Any, make_batch: Any) -> None:
     plain, grouped = make_refiner(), make_refiner(clusters=GROUPS)
     img, cam, labels = make_batch()
     assert plain(img, cam, labels).item() == grouped(img, cam, labels).item()
@@ -186,7 +189,7 @@ def test_stages_a_and_c_do_not_know_the_clusters(make_refiner: Any, make_batch: 
     assert grouped.stage == "refine" and plain(img, cam, labels).item() == grouped(img, cam, labels).item()
 
 
-def test_a_failed_fit_with_clusters_leaves_the_prompts(make_refiner: Any, make_batch: Any) -> None:
+def test_a_failed_fit_with_clusters_leaves_the_prompts_unchanged(make_refiner: Any, make_batch: Any) -> None:
     refiner = make_refiner(clusters=GROUPS, learned=True)
     before = copy.deepcopy(refiner.prompts.state_dict())
     with pytest.raises(FloatingPointError, match="The prompts diverged"):
@@ -197,7 +200,7 @@ def test_a_failed_fit_with_clusters_leaves_the_prompts(make_refiner: Any, make_b
 def test_copies_keep_the_clusters(make_refiner: Any, make_batch: Any) -> None:
     refiner = make_refiner(clusters=GROUPS)
     other = copy.deepcopy(refiner)
-    assert other.clusters == refiner.clusters
+    assert other.config.clusters == refiner.config.clusters == GROUPS
     assert fit(other, make_batch) == fit(refiner, make_batch)
 
 
@@ -209,13 +212,13 @@ def header(path: Path) -> Dict[str, Any]:
     return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
 
 
-def test_a_file_says_which_clusters(make_refiner: Any, make_batch: Any, tmp_path: Path) -> None:
+def test_a_prompt_file_holds_the_clusters(make_refiner: Any, make_batch: Any, tmp_path: Path) -> None:
     refiner = make_refiner(clusters=CategoryClusters(GROUPS, ["bird", "boat", "train"], {"source": "test"}))
     fit(refiner, make_batch)
     refiner.save(tmp_path / "p.safetensors")
-    context, facts = prompts.read_file(tmp_path / "p.safetensors")
-    assert facts["clusters"] == GROUPS and list(facts["clusters"]) == list(GROUPS)
-    assert torch.equal(context, refiner.prompts.context)
+    content = prompts.read_file(tmp_path / "p.safetensors")
+    assert content.config.clusters == GROUPS and list(content.config.clusters) == list(GROUPS)
+    assert torch.equal(content.context, refiner.prompts.context)
 
 
 def test_a_file_with_clusters_loads_with_and_without_them(
@@ -229,22 +232,22 @@ def test_a_file_with_clusters_loads_with_and_without_them(
     expected = refiner(*batch).item()
     for given in (None, GROUPS, ALONE):
         for loaded in (
-            PromptRefiner.load(path, clip=aligned_clip, image_stats=None, clusters=given),
+            PromptRefiner.load(path, clip=aligned_clip, clusters=given),
             make_refiner(clusters=given).load_prompts(path),
         ):
             assert loaded.stage == "refine" and torch.equal(loaded.prompts.context, refiner.prompts.context)
             assert loaded(*batch).item() == expected
-            assert (loaded.clusters is None) == (given is None)
-    plain = PromptRefiner.load(path, clip=aligned_clip, image_stats=None)
-    assert plain.clusters == refiner.clusters and plain(*batch).item() == expected  # the file's own
+            assert loaded.config.clusters == given
+    plain = PromptRefiner.load(path, clip=aligned_clip)
+    assert plain.config.clusters == GROUPS and plain(*batch).item() == expected  # the file's own
     assert "2 clusters" in repr(plain)
     with pytest.raises(ClusterError, match="In no cluster: 'bird'"):
-        PromptRefiner.load(path, clip=aligned_clip, image_stats=None, clusters={"vehicles": ["boat", "train"]})
+        PromptRefiner.load(path, clip=aligned_clip, clusters={"vehicles": ["boat", "train"]})
     with pytest.raises(PromptFileError, match="were learned with other classes"):
         make_refiner(["bird", "train", "boat"], clusters=GROUPS).load_prompts(path)
 
 
-def test_a_file_without_clusters_has_the_bytes_it_always_had(make_refiner: Any, make_batch: Any, tmp_path: Path) -> None:
+def test_the_bytes_of_a_file_without_clusters(make_refiner: Any, make_batch: Any, tmp_path: Path) -> None:
     refiner = make_refiner()
     fit(refiner, make_batch)
     refiner.save(tmp_path / "p.safetensors")
@@ -253,13 +256,11 @@ def test_a_file_without_clusters_has_the_bytes_it_always_had(make_refiner: Any, 
         "prompt_names": ["boat", "train", "bird"],
         "clip": refiner.encoder.name,
         "clip_fingerprint": refiner.encoder.fingerprint,
-        "template": "a photo of a {}.",
-        "prompt_template": "a photo of {} .",
-        "clip_stats": True,
-        "prompt_length": 4,
+        "config": refiner.config.as_dict(),
     }
+    assert facts["config"]["clusters"] is None and facts["config"]["prompt_length"] == 4
     context = refiner.prompts.context
-    metadata = {"facts": json.dumps(facts), "format": "semples-plugin prompts", "version": "1"}
+    metadata = {"facts": json.dumps(facts), "format": "semples-plugin prompts", "version": "2"}
     tensor = {"data_offsets": [0, 4 * context.numel()], "dtype": "F32", "shape": list(context.shape)}
     text = json.dumps({"__metadata__": metadata, "context": tensor}, separators=(",", ":"))
     text += " " * (-len(text) % 8)
@@ -267,14 +268,14 @@ def test_a_file_without_clusters_has_the_bytes_it_always_had(make_refiner: Any, 
     assert (tmp_path / "p.safetensors").read_bytes() == expected
 
 
-def test_clusters_of_one_class_change_the_facts_alone(make_refiner: Any, make_batch: Any, tmp_path: Path) -> None:
+def test_clusters_of_one_class_change_only_the_facts_of_a_file(make_refiner: Any, make_batch: Any, tmp_path: Path) -> None:
     for name, given in (("plain", None), ("alone", ALONE)):
         refiner = make_refiner(clusters=given)
         fit(refiner, make_batch)
         refiner.save(tmp_path / name)
     plain, alone = header(tmp_path / "plain"), header(tmp_path / "alone")
     facts, more = (json.loads(part["__metadata__"].pop("facts")) for part in (plain, alone))
-    assert "clusters" not in facts and more == {**facts, "clusters": ALONE}
+    assert facts["config"].pop("clusters") is None and more["config"].pop("clusters") == ALONE and more == facts
     assert plain == alone
     size = 4 * refiner.prompts.context.numel()
     assert (tmp_path / "plain").read_bytes()[-size:] == (tmp_path / "alone").read_bytes()[-size:]
