@@ -76,7 +76,7 @@ def test_rounds_and_clusters_are_shown(semples: Command, chat: ChatServer) -> No
     status, out, err = semples(*model(chat, "?", text(A), text(C), text(C)))
     assert (status, err) == (0, "") and out.splitlines() == [
         "round 1: no valid clusters",
-        '  The answer is not JSON (Expecting value: line 1 column 1 (char 0)). Expected only {"clusters": [{"name": "...", '
+        '  The answer could not be read: it holds no JSON object of clusters. Expected only {"clusters": [{"name": "...", '
         "\"classes\": [\"...\", \"...\"]}]}; got '?'.",
         "round 2: 3 clusters",
         "round 3: 4 clusters",
@@ -95,12 +95,12 @@ def test_rounds_and_clusters_are_shown(semples: Command, chat: ChatServer) -> No
     assert chat.headers[0]["Authorization"] == f"Bearer {KEY}"
 
 
-def test_json(semples: Command, chat: ChatServer) -> None:
+def test_json_prints_the_file_escaped(semples: Command, chat: ChatServer) -> None:
     status, out, err = semples(*model(chat, f"\u009b31m {text(A)}"), "--json")
     assert (status, err) == (0, "") and out.isascii() and json.loads(out) == json.loads(semples.out.read_text("utf-8"))
 
 
-def test_what_a_model_says_does_not_command_the_terminal(semples: Command, chat: ChatServer) -> None:
+def test_control_characters_of_a_model_are_escaped(semples: Command, chat: ChatServer) -> None:
     (semples.root / "classes.txt").write_text("cat\x1b[2J\ndog\n")
     status, out, _ = semples(*model(chat, "\x1b[2J", text({"\x1b[31mred": ["cat\x1b[2J"], "\u202eb": ["dog"]})))
     assert status == 0 and out.isascii() and "\x1b" not in out and "[31mred  cat\\x1b[2J" in out.splitlines()
@@ -128,20 +128,20 @@ def test_a_failure_leaves_the_old_clusters_and_a_record(semples: Command, chat: 
     semples.out.write_text("mine")
     status, out, err = semples(*model(chat, text(A), Reply(f"bad key\n{KEY}", 401)))
     assert (status, out) == (2, "round 1: 3 clusters\n") and err.startswith("error: The language model 'toy' at ")
-    assert err.count("\n") == 1 and f"What was said so far is in {semples.partial}." in err
+    assert err.count("\n") == 1 and f"The record of all answers so far is in {semples.partial}." in err
     assert semples.out.read_text() == "mine" and KEY not in semples.partial.read_text()
     assert json.loads(semples.partial.read_text())["provenance"]["rounds"][0]["clusters"] == A
     assert sorted(path.name for path in semples.root.iterdir()) == ["c.json", "c.partial.json", "classes.txt"]
 
 
-def test_no_fixed_point(semples: Command, chat: ChatServer) -> None:
+def test_without_a_fixed_point_the_command_fails_with_the_record(semples: Command, chat: ChatServer) -> None:
     status, _, err = semples(*model(chat, text(A), text(B), text(A)), "--max-rounds", 3)
     assert status == 2 and "rounds 1 and 3 gave the same clusters" in err and "--accept-unconverged" in err
     assert err.count("\n") == 1 and not semples.out.exists() and semples.partial.exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_ctrl_c(semples: Command, chat: ChatServer) -> None:
+def test_ctrl_c_keeps_the_record(semples: Command, chat: ChatServer) -> None:
     command = semples.arguments(*model(chat, text(A), Reply(text(A), delay=30)))
     process = subprocess.Popen(
         [sys.executable, "-m", "semples_plugin", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -156,7 +156,7 @@ def test_ctrl_c(semples: Command, chat: ChatServer) -> None:
     assert json.loads(semples.partial.read_text())["provenance"]["rounds"][0]["clusters"] == A and not semples.out.exists()
 
 
-def test_ctrl_c_elsewhere(semples: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_before_the_first_question_says_what_to_do(semples: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*_: Any) -> Any:
         raise KeyboardInterrupt
 
@@ -165,13 +165,11 @@ def test_ctrl_c_elsewhere(semples: Command, monkeypatch: pytest.MonkeyPatch) -> 
     assert semples("--model", "x") == (130, "", f"interrupted; {semples.out} is as it was.\n")
 
 
-def test_missing_packages(semples: Command, monkeypatch: pytest.MonkeyPatch, aligned_clip: nn.Module) -> None:
+def test_missing_packages_are_named(semples: Command, monkeypatch: pytest.MonkeyPatch, aligned_clip: nn.Module) -> None:
     torch.save(aligned_clip.state_dict(), semples.root / "clip.pt")
-    (semples.root / "c.yaml").write_text("a: [car, cat, dog, person, sofa]")
     for module, arguments in (
         ("openai", ["--model", "toy", "--base-url", "http://127.0.0.1:9/v1"]),
         ("sklearn.metrics", ["--clip", semples.root / "clip.pt"]),
-        ("yaml", ["--file", semples.root / "c.yaml"]),
     ):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
@@ -182,7 +180,7 @@ def test_missing_packages(semples: Command, monkeypatch: pytest.MonkeyPatch, ali
 # ---------------------------------------------------------------------------------------------------- --clip and --file
 
 
-def test_clip(semples: Command, aligned_clip: nn.Module) -> None:
+def test_clip_clusters_its_text_features(semples: Command, aligned_clip: nn.Module) -> None:
     pytest.importorskip("sklearn")
     path = semples.root / "clip.pt"
     torch.save(aligned_clip.state_dict(), path)
@@ -200,7 +198,7 @@ def test_clip(semples: Command, aligned_clip: nn.Module) -> None:
     assert CategoryClusters.load(semples.out).classes == tuple(VOC_CLASSES)
 
 
-def test_file(semples: Command) -> None:
+def test_file_is_checked_and_copied(semples: Command) -> None:
     (semples.root / "mine.json").write_text(json.dumps(A))
     status, out, err = semples("--file", semples.root / "mine.json")
     assert (status, err) == (0, "") and out.splitlines() == [
@@ -234,10 +232,9 @@ def test_usage_errors(arguments: List[str], reason: str, semples: Command) -> No
     "arguments, reason",
     [
         (["--file", "ROOT/none.json"], "No cluster file at"),
-        (["--file", "ROOT/classes.txt"], "must end in .json, .yaml or .yml"),
+        (["--file", "ROOT/classes.txt"], "must end in .json; got"),
         (["--file", "ROOT/part.json"], "In no cluster: 'car', 'sofa'."),
         (["--file", "ROOT/broken.json"], "is not readable"),
-        (["--file", "ROOT/broken.yaml"], "no readable YAML"),
         (["--file", "ROOT/part.json", "--max-rounds", "3"], "--max-rounds matters only with --model"),
         (["--file", "ROOT/part.json", "--accept-unconverged"], "--accept-unconverged matters only with --model"),
         (["--clip", "ViT-B/32", "--base-url", "http://x"], "--base-url matters only with --model"),
@@ -262,13 +259,11 @@ def test_wrong_arguments_end_in_one_line(
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     (semples.root / "folder.json").mkdir()
-    files: Dict[str, str] = {"part.json": '{"a": ["cat", "dog", "person"]}', "broken.json": "{", "broken.yaml": "a: [b\nc: d"}
+    files: Dict[str, str] = {"part.json": '{"a": ["cat", "dog", "person"]}', "broken.json": "{"}
     for name, content in files.items():
         (semples.root / name).write_text(content)
     if "--model" in arguments:
         pytest.importorskip("openai")
-    if any(item.endswith(".yaml") for item in arguments):
-        pytest.importorskip("yaml")
     status, out, err = semples(*[item.replace("ROOT", str(semples.root)) for item in arguments])
     assert (status, out) == (2, "") and err.startswith("error: ") and reason in err and err.count("\n") == 1
     assert not semples.out.exists() and not semples.partial.exists()
