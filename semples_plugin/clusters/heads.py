@@ -1,8 +1,9 @@
 """What PCC puts on a transformer's patch tokens: HV-BiLSTM, the patch classifier, top-k pooling, confident patches.
 
-Each is usable alone. Flow: patch tokens (B, N, D) -> `HVBiLSTM` -> `PatchClassifier` -> Z (B, N, C + 1) -> `top_k_pool` ->
-`losses.multi_label_cross_entropy`; `confident_patches` picks those for `losses.patch_contrast`. No reference code of PCC
-(arXiv 2412.13823) or CPC (arXiv 2508.17009) exists: re-implemented from their description and that of ViT-PCM (ECCV 2022).
+Each can be used alone. Flow: patch tokens (B, N, D) -> `HVBiLSTM` -> `PatchClassifier` -> Z (B, N, C + 1) -> `top_k_pool` ->
+`losses.multi_label_cross_entropy`; `confident_patches` picks the patches for `losses.patch_contrast`. No reference code of PCC
+(arXiv 2412.13823) or CPC (arXiv 2508.17009) exists: this is re-implemented from their description and that of ViT-PCM (ECCV
+2022).
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ __all__ = ["HVBiLSTM", "PatchClassifier", "confident_patches", "top_k_pool"]
 class HVBiLSTM(nn.Module):
     """Refines a grid of tokens by a bidirectional LSTM along every row and one along every column (ViT-PCM, ECCV 2022).
 
-    out[r, c] = [ row LSTM of row r, at c ; column LSTM of column c, at r ]. It works against over-smoothing: neighbouring
-    tokens of a deep transformer grow alike, while a recurrence over the grid keeps their order.
+        out[r, c] = [ row LSTM of row r, at c ; column LSTM of column c, at r ]
+
+    It counters over-smoothing: the tokens of neighbouring patches become similar in a deep transformer, while a recurrence over
+    the grid depends on their order.
 
     Args:
         dim: D, size of a token.
@@ -101,19 +104,20 @@ def top_k_pool(scores: Tensor, k: int) -> Tensor:
 def confident_patches(
     scores: Tensor, labels: Tensor, threshold: float = 0.8, per_class: int = 8
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """Patches whose class is clear: the contrast's anchors.
+    """Patches whose class is clear; `losses.patch_contrast` compares them.
 
-    Scores of classes that the image does not show are left out and the rest is scaled to sum to 1; a patch counts for its best
-    class if that has at least `threshold`, and of every image and class the `per_class` best ones are taken.
+    Scores of classes that the image does not show are set to 0, and the others are scaled to sum to 1. A patch counts for its
+    best class if the score of that class is at least `threshold`. Of every image and class the `per_class` best patches are
+    taken.
 
     Args:
         scores: (B, N, C + 1), Z of `PatchClassifier`, background first.
         labels: (B, C) multi-hot.
         threshold: from 0 to 1.
-        per_class: patches per image and class at most; the contrast compares all pairs.
+        per_class: patches per image and class at most; the cost of the contrast grows with their square.
 
     Returns:
-        Image (M,), patch (M,) and class (M,) of each, classes counted from 1, 0 for background.
+        Image (M,), patch (M,) and class (M,) of each; class 0 is background, class c + 1 is column c of `labels`. M may be 0.
     """
     if scores.ndim != 3 or labels.shape != (scores.shape[0], scores.shape[2] - 1):
         raise ValueError(

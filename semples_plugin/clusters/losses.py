@@ -1,4 +1,7 @@
-"""Loss terms of the category clusters (PCC, CPC) as pure functions. Re-implemented from the papers' description."""
+"""Loss terms of the category clusters (PCC, CPC) as pure functions, re-implemented from the papers' description.
+
+Flow: `heads` -> **losses** -> `branch`.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,13 @@ def multi_label_cross_entropy(scores: Tensor, labels: Tensor, background_label: 
         L_MCE = < - y_k log s_k - (1 - y_k) log(1 - s_k) >
 
     Args:
-        scores: (B, C), or (B, C + 1) with the background first; image-level scores in [0, 1], from `patch_heads.top_k_pool`.
+        scores: (B, C), or (B, C + 1) with the background first; image-level scores in [0, 1], from `heads.top_k_pool`.
         labels: (B, C) multi-hot.
         background_label: y of the background channel, if there is one: nearly every image shows some. None leaves it out.
 
     Returns:
-        Scalar, the mean over images and classes; logarithms are cut at log 1e-6, where their gradient is zero. 0 with B = 0.
+        Scalar, the mean over images and classes; logarithms are clamped at log 1e-6, where their gradient is zero. With B = 0
+        it is 0, still attached.
 
     Raises:
         ValueError: if the shapes do not belong together.
@@ -103,7 +107,7 @@ def patch_contrast(
     anchors = (count > 0) & (classes != background) if background is not None else count > 0
     if not bool(anchors.any()):
         return features.sum() * 0.0
-    # Anchors alone: a row of nothing but -inf (weight 0, no positive) would have NaN for its gradient.
+    # Only rows of anchors: a row of nothing but -inf (weight 0, no positive) would have a gradient of NaN.
     total = torch.logsumexp((similarity + weight.log())[anchors], dim=1)  # log 0 = -inf leaves a pair out
     mean = (similarity.masked_fill(~positive, 0.0).sum(1))[anchors] / count[anchors]
     return (total - mean).mean()

@@ -1,4 +1,4 @@
-"""Category clusters from CLIP's text features."""
+"""Category clusters from CLIP's text features. Flow: `PromptRefiner.text_features` -> **text_features** -> `categories`."""
 
 from __future__ import annotations
 
@@ -20,18 +20,22 @@ def clusters_from_text_features(
     num_clusters: Optional[int] = None,
     clip: Optional[str] = None,
 ) -> CategoryClusters:
-    """Clusters of CLIP's text features: agglomerative, average linkage of cosine distances. Needs scikit-learn.
+    """Group CLIP's text features: agglomerative clustering with average linkage of cosine distances. Needs scikit-learn.
 
-    A cluster is named after its most central class.
+    A cluster is named after its most central class, with "group" behind it if it has other classes.
 
     Args:
         classes: C names.
         features: (C, D) one text feature per class, such as `refiner.text_features`.
-        num_clusters: K; by default the one with the best silhouette among 2 to C - 1 (smallest on a tie).
-        clip: the CLIP's id, for the record.
+        num_clusters: K; by default the number from 2 to C - 1 with the best silhouette (the smallest on a tie).
+        clip: the CLIP's id, for the provenance.
 
     Returns:
-        The clusters; their provenance holds the silhouette of every K that was tried. One cluster for C < 3.
+        The clusters; their provenance holds the silhouette of every K from 2 to C - 1. One cluster if C < 3 and K is not given.
+
+    Raises:
+        ValueError: if `features` have another shape, are not finite, or hold a zero vector; or for a K that cannot be.
+        ModuleNotFoundError: if scikit-learn is not installed.
     """
     names = check_classes(classes)[0]
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(names):
@@ -52,7 +56,7 @@ def clusters_from_text_features(
         members = [i for i, own in enumerate(index) if own == k]
         centre = min(members, key=lambda i: (distance[i, members].sum(), i))
         title = names[centre]
-        while len(members) > 1 and (title in names or title in clusters):  # also where a class is called "cat group"
+        while len(members) > 1 and (title in names or title in clusters):  # a class may be called "cat group"
             title = f"{title} group"
         clusters[title] = [names[i] for i in members]
     chosen = "given" if num_clusters is not None else "best silhouette" if scores else "one: fewer than three classes"

@@ -1,11 +1,11 @@
-"""Learnable cluster tokens in the token sequence of any vision transformer, by hooks, the host unedited (PCC).
+"""Learnable cluster tokens in the token sequence of any vision transformer, by hooks, without editing the host (PCC).
 
-Before every block the tokens are put behind the host's own, after it they are taken off again, together with their rows and
-columns of the attention that the block returns; the next block gets them back. So the host sees its own number of tokens
-wherever it looks, and its slices and reshapes hold. Only an `attention_bias` needs more: for the time of the `with` the blocks'
-`forward` then runs in a mode that adds it to the attention's logits. Cluster-level image labels supervise the tokens after the
-last block. No reference code of PCC (arXiv 2412.13823) exists: re-implemented from the description. Flow: `clusters` ->
-**cluster_tokens** -> `cluster_branch`.
+A hook before every block appends the cluster tokens to the host's own. A hook after the block removes them again, and their
+rows and columns from the attention that the block returns; the next block gets them back. So the host always sees its own
+number of tokens, and its slices and reshapes stay valid. Only an `attention_bias` needs more: inside the `with`, every block's
+`forward` then runs in a mode that adds the bias to the attention logits. Cluster-level image labels supervise the tokens after
+the last block. No reference code of PCC (arXiv 2412.13823) exists: this is re-implemented from its description. Flow:
+`categories` -> **tokens** -> `branch`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ def find_blocks(model: nn.Module, path: str = "blocks") -> List[nn.Module]:
 
 
 def token_size(model: nn.Module, blocks: str = "blocks") -> int:
-    """D, the size of a token of a host with such blocks: its `embed_dim`, or that of its class token or position embedding."""
+    """D, the size of a host's tokens: its `embed_dim`, or the last dimension of `cls_token` or `pos_embed`.
+
+    Raises:
+        HostError: if the host has no such blocks, or none of these attributes.
+    """
     inner = unwrap(model)
     find_blocks(inner, blocks)
     size = getattr(inner, "embed_dim", None)
@@ -72,23 +76,28 @@ def token_size(model: nn.Module, blocks: str = "blocks") -> int:
 class ClusterTokens(nn.Module):
     """One learnable token per category cluster, concatenated to a vision transformer's tokens (PCC, arXiv 2412.13823).
 
-    Related classes share information through the token of their cluster: it gathers from the patches, and the patches from it.
-    After the last block, logit_k = w_k . LN(t_k) + b_k; the loss is the multi-label soft-margin loss on cluster-level labels (a
-    cluster is present if one of its classes is).
+    Related classes share information through the token of their cluster: the token attends to the patches, and the patches
+    attend to the token. After the last block
 
-    The host is not changed: its parameters, `state_dict` and checkpoints stay its own, and outside the `with` nothing is left.
-    Save these tokens by their own `state_dict()`, and insert them for inference as well. Attention that a block returns loses
-    the tokens' rows and columns and is not scaled up again. The blocks must return tokens (B, N, D), or a tuple that begins so;
-    with (B, heads, N, N) attention, features (B, N, D) after them. What a host records inside a block (by a hook on its
-    attention, say) still has the tokens, as last rows and columns. Attention that depends on positions or windows (Swin, BEiT,
-    rotary embeddings) cannot take tokens in this way.
+        logit_k = w_k . LN(t_k) + b_k
+
+    and the loss is the multi-label soft-margin loss on cluster-level labels (a cluster is present if one of its classes is).
+
+    The host does not change: its parameters, `state_dict` and checkpoints stay its own, and nothing is left after the `with`.
+    Save the tokens by their own `state_dict()`, and insert them for inference as well. The attention that a block returns loses
+    the rows and columns of the tokens and is not normalized again.
+
+    A block must return tokens (B, N, D), or a tuple that begins with them and may hold attention (B, heads, N, N) and features
+    (B, N, D). What a host records inside a block, such as by a hook on its attention, still has the cluster tokens as its last
+    rows and columns. Attention that depends on positions or windows (Swin, BEiT, rotary embeddings) cannot take such tokens.
 
     Args:
         clusters: K clusters.
-        dim: D, size of a token, or the host, to read it from.
-        attention_bias: added to the attention logits from the host's tokens to the cluster tokens. 0: they are tokens like all
-            others, and nothing in the host's attention is touched; -4: they begin with little weight in a trained host;
-            -inf: they gather, but nothing flows back, and the host's outputs stay as they are. Read when they are inserted.
+        dim: D, size of a token; or the host, to read it from.
+        attention_bias: added to the attention logits from the host's tokens to the cluster tokens; read on insertion. 0: the
+            host's tokens attend to them as to all others, and its attention runs unchanged. -4: they begin with little weight
+            in a trained host. -inf: they attend to the host's tokens, but not the other way round, so the host's outputs do not
+            change.
         blocks: name of the host's list of blocks.
         seed: of the initial values (normal, 0.02).
 
@@ -127,16 +136,16 @@ class ClusterTokens(nn.Module):
         self.output: Optional[Tensor] = None
 
     def insert(self, model: nn.Module) -> "Insertion":
-        """The tokens in the forward passes of `model`, in training and in inference, for the time of a `with`.
+        """Put the tokens into the forward passes of `model`, in training and in inference, for the time of a `with`.
 
         Raises:
-            HostError: if the model has no list of blocks, or they do not take or give tokens.
+            HostError: if the model has no list of blocks; inside the `with`, if a block does not take or return tokens.
         """
         follow(self, model)
         return Insertion(self, model)
 
     def pop_output(self) -> Tensor:
-        """(B, K, D) tokens of the last forward pass, and forget them, so that their graph is the caller's alone.
+        """Return the tokens (B, K, D) of the last forward pass and forget them, so that only the caller holds their graph.
 
         Raises:
             HostError: if no forward pass ran in the `with` since the last call.
@@ -145,7 +154,7 @@ class ClusterTokens(nn.Module):
         if output is None:
             raise HostError(
                 "There are no cluster tokens to read: no forward pass of the host ran to its last block inside "
-                "`with tokens.insert(model):` since they were last taken."
+                "`with tokens.insert(model):` since they were last read."
             )
         return output
 
@@ -167,11 +176,11 @@ class ClusterTokens(nn.Module):
             output = self.pop_output()
             if torch.is_grad_enabled() and self.training and self.tokens.requires_grad and not output.requires_grad:
                 raise HostError(
-                    "The host's last forward pass ran without gradients, so this loss would train nothing. Ask for the loss "
+                    "The host's last forward pass ran without gradients, so this loss would train nothing. Compute the loss "
                     "right after the pass that it belongs to."
                 )
         logits, wanted = self.logits(output), self.clusters.labels(labels).to(output.device).float()
-        # Written out: torch's own function would be taken for a label loss of the host by `adapters.attach`.
+        # Written out, since `adapters.attach` takes a call of torch's own function for the host's label loss.
         return -(wanted * F.logsigmoid(logits) + (1 - wanted) * F.logsigmoid(-logits)).mean()
 
     def __getstate__(self) -> Dict[str, Any]:
@@ -182,7 +191,7 @@ class ClusterTokens(nn.Module):
 
 
 class Insertion:
-    """Hooks that put `ClusterTokens` into a host; what `ClusterTokens.insert` returns. Use it in a `with`."""
+    """Hooks that put `ClusterTokens` into a host; `ClusterTokens.insert` returns it, for use in a `with`."""
 
     def __init__(self, tokens: ClusterTokens, model: nn.Module):
         self.tokens, self.name = tokens, type(unwrap(model)).__name__
@@ -192,7 +201,7 @@ class Insertion:
         self._tracked = False  # whether the pass began with gradients
         self._handles: List[Any] = []
         self._forwards: List[Tuple[nn.Module, Any]] = []
-        self._next = 0  # the block that a pass has come to
+        self._next = 0  # the block that runs next
 
     def __enter__(self) -> "Insertion":
         if self._handles:
@@ -204,7 +213,7 @@ class Insertion:
                     module.register_forward_pre_hook(Hook(functools.partial(self._before, i), OWNER), with_kwargs=True)
                 )
                 handle = module.register_forward_hook(Hook(functools.partial(self._after, i), OWNER))
-                # In front, so that the host's own hooks see the host's own tokens.
+                # First in order, so that the host's own hooks see the host's own tokens.
                 module._forward_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
                 self._handles.append(handle)
                 if self.tokens.attention_bias:
@@ -244,7 +253,7 @@ class Insertion:
             got = ", ".join(f"tensor {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__ for v in (x, *others))
             raise HostError(
                 f"Expected block {i} of {self.name} to be called with tokens (B, N, {size}) and no other tensor; got {got}. "
-                "Masks, rotary embeddings and the like know nothing of additional tokens."
+                "Masks, rotary embeddings and the like do not cover additional tokens."
             )
         if i == 0:
             self._carried = [None] * len(self.modules)
@@ -253,7 +262,7 @@ class Insertion:
             follow(self.tokens, x.device)
             before: Optional[Tensor] = self.tokens.tokens.to(x.dtype).expand(len(x), -1, -1)  # (B, K, D)
         else:
-            # With the host's tokens, if it hands them on as they are: checkpointing may run a block of an earlier pass again.
+            # Attached to the host's tokens, if the host passes them on: checkpointing may run a block of an earlier pass again.
             owner, number, carried = getattr(x, "_cluster_tokens", (None, None, None))
             before = carried if owner is self and number == i - 1 else self._carried[i - 1]
         if before is None or len(before) != len(x):
@@ -302,7 +311,7 @@ class Insertion:
         if total == size and value.ndim == 3:
             raise HostError(
                 f"A block of {self.name} returns a tensor {tuple(value.shape)}, and {total} is both the number of tokens and "
-                "their size: which is which cannot be told. Use another number of clusters."
+                "their size, so the axis of the tokens is ambiguous. Use another number of clusters."
             )
         for axis in range(1, value.ndim):
             if value.shape[axis] == total:
@@ -311,14 +320,18 @@ class Insertion:
 
 
 def check_free(modules: Sequence[nn.Module], name: str) -> None:
-    """Raise if cluster tokens or a cluster branch are in one of a host's modules already."""
+    """Check that no cluster tokens and no cluster branch are in the host.
+
+    Raises:
+        HostError: if one of the modules has their hooks.
+    """
     for module in modules:
         if any(isinstance(hook, Hook) and hook.owner == OWNER for hook in module._forward_hooks.values()):
             raise HostError(f"{name} holds cluster tokens or a cluster branch already; leave that `with` first.")
 
 
 class _BiasedForward:
-    """A block's own forward pass with the bias, also where checkpointing runs it again in the backward pass."""
+    """A block's own forward pass with the attention bias, which checkpointing may run again in the backward pass."""
 
     def __init__(self, insertion: Insertion, i: int, module: nn.Module):
         self.insertion, self.i, self.module, self.forward = insertion, i, module, module.forward
@@ -344,7 +357,7 @@ def _own_forward(module: nn.Module) -> Any:
 
 
 class _AttentionBias(TorchFunctionMode):
-    """Adds `attention_bias` to attention logits from the host's tokens to the cluster tokens; around one block."""
+    """Adds `attention_bias` to the attention logits from the host's tokens to the cluster tokens, inside one block."""
 
     def __init__(self, tokens: ClusterTokens, length: int):
         super().__init__()

@@ -187,7 +187,7 @@ def test_without_confident_patches_the_contrast_is_an_attached_zero() -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.float64])
-def test_labels_of_any_kind(kind: torch.dtype) -> None:
+def test_labels_of_any_dtype_give_the_same_loss(kind: torch.dtype) -> None:
     img, labels = batch()
     model = ToyMCTformer()
     branch = ClusterBranch(CLUSTERS, model).eval()
@@ -274,7 +274,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize("size", [(32, 32), (16, 48), (48, 16), (24, 40), (8, 24)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_grid_and_patches_of_every_layout(layout: str, size: Tuple[int, int], prefix: int) -> None:
+def test_grid_and_patches_are_read_from_every_layout(layout: str, size: Tuple[int, int], prefix: int) -> None:
     img, labels = batch(size=size)
     model = AnyViT(LAYOUTS[layout](), prefix)
     branch = ClusterBranch(CLUSTERS, model, attention_bias=float("-inf"))
@@ -307,7 +307,7 @@ def test_cam_holds_the_scores_of_the_patches_where_they_are() -> None:
     assert (cam >= 0).all() and (cam.sum(1) < 1).all() and cam.std() > 1e-3
 
 
-def test_cam_of_a_branch_without_classifier() -> None:
+def test_cam_of_a_branch_without_classifier_is_refused() -> None:
     model = ToyMCTformer()
     branch = ClusterBranch(CLUSTERS, model, lambda_mce=0, lambda_contrast=0)
     with pytest.raises(HostError, match="This branch has no patch classifier; build it with lambda_mce > 0"):
@@ -319,7 +319,7 @@ def test_cam_of_a_branch_without_classifier() -> None:
 
 @pytest.mark.parametrize("tokens", [0, 1])
 @pytest.mark.parametrize("host", HOSTS)
-def test_the_host_is_as_it_was(host: str, tokens: int) -> None:
+def test_the_host_is_unchanged_after_the_with(host: str, tokens: int) -> None:
     img, labels = batch()
     model = HOSTS[host]()
 
@@ -346,7 +346,7 @@ def test_the_host_is_as_it_was(host: str, tokens: int) -> None:
             branch.pop_tokens()
 
 
-def test_take_needs_a_forward_pass() -> None:
+def test_pop_tokens_needs_a_forward_pass() -> None:
     img, labels = batch()
     model = ToyMCTformer()
     branch = ClusterBranch(CLUSTERS, model)
@@ -367,7 +367,7 @@ def test_take_needs_a_forward_pass() -> None:
         branch.pop_tokens()
 
 
-def test_two_forward_passes_each_with_its_own() -> None:
+def test_each_forward_pass_has_its_own_tokens() -> None:
     model = ToyMCTformer()
     branch = ClusterBranch(CLUSTERS, model).eval()
     (first, labels), (second, other) = batch(0), batch(1)
@@ -386,7 +386,7 @@ def test_two_forward_passes_each_with_its_own() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (3, 3), (2, 4), (2, 3, 1), (6,)])
-def test_labels_must_fit(shape: Any) -> None:
+def test_labels_of_another_shape_are_refused(shape: Any) -> None:
     model = ToyMCTformer()
     branch = ClusterBranch(CLUSTERS, model)
     with branch.insert(model):
@@ -397,7 +397,7 @@ def test_labels_must_fit(shape: Any) -> None:
 
 @contextlib.contextmanager
 def no_early_stop() -> Iterator[None]:
-    """Checkpointing runs a block again to its end, as older versions of torch do anyway."""
+    """Checkpointing runs a block again to its end, as torch 2.0 does anyway."""
     setting = getattr(checkpointing, "set_checkpoint_early_stop", None)
     with contextlib.nullcontext() if setting is None else setting(False):
         yield
@@ -433,7 +433,7 @@ def test_checkpointing_gives_the_same_gradients(tokens: int, early: bool) -> Non
         assert torch.allclose(mine, reference, rtol=1e-4, atol=1e-6)
 
 
-def test_wrappers_are_looked_through() -> None:
+def test_the_host_is_found_inside_parallel_wrappers() -> None:
     img, labels = batch()
     model = ToyMCTformer()
     branch = ClusterBranch(CLUSTERS, DataParallel(model)).eval()
@@ -483,7 +483,7 @@ def test_building_a_branch_leaves_the_random_state_of_gpus(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("way", ["copy", "pickle"])
-def test_copies_after_a_forward_pass(way: str) -> None:
+def test_copies_after_a_forward_pass_hold_no_tokens_and_give_the_same_loss(way: str) -> None:
     img, labels = batch()
     model = ToyMCTformer()
     branch = ClusterBranch(CLUSTERS, model, attention_bias=-2.0).eval()
@@ -500,7 +500,7 @@ def test_copies_after_a_forward_pass(way: str) -> None:
 
 
 @pytest.mark.parametrize("bias", [0.0, float("-inf")])
-def test_a_saved_branch_is_the_same_branch(bias: float, tmp_path: Path) -> None:
+def test_load_restores_the_saved_branch(bias: float, tmp_path: Path) -> None:
     img, labels = batch()
     model = ToyMCTformer()
     branch = sure(ClusterBranch(CLUSTERS, model, attention_bias=bias, top_k=2, lambda_contrast=0.3, seed=8)).eval()
@@ -541,7 +541,7 @@ def test_a_few_steps_lower_the_loss(host: str) -> None:
     assert seen[-1] < 0.6 * seen[0]
 
 
-def test_dropout_only_in_training() -> None:
+def test_dropout_acts_only_in_training() -> None:
     img, labels = batch()
     model = ToyMCTformer()
     branch = ClusterBranch(CLUSTERS, model, dropout=0.5)
@@ -551,7 +551,7 @@ def test_dropout_only_in_training() -> None:
     assert branch.compute(labels, seen).loss.item() == branch.compute(labels, seen).loss.item()
 
 
-def test_bfloat16_autocast() -> None:
+def test_loss_under_bfloat16_autocast_is_close_to_float32() -> None:
     img, labels = batch()
     found = {}
     for on in (False, True):
@@ -571,7 +571,7 @@ def test_bfloat16_autocast() -> None:
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
-def test_a_host_without_blocks_or_patch_embedding() -> None:
+def test_a_host_without_blocks_or_patch_embedding_is_refused() -> None:
     for tokens in (0, 1):
         branch = ClusterBranch(CLUSTERS, WIDTH, lambda_tokens=tokens)
         with pytest.raises(
@@ -588,21 +588,21 @@ def test_a_host_without_blocks_or_patch_embedding() -> None:
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_patch_embedding_under_another_name() -> None:
+def test_the_patch_embedding_may_have_another_name() -> None:
     img, _ = batch()
     model = ToyViT()
     branch = ClusterBranch(CLUSTERS, model, patch_embed="patch_embed.proj")
     assert look(branch, model, img).grid == (4, 4)
 
 
-def test_blocks_without_the_patch_embedding() -> None:
+def test_blocks_that_run_without_the_patch_embedding_are_refused() -> None:
     model = ToyViT()
     with ClusterBranch(CLUSTERS, model).insert(model):
         with pytest.raises(HostError, match="The blocks ran, but 'patch_embed' did not run before them in this forward pass."):
             model.blocks(torch.rand(2, 17, WIDTH))
 
 
-def test_tokens_that_are_no_grid() -> None:
+def test_patches_that_form_no_grid_are_refused() -> None:
     class Overlapping(nn.Module):
         def __init__(self, patch_size: Optional[int]):
             super().__init__()
@@ -620,7 +620,7 @@ def test_tokens_that_are_no_grid() -> None:
                 model(batch()[0])
 
 
-def test_a_patch_embedding_that_gives_something_else() -> None:
+def test_a_patch_embedding_that_returns_something_else_is_refused() -> None:
     for gives, got in ((lambda x: x.flatten(1), r"tensor \(2, 3072\)"), (lambda x: "tokens", "str")):
 
         class Odd(nn.Module):
@@ -635,7 +635,7 @@ def test_a_patch_embedding_that_gives_something_else() -> None:
                 model(batch()[0])
 
 
-def test_a_last_block_with_fewer_tokens_than_patches() -> None:
+def test_a_last_block_with_fewer_tokens_than_patches_is_refused() -> None:
     class Pools(AnyViT):
         def forward(self, img: Tensor) -> Tensor:
             x = self.patch_embed(img)
@@ -707,7 +707,7 @@ def test_the_branch_moves_to_the_host_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 0])
-def test_a_copy_of_the_host_leaves_the_branch_alone(tokens: int, tmp_path: Any) -> None:
+def test_a_copy_of_the_host_does_not_change_the_branch(tokens: int, tmp_path: Any) -> None:
     img, labels = batch()
     model = ToyMCTformer()
     branch = sure(ClusterBranch(CLUSTERS, model, lambda_tokens=tokens, dropout=0.0))
@@ -747,7 +747,7 @@ def test_a_loss_of_a_pass_without_gradients_is_refused(tokens: int) -> None:
         branch(labels).backward()  # a frozen host is fine
 
 
-def test_one_branch_at_a_time_also_without_tokens() -> None:
+def test_a_second_branch_in_the_host_is_refused_also_without_tokens() -> None:
     model = ToyMCTformer()
     outer, inner = (ClusterBranch(CLUSTERS, model, lambda_tokens=0) for _ in range(2))
     with outer.insert(model):
@@ -759,7 +759,7 @@ def test_one_branch_at_a_time_also_without_tokens() -> None:
 
 
 @pytest.mark.parametrize("value", [255.0, 0.5])
-def test_labels_must_be_0_and_1(value: float) -> None:
+def test_labels_other_than_0_and_1_are_refused(value: float) -> None:
     img, labels = batch()
     labels[0, 0] = value
     model = ToyMCTformer()
@@ -785,7 +785,7 @@ def test_the_heads_do_not_run_under_the_hosts_autocast() -> None:
     assert kinds == [torch.float32] * 2
 
 
-def test_the_options_build_the_branch_as_it_is(tmp_path: Any) -> None:
+def test_options_are_the_arguments_that_build_the_branch(tmp_path: Any) -> None:
     defaults = {
         name: p.default for name, p in inspect.signature(ClusterBranch).parameters.items() if name not in ("clusters", "dim")
     }

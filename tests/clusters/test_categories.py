@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -27,10 +28,21 @@ def clusters() -> CategoryClusters:
     return CategoryClusters(A, CLASSES, {"source": "me", "list": [1, {"a": None}]})
 
 
+def test_importing_the_package_imports_none_of_its_optional_dependencies() -> None:
+    optional = "{'openai', 'sklearn', 'scipy', 'yaml'}"
+    code = f"import sys, semples_plugin.clusters as package; print(*package.__all__, *{optional} & set(sys.modules))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    assert found.stdout.split() == [
+        "CategoryClusters", "ClusterBranch", "clusters_from_language_model", "clusters_from_text_features",
+    ]  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------- the mapping
 
 
-def test_a_mapping(clusters: CategoryClusters) -> None:
+def test_clusters_behave_as_a_mapping(clusters: CategoryClusters) -> None:
     assert dict(clusters) == {"animals": ("dog", "cat"), "people": ("person",), "things": ("car", "sofa")}
     assert clusters.names == tuple(clusters) == ("animals", "people", "things") and len(clusters) == 3
     assert clusters.classes == tuple(CLASSES) and clusters.index == (2, 0, 0, 1, 2)
@@ -63,7 +75,7 @@ FAULTS: Dict[str, Any] = {
 
 
 @pytest.mark.parametrize("fault", list(FAULTS))
-def test_faults(fault: str) -> None:
+def test_every_fault_of_a_partition_is_named(fault: str) -> None:
     content, expected = FAULTS[fault]
     found = partition_faults(content, CLASSES)
     assert len(found) == len(expected) and all(any(e in f for f in found) for e in expected)
@@ -72,18 +84,18 @@ def test_faults(fault: str) -> None:
     assert str(caught.value) == "`clusters` must put each of the 5 classes into exactly one cluster; " + " ".join(found)
 
 
-def test_too_many_clusters() -> None:
+def test_too_many_clusters_are_a_fault() -> None:
     assert partition_faults(A, CLASSES, 3) == [] and partition_faults(A, CLASSES) == []
     assert partition_faults(A, CLASSES, 2) == ["3 clusters are too many; at most 2 are allowed."]
 
 
 @pytest.mark.parametrize("classes", ["car", [], ["a", "a"], ["a", ""], ["a", 3], {"a", "b"}])
-def test_wrong_classes(classes: Any) -> None:
+def test_wrong_classes_are_refused(classes: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="[Cc]lass"):
         CategoryClusters(A, classes)
 
 
-def test_a_provenance_that_is_no_json() -> None:
+def test_a_provenance_that_json_cannot_hold_is_refused() -> None:
     with pytest.raises(TypeError, match="JSON"):
         CategoryClusters(A, CLASSES, {"a": object()})
 
@@ -103,13 +115,13 @@ def test_nothing_can_be_changed(clusters: CategoryClusters) -> None:
     assert made["animals"] == ("dog", "cat") and made.provenance == {"list": [1]}
 
 
-def test_copies(clusters: CategoryClusters) -> None:
+def test_copies_and_pickles_are_equal(clusters: CategoryClusters) -> None:
     for other in (pickle.loads(pickle.dumps(clusters)), copy.deepcopy(clusters), copy.copy(clusters)):
         assert other == clusters and other.provenance == clusters.provenance and other.index == clusters.index
         assert list(other.items()) == list(clusters.items()) and hash(other) == hash(clusters)
 
 
-def test_equality(clusters: CategoryClusters) -> None:
+def test_equality_depends_on_names_and_order_but_not_on_provenance(clusters: CategoryClusters) -> None:
     turned = CategoryClusters({"things": ["sofa", "car"], "people": ["person"], "animals": ["cat", "dog"]}, CLASSES)
     renamed = CategoryClusters({"pets": ["cat", "dog"], "people": ["person"], "things": ["car", "sofa"]}, CLASSES)
     swapped = CategoryClusters({"people": ["cat", "dog"], "animals": ["person"], "things": ["car", "sofa"]}, CLASSES)
@@ -120,7 +132,7 @@ def test_equality(clusters: CategoryClusters) -> None:
     assert CategoryClusters(A, CLASSES[::-1]) != clusters and clusters != A and clusters.groups() == turned.groups()
 
 
-def test_ordered(clusters: CategoryClusters) -> None:
+def test_ordered_changes_the_order_of_classes_only(clusters: CategoryClusters) -> None:
     other = clusters.ordered(["sofa", "dog", "car", "person", "cat"])
     assert other.classes == ("sofa", "dog", "car", "person", "cat") and other.index == (2, 0, 2, 1, 0)
     assert dict(other) == dict(clusters) and other.provenance == clusters.provenance and clusters.ordered(CLASSES) is clusters
@@ -149,7 +161,7 @@ def made(index: List[int]) -> Dict[str, List[str]]:
 @given(
     partitions(), st.integers(0, 2**32), st.sampled_from([torch.int64, torch.float32, torch.bool, torch.uint8, torch.float16])
 )
-def test_labels_as_a_literal_loop(index: List[int], seed: int, dtype: torch.dtype) -> None:
+def test_cluster_labels_and_relations_equal_a_literal_loop(index: List[int], seed: int, dtype: torch.dtype) -> None:
     names = [f"class {i}" for i in range(len(index))]
     clusters = CategoryClusters(made(index), names)
     labels = (torch.rand(4, len(names), generator=torch.Generator().manual_seed(seed)) < 0.4).to(dtype)
@@ -166,7 +178,7 @@ def test_labels_as_a_literal_loop(index: List[int], seed: int, dtype: torch.dtyp
     assert torch.equal(related, related.T) and bool(related.diagonal().all())
 
 
-def test_labels_of_nothing_and_of_another_shape(clusters: CategoryClusters) -> None:
+def test_labels_of_another_shape_are_refused_and_empty_ones_are_not(clusters: CategoryClusters) -> None:
     assert clusters.labels(torch.zeros(0, 5)).shape == (0, 3) and not clusters.labels(torch.zeros(2, 5)).any()
     for wrong in (torch.zeros(5), torch.zeros(2, 4), torch.zeros(2, 5, 1)):
         with pytest.raises(ValueError, match=r"`labels` must have shape \(B, 5\), one column per class; got"):
@@ -174,7 +186,7 @@ def test_labels_of_nothing_and_of_another_shape(clusters: CategoryClusters) -> N
 
 
 @given(partitions(), st.data())
-def test_any_partition_is_taken_and_any_broken_one_refused(index: List[int], data: st.DataObject) -> None:
+def test_any_partition_is_accepted_and_any_broken_one_refused(index: List[int], data: st.DataObject) -> None:
     names, content = [f"class {i}" for i in range(len(index))], made(index)
     clusters = CategoryClusters(content, names)
     assert partition_faults(content, names) == [] and {name for members in clusters.values() for name in members} == set(names)
@@ -203,7 +215,7 @@ def test_any_partition_is_taken_and_any_broken_one_refused(index: List[int], dat
 # ---------------------------------------------------------------------------------------------------- files
 
 
-def test_saved_and_read(clusters: CategoryClusters, tmp_path: Path) -> None:
+def test_load_restores_what_save_wrote(clusters: CategoryClusters, tmp_path: Path) -> None:
     clusters.save(tmp_path / "a.json")
     read = CategoryClusters.load(tmp_path / "a.json")
     read.save(tmp_path / "b.json")
@@ -216,7 +228,7 @@ def test_saved_and_read(clusters: CategoryClusters, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
 
 
-def test_names_of_any_language(tmp_path: Path) -> None:
+def test_names_of_any_language_are_saved(tmp_path: Path) -> None:
     clusters = CategoryClusters({"Tiere 🐈": ["Kätzchen", "犬"], "\u202e": ["a\nb"]}, ["犬", "Kätzchen", "a\nb"])
     clusters.save(tmp_path / "a.json")
     assert CategoryClusters.load(tmp_path / "a.json") == clusters and "犬" in (tmp_path / "a.json").read_text("utf-8")
@@ -265,7 +277,7 @@ def test_damaged_files_are_refused_by_name_and_reason(name: str, tmp_path: Path)
     assert reason in str(caught.value) and name in str(caught.value)
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_missing_and_undecodable_files_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(FileNotFoundError, match="No cluster file at"):
             CategoryClusters.load(path, CLASSES)
@@ -282,7 +294,7 @@ def test_bundled_clusters_cover_the_classes(name: str, classes: Dict[str, str], 
     assert clusters.provenance == {"source": f"bundled: {name.lower()}"}
 
 
-def test_bundled_clusters_of_another_data_set() -> None:
+def test_bundled_clusters_of_another_data_set_are_refused() -> None:
     with pytest.raises(ValueError, match="Clusters come with the package for 'voc' and 'coco'; got 'ade'"):
         CategoryClusters.bundled("ade")
 
@@ -301,7 +313,7 @@ def blobs(sizes: List[int], noise: float = 0.05, seed: int = 0, shuffle: bool = 
 
 
 @pytest.mark.parametrize("sizes", [[2, 2], [5, 3, 4], [1, 6, 2, 3], [4, 4, 4, 4, 4]])
-def test_blobs_are_found(sizes: List[int]) -> None:
+def test_text_features_in_blobs_give_the_blobs(sizes: List[int]) -> None:
     pytest.importorskip("sklearn")
     names, features = blobs(sizes)
     before = features.clone()
@@ -321,7 +333,7 @@ def test_blobs_are_found(sizes: List[int]) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6, 7])
-def test_a_number_that_is_given(count: int) -> None:
+def test_a_given_number_of_clusters_is_kept(count: int) -> None:
     pytest.importorskip("sklearn")
     names, features = blobs([3, 2, 2])
     clusters = clusters_from_text_features(names, features, count)
@@ -333,14 +345,14 @@ def test_a_number_that_is_given(count: int) -> None:
 @pytest.mark.parametrize("classes, count, expected", [
     (["a"], None, 1), (["a", "b"], None, 1), (["a"], 1, 1), (["a", "b"], 2, 2), (["a", "b"], 1, 1),
 ])  # fmt: skip
-def test_one_and_two_classes(classes: List[str], count: Optional[int], expected: int) -> None:
+def test_one_and_two_classes_are_clustered(classes: List[str], count: Optional[int], expected: int) -> None:
     pytest.importorskip("sklearn")
     clusters = clusters_from_text_features(classes, torch.eye(3)[: len(classes)], count)
     assert len(clusters) == expected
     assert clusters.provenance["num_clusters"] == ("given" if count else "one: fewer than three classes")
 
 
-def test_features_that_are_all_alike() -> None:
+def test_equal_features_are_clustered() -> None:
     pytest.importorskip("sklearn")
     assert len(clusters_from_text_features(["a", "b", "c", "d"], torch.ones(4, 8))) >= 1
 
@@ -353,30 +365,30 @@ def test_features_that_are_all_alike() -> None:
     (torch.ones(3), r"must have shape .* got \(3,\)"),
     ([[1.0], [1.0], [1.0]], "must have shape .* got list"),
 ])  # fmt: skip
-def test_features_that_cannot_be(features: Any, reason: str) -> None:
+def test_wrong_features_are_refused(features: Any, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         clusters_from_text_features(["a", "b", "c"], features)
 
 
 @pytest.mark.parametrize("count", [0, -1, 4])
-def test_numbers_that_cannot_be(count: int) -> None:
+def test_a_number_of_clusters_out_of_range_is_refused(count: int) -> None:
     with pytest.raises(ValueError, match=f"`num_clusters` must be from 1 to the number of classes, 3; got {count}"):
         clusters_from_text_features(["a", "b", "c"], torch.eye(3), count)
 
 
 @pytest.mark.parametrize("count", [True, 2.0, "2"])
-def test_numbers_of_another_kind(count: Any) -> None:
+def test_a_number_of_clusters_of_another_type_is_refused(count: Any) -> None:
     with pytest.raises(TypeError, match="`num_clusters` must be a whole number"):
         clusters_from_text_features(["a", "b", "c"], torch.eye(3), count)
 
 
 @pytest.mark.parametrize("value", [255.0, 0.5, -1.0])
-def test_labels_other_than_0_and_1(clusters: CategoryClusters, value: float) -> None:
+def test_labels_other_than_0_and_1_are_refused(clusters: CategoryClusters, value: float) -> None:
     with pytest.raises(ValueError, match="`labels` must be 0 or 1; got values such as"):
         clusters.labels(torch.tensor([[0, 1, value, 0, 0]]))
 
 
-def test_a_class_that_is_named_as_a_cluster() -> None:
+def test_a_class_with_the_name_of_a_cluster_keeps_its_name() -> None:
     pytest.importorskip("sklearn")
     names = ["cat", "cat group", "dog", "car"]  # the cluster of cat and dog is named after its centre, too
     features = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0.99, 0, 0.1, 0], [0, 0, 0, 1]])
@@ -385,7 +397,7 @@ def test_a_class_that_is_named_as_a_cluster() -> None:
     assert sorted(member for members in clusters.values() for member in members) == sorted(names)
 
 
-def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     with pytest.raises(ModuleNotFoundError, match="Clusters of text features need scikit-learn: pip install 'semples-plugin"):
         clusters_from_text_features(["a", "b", "c"], torch.eye(3))
@@ -398,7 +410,7 @@ def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
         {"clusters": {"pets": ["cat", "dog"], "rest": ["car"]}},
     ],
 )
-def test_an_answer_of_a_language_model_as_a_file(content: Any, tmp_path: Path) -> None:
+def test_the_answer_of_a_language_model_is_read_from_a_file(content: Any, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("\ufeff" + json.dumps(content), encoding="utf-8")  # as some editors write it
     found = CategoryClusters.load(tmp_path / "a.json", ["car", "cat", "dog"])
     assert dict(found) == {"pets": ("cat", "dog"), "rest": ("car",)}
@@ -414,7 +426,7 @@ def test_an_answer_of_a_language_model_as_a_file(content: Any, tmp_path: Path) -
         ({"pets": ["cat", "dog"], "rest": ["car", False]}, "Quote names such as 'no'"),
     ],
 )
-def test_files_that_are_nearly_right(content: Any, reason: str, tmp_path: Path) -> None:
+def test_files_that_are_nearly_right_are_refused_with_a_hint(content: Any, reason: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ClusterError, match=reason):
         CategoryClusters.load(tmp_path / "a.json", ["car", "cat", "dog"])

@@ -147,7 +147,7 @@ def test_dropout_is_on_the_input_and_only_in_training() -> None:
 
 
 @pytest.mark.parametrize(("dim", "hidden"), [(768, 192), (16, 4), (6, 1), (2, 1)])
-def test_default_size(dim: int, hidden: int) -> None:
+def test_default_size_of_the_output(dim: int, hidden: int) -> None:
     module = HVBiLSTM(dim)
     assert module.rows.hidden_size == module.columns.hidden_size == hidden and module.out_dim == 4 * hidden
     assert module(torch.rand(1, 2, dim), (1, 2)).shape == (1, 2, 4 * hidden)
@@ -328,7 +328,7 @@ def test_images_without_labels_give_background_only() -> None:
     assert chosen(scores, torch.zeros(2, 2)) == set()
 
 
-def test_threshold_is_of_the_scores_that_are_left() -> None:
+def test_the_threshold_applies_to_scores_scaled_to_the_present_classes() -> None:
     scores = torch.tensor([[[0.1, 0.3, 0.6], [0.2, 0.1, 0.7], [0.1, 0.2, 0.7]]])  # the absent class 2 has the most
     labels = torch.tensor([[1, 0]])
     assert chosen(scores, labels, 0.7) == {(0, 0, 1)}  # 0.3 / 0.4
@@ -348,7 +348,7 @@ def test_confident_patches_keep_no_graph() -> None:
     assert not any(part.requires_grad for part in confident_patches(scores, torch.ones(2, 2)))
 
 
-def test_confident_patches_of_nothing() -> None:
+def test_confident_patches_of_no_image_are_none() -> None:
     for scores, labels in ((torch.rand(0, 5, 3), torch.zeros(0, 2)), (torch.rand(2, 0, 3), torch.ones(2, 2))):
         assert chosen(scores, labels) == set()
 

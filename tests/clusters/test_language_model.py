@@ -155,7 +155,7 @@ def data_after(question: str, title: str) -> Any:
 # ---------------------------------------------------------------------------------------------------- a fixed point
 
 
-def test_refined_until_nothing_changes(chat: ChatServer) -> None:
+def test_clusters_are_refined_until_nothing_changes(chat: ChatServer) -> None:
     rounds: List[Round] = []
     renamed = {"pets": ["cat", "dog"], **{name: found for name, found in C.items() if name != "animals"}}
     clusters = chat.clusters_from_language_model(text(A), text(C), text(renamed), text(B), listener=rounds.append)
@@ -182,7 +182,7 @@ def test_refined_until_nothing_changes(chat: ChatServer) -> None:
     assert data_after(chat.questions()[1], "Findings") == []
 
 
-def test_provenance(chat: ChatServer, tmp_path: Path) -> None:
+def test_the_provenance_holds_settings_prompts_and_rounds(chat: ChatServer, tmp_path: Path) -> None:
     clusters = chat.clusters_from_language_model(
         text(A), text(A), seed=7, max_clusters=4, max_tokens=500, record=tmp_path / "record.json"
     )
@@ -205,18 +205,18 @@ def test_provenance(chat: ChatServer, tmp_path: Path) -> None:
     assert KEY not in content and CategoryClusters.load(tmp_path / "clusters.json").provenance == clusters.provenance
 
 
-def test_the_way_through_category_clusters(chat: ChatServer) -> None:
+def test_a_server_of_ones_own_needs_no_key(chat: ChatServer) -> None:
     chat.script, seen = [text(B)], []  # type: ignore[var-annotated]
     clusters = clusters_from_language_model(CLASSES, "toy", base_url=chat.url, listener=seen.append, max_rounds=2)
     assert dict(clusters) == {name: tuple(found) for name, found in B.items()} and len(seen) == 2
     assert chat.headers[0]["Authorization"] == "Bearer none"  # a server of one's own needs no key
 
 
-def test_one_class(chat: ChatServer) -> None:
+def test_one_class_is_one_cluster(chat: ChatServer) -> None:
     assert dict(chat.clusters_from_language_model(text({"all": ["cat"]}), classes=["cat"])) == {"all": ("cat",)}
 
 
-def test_never_at_rest(chat: ChatServer, tmp_path: Path) -> None:
+def test_without_a_fixed_point_the_error_holds_the_record_and_the_last_clusters(chat: ChatServer, tmp_path: Path) -> None:
     script = [text(A), text(B), text(C), text({"all": CLASSES})]
     error = chat.fail(*script, max_rounds=4, record=tmp_path / "r.json")
     assert str(error).startswith(
@@ -234,7 +234,7 @@ def test_never_at_rest(chat: ChatServer, tmp_path: Path) -> None:
     assert taken.provenance["converged"] is False and len(taken.provenance["rounds"]) == 6
 
 
-def test_a_circle_is_told(chat: ChatServer) -> None:
+def test_the_error_names_the_rounds_that_repeat(chat: ChatServer) -> None:
     error = chat.fail(*[text(A), text(B)] * 3, max_rounds=5)
     assert "The model repeats itself: rounds 1 and 3 and 5, rounds 2 and 4 gave the same clusters." in str(error)
     assert "take the last valid clusters, if there are any, by accept_unconverged=True (--accept-unconverged)" in str(error)
@@ -251,7 +251,7 @@ def test_an_invalid_answer_between_two_equal_ones_is_no_fixed_point(chat: ChatSe
     assert len(chat.clusters_from_language_model(text(A), "no", accept_unconverged=True, max_rounds=2)) == 3
 
 
-def test_never_valid(chat: ChatServer) -> None:
+def test_without_a_valid_answer_no_clusters_are_accepted(chat: ChatServer) -> None:
     error = chat.fail("I would rather not.", max_rounds=3, accept_unconverged=True)
     assert error.clusters is None and len(chat.bodies) == 3
     assert "0 of 3 answers were valid" in str(error) and "it holds no JSON object" in str(error)
@@ -312,7 +312,7 @@ REMARKS = {
 
 
 @pytest.mark.parametrize("remark", list(REMARKS))
-def test_answers_that_are_read_all_the_same(remark: str, chat: ChatServer, tmp_path: Path) -> None:
+def test_answers_of_another_form_are_read_with_a_finding(remark: str, chat: ChatServer, tmp_path: Path) -> None:
     answer, finding = REMARKS[remark]
     clusters = chat.clusters_from_language_model(
         answer
@@ -324,7 +324,7 @@ def test_answers_that_are_read_all_the_same(remark: str, chat: ChatServer, tmp_p
     clusters.save(tmp_path / "clusters.json")
 
 
-def test_spellings_that_several_classes_share() -> None:
+def test_a_spelling_that_several_classes_share_is_not_guessed() -> None:
     names = ["Dog", "dog", "cat"]
     found, _, findings = read_answer(text({"a": ["dog", "Dog"], "b": ["CAT"]}), names)
     assert found == {"a": ["dog", "Dog"], "b": ["cat"]} and len(findings) == 1
@@ -362,7 +362,7 @@ def test_changes_are_empty_only_for_the_same_partition(index: List[int]) -> None
     assert (other.changes_since(old) == []) == (old.groups() == other.groups())
 
 
-def test_read_quickly() -> None:
+def test_long_nested_answers_are_read_quickly() -> None:
     start = time.perf_counter()
     for unit in ("{", "[", '{"a":', '{"a":[', '{"a":1}', "{ "):
         read_answer(unit * (1_000_000 // len(unit)), CLASSES)
@@ -397,7 +397,7 @@ def test_an_instruction_in_a_class_name_is_only_data(chat: ChatServer) -> None:
     assert error.clusters is None and "0 of 3 answers were valid" in str(error)
 
 
-def test_cluster_names_never_reach_a_terminal_raw() -> None:
+def test_printable_escapes_control_characters() -> None:
     assert (
         printable("a\x1b[2J\nb\u202e\u2028ü\ud800") == "a\\x1b[2J\\nb\\u202e\\u2028ü\\ud800" and printable("abcd", 2) == "ab..."
     )
@@ -406,7 +406,7 @@ def test_cluster_names_never_reach_a_terminal_raw() -> None:
 # ---------------------------------------------------------------------------------------------------- prompts of one's own
 
 
-def test_prompts_of_ones_own(chat: ChatServer, tmp_path: Path) -> None:
+def test_own_prompts_are_asked_and_recorded(chat: ChatServer, tmp_path: Path) -> None:
     (tmp_path / "first.txt").write_text("Möglichst {classes} {x} {{limit}}", encoding="utf-8")
     later = "{classes}|{clusters}|{findings}|{}"
     clusters = chat.clusters_from_language_model(
@@ -419,7 +419,7 @@ def test_prompts_of_ones_own(chat: ChatServer, tmp_path: Path) -> None:
     assert (prompts["initial"], prompts["refine"]) == ("Möglichst {classes} {x} {{limit}}", later)
 
 
-def test_prompts_that_cannot_be(chat: ChatServer, tmp_path: Path) -> None:
+def test_wrong_prompts_are_refused_before_any_question(chat: ChatServer, tmp_path: Path) -> None:
     (tmp_path / "latin1.txt").write_bytes("Möwe {classes}".encode("latin1"))
     for argument, value, reason in (
         (
@@ -466,19 +466,21 @@ def test_prompts_that_cannot_be(chat: ChatServer, tmp_path: Path) -> None:
         ({"record": "/none/at/all.json"}, "must be in a folder that exists"),
     ],
 )  # fmt: skip
-def test_wrong_arguments(options: Dict[str, Any], reason: str, chat: ChatServer) -> None:
+def test_wrong_arguments_are_refused_before_any_question(options: Dict[str, Any], reason: str, chat: ChatServer) -> None:
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=reason) as caught:
         chat.clusters_from_language_model(text(A), **options)
     assert "secret" not in str(caught.value) and chat.bodies == []
 
 
-def test_wrong_model(chat: ChatServer) -> None:
+def test_a_wrong_model_name_is_refused(chat: ChatServer) -> None:
     for model in ("", " ", None):
         with pytest.raises(ValueError, match="`model` must be the name of a language model"):
             clusters_from_language_model(CLASSES, model, base_url=chat.url)  # type: ignore[arg-type]
 
 
-def test_neither_key_nor_address(chat: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_or_an_address_is_needed_and_may_come_from_the_environment(
+    chat: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for key in (None, "", " "):
         with pytest.raises(LanguageModelError, match="Expected an API key for OpenAI's server, or the address of another one"):
             clusters_from_language_model(CLASSES, "toy", api_key=key)
@@ -491,7 +493,7 @@ def test_neither_key_nor_address(chat: ChatServer, monkeypatch: pytest.MonkeyPat
     )
 
 
-def test_without_the_client() -> None:
+def test_without_the_client_the_error_says_what_to_install() -> None:
     code = """import sys; sys.modules['openai'] = None
 from semples_plugin.clusters import clusters_from_language_model
 clusters_from_language_model(['a'], 'm', base_url='http://x')"""
@@ -507,7 +509,7 @@ clusters_from_language_model(['a'], 'm', base_url='http://x')"""
 SOON = {"retry-after-ms": "10"}
 
 
-def test_a_rate_limit_that_passes(chat: ChatServer) -> None:
+def test_a_rate_limit_that_passes_is_retried(chat: ChatServer) -> None:
     clusters = chat.clusters_from_language_model(
         Reply("slow down", 429, headers=SOON), Reply("busy", 503, headers=SOON), text(A), text(A), max_retries=2
     )
@@ -525,7 +527,7 @@ def failing(chat: ChatServer, tmp_path: Path, *script: Any, **options: Any) -> L
     return error
 
 
-def test_a_rate_limit_that_stays(chat: ChatServer, tmp_path: Path) -> None:
+def test_a_rate_limit_that_stays_is_an_error(chat: ChatServer, tmp_path: Path) -> None:
     error = failing(chat, tmp_path, Reply("Slow\x1b[2J down.", 429, headers=SOON), max_retries=2)
     assert "allows no more questions, also after 2 retries: status 429" in str(error) and len(chat.bodies) == 4
     assert "Slow\\x1b[2J down." in str(error) and "raise max_retries (--retries)" in str(error)
@@ -542,34 +544,34 @@ STATUS = {
 
 
 @pytest.mark.parametrize("kind", list(STATUS))
-def test_statuses(kind: str, chat: ChatServer, tmp_path: Path) -> None:
+def test_the_error_of_every_status_says_what_to_do(kind: str, chat: ChatServer, tmp_path: Path) -> None:
     reply, what, advice = STATUS[kind]
     error = failing(chat, tmp_path, reply)
     assert what in str(error) and advice in str(error) and len(chat.bodies) == 2
 
 
-def test_a_server_that_answers_too_late(chat: ChatServer, tmp_path: Path) -> None:
+def test_a_late_answer_is_an_error(chat: ChatServer, tmp_path: Path) -> None:
     error = failing(chat, tmp_path, Reply(text(A), delay=5), timeout=0.3)
     assert "gave no complete answer within 0.3 s: " in str(error) and "Is the server busy" in str(error)
 
 
 @pytest.mark.parametrize("status", [200, 500])
-def test_a_server_that_stops_in_the_middle(status: int, chat: ChatServer, tmp_path: Path) -> None:
+def test_a_reply_that_stops_in_the_middle_is_an_error(status: int, chat: ChatServer, tmp_path: Path) -> None:
     error = failing(chat, tmp_path, Reply(text(A), status=status, trickle=9), timeout=0.3)
     assert "gave no complete answer within 0.3 s" in str(error)
 
 
-def test_a_server_that_answers_in_drops(chat: ChatServer, tmp_path: Path) -> None:
+def test_a_reply_in_drops_is_an_error_after_the_timeout(chat: ChatServer, tmp_path: Path) -> None:
     error = failing(chat, tmp_path, Reply(text(A) + " " * 999, trickle=0.05), timeout=0.3)
     assert "gave no complete answer within 0.3 s" in str(error)
 
 
-def test_a_connection_that_breaks(chat: ChatServer, tmp_path: Path) -> None:
+def test_a_broken_connection_is_an_error(chat: ChatServer, tmp_path: Path) -> None:
     error = failing(chat, tmp_path, Reply(text(A), headers={"Content-Length": "9999"}))
     assert "broke off in the middle of an answer" in str(error)
 
 
-def test_nobody_there(chat: ChatServer) -> None:
+def test_a_refused_connection_is_an_error_without_the_secrets_of_the_address(chat: ChatServer) -> None:
     with socket.socket() as taken:  # bound, so that nobody else gets it, and not listening
         taken.bind(("127.0.0.1", 0))
         error = chat.fail(text(A), base_url=f"http://user:{KEY}@127.0.0.1:{taken.getsockname()[1]}/v1?key={KEY}")
@@ -601,7 +603,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("kind", list(ANSWERS))
-def test_answers_that_end_it(kind: str, chat: ChatServer, tmp_path: Path) -> None:
+def test_unusable_replies_are_errors_with_the_reply_in_the_record(kind: str, chat: ChatServer, tmp_path: Path) -> None:
     reply, reason = ANSWERS[kind]
     error = failing(chat, tmp_path, reply)
     assert reason in str(error) and len(chat.bodies) == 2 and error.record is not None
@@ -669,7 +671,7 @@ def picky(refused: Sequence[str], status: int = 400) -> Callable[[Dict[str, Any]
     "refused, left, status",
     [(["json_schema"], "json_object", 400), (["json_schema", "json_object"], None, 422)],
 )
-def test_response_formats_that_are_not_supported(
+def test_unsupported_response_formats_are_left_out_once(
     refused: List[str], left: Optional[str], status: int, chat: ChatServer
 ) -> None:
     clusters = chat.clusters_from_language_model(picky(refused, status))
@@ -681,7 +683,7 @@ def test_response_formats_that_are_not_supported(
     assert chat.bodies[-1].get("response_format") == (left and {"type": left})
 
 
-def test_sampling_that_is_not_supported(chat: ChatServer) -> None:
+def test_unsupported_sampling_is_left_out(chat: ChatServer) -> None:
     clusters = chat.clusters_from_language_model(picky(["temperature", "seed", "max_tokens"]), max_tokens=99)
     last = chat.bodies[-1]
     assert "temperature" not in last and "seed" not in last and last["max_completion_tokens"] == 99
@@ -690,6 +692,6 @@ def test_sampling_that_is_not_supported(chat: ChatServer) -> None:
     assert "temperature" not in chat.bodies[-1] and "seed" not in chat.bodies[-1]
 
 
-def test_a_server_that_takes_nothing(chat: ChatServer) -> None:
+def test_a_server_that_refuses_every_argument_is_an_error(chat: ChatServer) -> None:
     error = chat.fail(Reply("response_format, temperature, seed: all wrong", 400))
     assert "refused the question: status 400" in str(error) and len(chat.bodies) == 5

@@ -290,7 +290,7 @@ def test_a_larger_related_weight_pushes_more(seed: int, a: float, b: float) -> N
     assert (high - low > 1e-6) or abs(a - b) < 1e-2
 
 
-def test_a_step_draws_classes_together_and_apart() -> None:
+def test_a_step_draws_patches_of_a_class_together_and_classes_apart() -> None:
     f, classes = features(len(CLASSES), 6, shift=0.0), torch.tensor(CLASSES)
 
     def gap(x: Tensor) -> float:

@@ -34,9 +34,6 @@ from tests.adapters.toy_hosts import (
 
 CLUSTERS = CategoryClusters({"vehicles": ["boat", "train"], "animals": ["bird"]}, CLASSES)
 OFF = float("-inf")
-FUSED = getattr(F, "scaled_dot_product_attention", None)
-WITH_KWARGS = torch.__version__ >= "2"  # hooks see keywords
-needs_fused = pytest.mark.skipif(FUSED is None, reason="this torch has no scaled_dot_product_attention")
 
 
 # ------------------------------------------------------------------------------------------------ hosts
@@ -61,11 +58,11 @@ class TimmAttention(nn.Module):
         q, k, v = self.qkv(x).reshape(batch, count, 3, HEADS, width // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
         q = 4 * q  # attention that is far from uniform
         if self.way == "fused":
-            x = FUSED(q, k, v, dropout_p=0.0)
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=0.0)
         elif self.way == "masked":
-            x = FUSED(q, k, v, attn_mask=torch.ones(count, count, dtype=torch.bool))
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(count, count, dtype=torch.bool))
         elif self.way == "causal":
-            x = FUSED(q, k, v, is_causal=True)
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             x = SOFTMAX[self.way](q @ k.transpose(-2, -1) * (width // HEADS) ** -0.5) @ v
         return self.proj(x.transpose(1, 2).reshape(batch, count, width))
@@ -137,13 +134,8 @@ HOSTS = {
     "mctformer": ToyMCTformer,
     "weaktr": ToyWeakTr,
     "vit": ToyViT,
-    **{f"timm {way}": (lambda way=way: TimmViT(way)) for way in SOFTMAX},
+    **{f"timm {way}": (lambda way=way: TimmViT(way)) for way in (*SOFTMAX, "fused")},
 }
-HOST = [*HOSTS, pytest.param("timm fused", marks=needs_fused)]
-
-
-def build(name: str) -> nn.Module:
-    return TimmViT("fused") if name == "timm fused" else HOSTS[name]()
 
 
 def flat(value: Any) -> List[Tensor]:
@@ -172,12 +164,12 @@ def trunk_tokens(count: int = 7, images: int = 2) -> Tensor:
 # ------------------------------------------------------------------------------------------------ what the tokens do
 
 
-@pytest.mark.parametrize("host", HOST)
+@pytest.mark.parametrize("host", HOSTS)
 def test_minus_infinity_leaves_the_host_as_it_is_and_zero_does_not(host: str) -> None:
     img, labels = batch()
     outputs, grads = {}, {}
     for bias in (None, OFF, 0.0, -4.0):
-        model = build(host)
+        model = HOSTS[host]()
         if bias is None:
             output = model(img)
             host_loss(output, labels).backward()
@@ -205,10 +197,10 @@ def test_minus_infinity_leaves_the_host_as_it_is_and_zero_does_not(host: str) ->
 
 
 @pytest.mark.parametrize("bias", [0.0, OFF, -2.0])
-@pytest.mark.parametrize("host", HOST)
+@pytest.mark.parametrize("host", HOSTS)
 def test_gradients_of_the_tokens_loss_reach_tokens_and_host(host: str, bias: float) -> None:
     img, labels = batch()
-    model = build(host)
+    model = HOSTS[host]()
     tokens = ClusterTokens(CLUSTERS, model, attention_bias=bias)
     with tokens.insert(model):
         model(img)
@@ -237,9 +229,9 @@ def by_hand(model: Any, x: Tensor, tokens: Tensor) -> Tuple[List[Any], Tensor]:
 
 
 @pytest.mark.parametrize("host", ["mctformer", "weaktr"])
-def test_equals_the_blocks_run_by_hand(host: str) -> None:
+def test_outputs_equal_the_blocks_run_by_hand(host: str) -> None:
     img, labels = batch()
-    model = build(host).eval()
+    model = HOSTS[host]().eval()
     tokens = ClusterTokens(CLUSTERS, model)
     with tokens.insert(model):
         logits, *rest = model(img)
@@ -264,10 +256,10 @@ def test_equals_the_blocks_run_by_hand(host: str) -> None:
         assert torch.allclose(rest[0], maps.mean((2, 3)), atol=1e-6)
 
 
-@pytest.mark.parametrize("host", [h for h in HOST if not isinstance(h, str) or h.startswith(("vit", "timm"))])
+@pytest.mark.parametrize("host", [h for h in HOSTS if h.startswith(("vit", "timm"))])
 def test_equals_the_blocks_run_by_hand_in_a_sequential(host: str) -> None:
     img, _ = batch()
-    model = build(host).eval()
+    model = HOSTS[host]().eval()
     tokens = ClusterTokens(CLUSTERS, model, seed=4)
     with tokens.insert(model):
         logits = model(img)
@@ -279,7 +271,7 @@ def test_equals_the_blocks_run_by_hand_in_a_sequential(host: str) -> None:
     assert torch.allclose(output, last[:, 17:], atol=1e-6)
 
 
-@pytest.mark.parametrize("way", ["method", pytest.param("fused", marks=needs_fused)])
+@pytest.mark.parametrize("way", ["method", "fused"])
 @pytest.mark.parametrize("bias", [-1.5, OFF, 2.0])
 def test_bias_is_added_from_host_tokens_to_cluster_tokens_only(way: str, bias: float) -> None:
     """One block by hand, a query at a time."""
@@ -304,7 +296,7 @@ def test_bias_is_added_from_host_tokens_to_cluster_tokens_only(way: str, bias: f
     assert torch.allclose(got, full, atol=1e-5)
 
 
-def test_softmax_outside_the_blocks_is_left_alone() -> None:
+def test_softmax_outside_the_blocks_is_unchanged() -> None:
     model = Trunk([TimmBlock("method")])
     tokens = ClusterTokens(CLUSTERS, WIDTH, attention_bias=OFF)
     square = torch.randn(2, 7, 7)
@@ -534,7 +526,7 @@ def test_a_bias_changes_nothing_outside_after_a_block_failed() -> None:
         assert (torch.zeros(2, 7, 7).softmax(-1) > 0).all()
 
 
-def test_two_with_in_one_another_are_refused() -> None:
+def test_nested_insertions_are_refused() -> None:
     model = ToyViT()
     first, second = ClusterTokens(CLUSTERS, model), ClusterTokens(CLUSTERS, model, attention_bias=-1.0)
     img, _ = batch()
@@ -557,7 +549,7 @@ def test_two_with_in_one_another_are_refused() -> None:
     assert_nothing_left(model, img, expected)
 
 
-def test_two_forward_passes() -> None:
+def test_each_forward_pass_has_its_own_tokens() -> None:
     model = ToyMCTformer()
     tokens = ClusterTokens(CLUSTERS, model)
     first, second = batch(0)[0], batch(1)[0][:1]
@@ -580,7 +572,7 @@ def test_two_forward_passes() -> None:
     assert torch.isfinite(tokens.tokens.grad).all()
 
 
-def test_eval_and_no_grad() -> None:
+def test_inference_gives_the_same_tokens_without_gradients() -> None:
     img, labels = batch()
     model = ToyMCTformer()
     tokens = ClusterTokens(CLUSTERS, model, attention_bias=-1.0)
@@ -600,7 +592,7 @@ def test_eval_and_no_grad() -> None:
 
 
 @pytest.mark.parametrize("way", ["copy", "pickle"])
-def test_copies_after_a_forward_pass(way: str) -> None:
+def test_copies_after_a_forward_pass_hold_no_output_and_give_the_same_loss(way: str) -> None:
     img, labels = batch()
     model = ToyMCTformer()
     tokens = ClusterTokens(CLUSTERS, model, attention_bias=OFF)
@@ -686,12 +678,12 @@ def test_reentrant_checkpointing_is_refused(first: int) -> None:
 
 
 @pytest.mark.parametrize("bias", [0.0, -2.0, OFF])
-@pytest.mark.parametrize("host", HOST)
-def test_bfloat16_autocast(host: str, bias: float) -> None:
+@pytest.mark.parametrize("host", HOSTS)
+def test_outputs_under_bfloat16_autocast_are_close_to_float32(host: str, bias: float) -> None:
     img, labels = batch()
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = build(host)
+        model = HOSTS[host]()
         tokens = ClusterTokens(CLUSTERS, model, attention_bias=bias)
         with tokens.insert(model):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
@@ -706,7 +698,7 @@ def test_bfloat16_autocast(host: str, bias: float) -> None:
         assert torch.allclose(mine, reference, atol=0.25)
 
 
-def test_a_host_in_bfloat16() -> None:
+def test_a_host_in_bfloat16_gets_tokens_in_bfloat16() -> None:
     img, labels = batch()
     model = ToyViT().to(torch.bfloat16)
     tokens = ClusterTokens(CLUSTERS, model, attention_bias=-1.0)
@@ -744,12 +736,11 @@ def test_other_tensors_for_the_blocks_are_refused() -> None:
     refuse_extra(lambda block, x: block(x, torch.ones(7, 7)), r"tensor \(2, 7, 8\), tensor \(7, 7\)\.")
 
 
-@pytest.mark.skipif(not WITH_KWARGS, reason="hooks of this torch do not see keywords")
 def test_other_tensors_by_keyword_are_refused() -> None:
     refuse_extra(lambda block, x: block(x, mask=torch.ones(7, 7)), r"tensor \(2, 7, 8\), tensor \(7, 7\)\.")
 
 
-def test_other_arguments_that_are_no_tensors_are_taken() -> None:
+def test_arguments_that_are_no_tensors_are_accepted() -> None:
     x = trunk_tokens()
     for call in (lambda block, x: block(x, None), lambda block, x: block(x, mask=None), lambda block, x: block(x, "flag")):
         model = Trunk([Takes(), Takes()], call)
@@ -794,7 +785,7 @@ def test_other_outputs_of_the_blocks_are_refused(gives: Any, got: str) -> None:
             model(trunk_tokens())
 
 
-@pytest.mark.parametrize("way", ["none", *[pytest.param(w, marks=needs_fused) for w in ("masked", "causal")]])
+@pytest.mark.parametrize("way", ["none", "masked", "causal"])
 def test_a_bias_without_attention_to_add_it_to_is_refused(way: str) -> None:
     model = Trunk([nn.Linear(WIDTH, WIDTH)] if way == "none" else [TimmBlock(way)])
     with ClusterTokens(CLUSTERS, WIDTH, attention_bias=-4.0).insert(model):
@@ -865,7 +856,7 @@ def test_a_host_without_blocks_is_refused_with_what_it_has(model: nn.Module, wha
         ClusterTokens(CLUSTERS, model)
 
 
-def test_blocks_under_another_name() -> None:
+def test_the_blocks_may_have_another_name() -> None:
     model = ToyTransCAM()
     model.encoder = nn.Module()
     model.encoder.layers = nn.ModuleList([model.trans_block])
@@ -879,7 +870,7 @@ def test_blocks_under_another_name() -> None:
         find_blocks(model, "stem")
 
 
-def test_size_of_a_token() -> None:
+def test_the_size_of_a_token_is_read_from_the_host() -> None:
     assert token_size(TimmViT()) == token_size(ToyMCTformer()) == token_size(nn.DataParallel(ToyViT())) == WIDTH
     model = Trunk([Block("tokens")])
     with pytest.raises(HostError, match="The size of a token of Trunk could not be read from `embed_dim`, `cls_token`"):
@@ -919,12 +910,12 @@ def test_attention_in_nested_outputs_loses_the_tokens_too() -> None:
 
 
 @pytest.mark.parametrize("options", [{"dim": "8"}, {"dim": 8.0}, {"dim": 8, "attention_bias": "x"}])
-def test_arguments_of_another_kind(options: Any) -> None:
+def test_arguments_of_another_type_are_refused(options: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="`dim` must be a whole number|`attention_bias` must be a number"):
         ClusterTokens(CLUSTERS, **options)
 
 
-def test_labels_must_fit_the_clusters() -> None:
+def test_labels_of_another_shape_are_refused() -> None:
     tokens = ClusterTokens(CLUSTERS, WIDTH)
     with pytest.raises(ValueError, match=r"`labels` must have shape \(B, 3\), one column per class; got \(2, 2\)."):
         tokens.loss(torch.ones(2, 2), torch.rand(2, 2, WIDTH))
