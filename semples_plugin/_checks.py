@@ -170,7 +170,7 @@ def check_batch(
 
 
 _NOT_FLOAT = {
-    "img": "Convert with img.float() / 255 and normalise as your host does.",
+    "img": "Convert with img.float() / 255 and normalize as your host does.",
     "cam": "A CAM of whole numbers carries no gradient; pass the activations, not a label map.",
 }
 
@@ -216,7 +216,7 @@ def _check_values(img: Tensor, cam: Tensor, labels: Tensor, stats: Stats, normal
     outside = ((plain - 0.5).abs() > 0.75).float().mean()  # a few pixels may be: random erasing, colour jitter
     cam_low, cam_high = cam.detach().amin().float(), cam.detach().amax().float()
     soft = _is_soft(labels).any().float()
-    inside = ((img >= 0) & (img <= 1)).all().float()  # as only images that were never normalised are
+    inside = ((img >= 0) & (img <= 1)).all().float()  # as only images that were never normalized are
     facts = torch.stack([low, high, outside, inside, cam_low, cam_high, soft]).tolist()  # one transfer
     img_low, img_high, img_outside, img_inside, cam_min, cam_max, any_soft = facts
     for name, lowest, highest in (("cam", cam_min, cam_max), ("img", img_low, img_high)):
@@ -228,17 +228,17 @@ def _check_values(img: Tensor, cam: Tensor, labels: Tensor, stats: Stats, normal
     if any_soft:
         raise ValueError(_soft_labels(labels))
     if img_outside > 0.1:
-        expected = "in [0, 1]" if stats is None else f"normalised with mean {stats[0]} and std {stats[1]}"
+        expected = "in [0, 1]" if stats is None else f"normalized with mean {stats[0]} and std {stats[1]}"
         raise ValueError(
             f"`img` must be {expected}; {'its values' if stats is None else 'with that undone, its values'} run from "
             f"{img_low:.2f} to {img_high:.2f} instead of 0 to 1. "
-            "Divide 0..255 images by 255, and say how your host normalises: PromptRefiner(..., image_stats=(mean, std)), "
+            "Divide 0..255 images by 255, and say how your host normalizes: PromptRefiner(..., image_stats=(mean, std)), "
             "'imagenet', or None for none."
         )
     if stats is not None and img_inside:
         warn(
-            f"`img` should be normalised with mean {stats[0]} and std {stats[1]}, but all its values are in [0, 1]. If your "
-            "images are not normalised, build PromptRefiner(..., image_stats=None)."
+            f"`img` should be normalized with mean {stats[0]} and std {stats[1]}, but all its values are in [0, 1]. If your "
+            "images are not normalized, build PromptRefiner(..., image_stats=None)."
         )
     if normalized and (cam_min < -1e-3 or cam_max > 1 + 1e-3):
         raise ValueError(

@@ -121,7 +121,7 @@ class ClipEncoder:
                 computed again in the backward pass, so memory is bounded by one chunk.
 
         Returns:
-            (N, D) float32, not normalised. (0, D) for no views.
+            (N, D) float32, not normalized. (0, D) for no views.
         """
         if views.shape[0] == 0:
             return views.new_zeros((0, self.embed_dim), dtype=torch.float32) + 0 * views.sum()
@@ -149,7 +149,7 @@ class ClipEncoder:
             views: (N, 3, S, S) with CLIP's size and statistics.
 
         Returns:
-            (N, D, g, g) float32, not normalised, g = number of patches per side.
+            (N, D, g, g) float32, not normalized, g = number of patches per side.
         """
         visual = self.model.visual
         seen: List[Tensor] = []
@@ -202,7 +202,7 @@ class ClipEncoder:
         return rows
 
     def encode_text(self, texts: Sequence[str], chunk: int = 256) -> Tensor:
-        """Features of texts: (N, D) float32, not normalised. Padded to the longest of the texts, not to 77."""
+        """Features of texts: (N, D) float32, not normalized. Padded to the longest of the texts, not to 77."""
         rows = self.tokenize(texts)
         parts = [self.encode_tokens(rows[i : i + chunk]) for i in range(0, len(rows), chunk)]
         return torch.cat(parts) if parts else torch.zeros(0, self.embed_dim, device=self.device)
@@ -231,7 +231,7 @@ class ClipEncoder:
             template: a text with one `{}`.
 
         Returns:
-            (N, D) float32, attached to `context`, not normalised.
+            (N, D) float32, attached to `context`, not normalized.
         """
         prefix, suffix = self._split(template)
         embed = self._text.token_embedding

@@ -2,7 +2,7 @@
 
 Notation (SemPLeS, arXiv 2401.11791, section 3): `v_f`, `v_b` are CLIP features of the foreground and background region of
 the P positive (image, class) pairs, `u_f` the text feature of the pair's class, `u_b` the feature of its learned background
-prompt; all (P, D), of any length, none normalised. c(a, b) = clamp(cos(a, b), 1e-4, 0.9999), < > = mean over the P pairs.
+prompt; all (P, D), of any length, none normalized. c(a, b) = clamp(cos(a, b), 1e-4, 0.9999), < > = mean over the P pairs.
 Every term of no pairs (P = 0) is a zero that is still attached to the graph. Flow: `clip_encoder` -> **losses** -> `refiner`.
 """
 

@@ -98,7 +98,7 @@ BATCHES: Dict[str, Tuple[Callable[..., Any], type, str]] = {
         r"`img` must be in \[0, 1\]; its values run from 0.\d\d to 25\d.\d\d instead of 0 to 1. "
         r"Divide 0..255 images by 255, .*image_stats=\(mean, std\)",
     ),
-    "img normalised after all": (
+    "img normalized after all": (
         lambda i, c, y: ((i - 0.5) / 0.25, c, y),
         ValueError,
         r"`img` must be in \[0, 1\]; its values run from -2.00 to [12].\d\d instead of 0 to 1",
@@ -180,10 +180,10 @@ def test_warnings_point_to_the_callers_line(make_refiner: Any, make_batch: Any) 
     assert [(w.filename, w.lineno - first) for w in caught] == [(__file__, i) for i in (1, 2, 3, 4)]
 
 
-def test_images_that_are_not_normalised_as_announced(make_refiner: Any, make_batch: Any) -> None:
+def test_images_that_are_not_normalized_as_announced(make_refiner: Any, make_batch: Any) -> None:
     img, cam, labels = make_batch()
     refiner = make_refiner(image_stats="imagenet")
-    with pytest.raises(ValueError, match=r"`img` must be normalised with mean \(0.485, 0.456, 0.406\) and std \(0.229"):
+    with pytest.raises(ValueError, match=r"`img` must be normalized with mean \(0.485, 0.456, 0.406\) and std \(0.229"):
         refiner(255 * img, cam, labels)
     assert refiner((img - 0.45) / 0.225, cam, labels) > 0
 
@@ -191,7 +191,7 @@ def test_images_that_are_not_normalised_as_announced(make_refiner: Any, make_bat
 @pytest.mark.parametrize(
     ("shift", "scale", "found"), [(0.0, 3.0, "0.0.* to 3"), (-0.5, 1.0, "-0.5 to 0.5"), (0.1, 1.0, "0.1 to 1.1")]
 )
-def test_cam_that_is_not_normalised_as_announced(
+def test_cam_that_is_not_normalized_as_announced(
     shift: float, scale: float, found: str, make_refiner: Any, make_batch: Any
 ) -> None:
     img, cam, labels = make_batch()
@@ -285,7 +285,7 @@ ARGUMENTS: Dict[str, Tuple[Dict[str, Any], type, str]] = {
         "`clip_dtype` must be 'float32' or 'float16' or 'bfloat16'; got 'int8'",
     ),
     "unknown form of T": ({"repel": "exp"}, ValueError, "`repel` must be 'log' or 'log1m'; got 'exp'"),
-    "unknown normalisation": ({"normalize": "softmax"}, ValueError, "`normalize` must be 'minmax' or None; got 'softmax'"),
+    "unknown normalization": ({"normalize": "softmax"}, ValueError, "`normalize` must be 'minmax' or None; got 'softmax'"),
     "no views at all": ({"max_views": 0}, ValueError, "`max_views` must be at least 1, or None for no limit; got 0"),
     "weight without texts": (
         {"lambda_background_texts": 1.0},
@@ -410,11 +410,11 @@ def test_randomly_erased_pixels_are_no_foreign_statistics(make_refiner: Any, mak
     img = (torch.rand(2, 3, 40, 40, generator=generator) - 0.45) / 0.225
     img[:, :, 5:15, 5:15] = 1.2 * torch.randn(2, 3, 10, 10, generator=generator)  # noise of random erasing
     assert torch.isfinite(refiner(img, cam, labels))
-    with pytest.raises(ValueError, match="`img` must be normalised with mean"):
+    with pytest.raises(ValueError, match="`img` must be normalized with mean"):
         refiner(255 * torch.rand(2, 3, 40, 40, generator=generator), cam, labels)
 
 
-def test_images_that_were_never_normalised_are_told(make_refiner: Any, make_batch: Any) -> None:
+def test_images_that_were_never_normalized_are_told(make_refiner: Any, make_batch: Any) -> None:
     batch = make_batch()  # images in [0, 1]
     with pytest.warns(UserWarning, match=r"all its values are in \[0, 1\]. .* image_stats=None"):
         make_refiner(image_stats="imagenet")(*batch)

@@ -250,13 +250,13 @@ class Literal:
         return self.model.encode_image(view[None].float())[0]
 
     def views(
-        self, img: Tensor, cam: Tensor, host_stats: Any, clip_stats: bool, eps: float, normalise: bool
+        self, img: Tensor, cam: Tensor, host_stats: Any, clip_stats: bool, eps: float, normalize: bool
     ) -> Tuple[Tensor, Tensor, Tensor]:
         """Mask, foreground view and background view of one image (3, H, W) and one map (h, w)."""
         size = self.model.visual.input_resolution
         rows, columns = enlarge_matrix(cam.shape[0], size), enlarge_matrix(cam.shape[1], size)
         mask = rows @ cam.double() @ columns.T
-        if normalise:
+        if normalize:
             mask = (mask - mask.min()) / (mask.max() - mask.min() + eps)
         x = shrink_matrix(img.shape[1], size) @ img.double() @ shrink_matrix(img.shape[2], size).T
         if clip_stats:
@@ -279,7 +279,7 @@ class Literal:
         host_stats: Any = None,
         clip_stats: bool = True,
         eps: float = 0.1,
-        normalise: bool = True,
+        normalize: bool = True,
         background_channel: bool = False,
         texts: Optional[Dict[str, List[str]]] = None,
         lambda_texts: float = 0.0,
@@ -294,7 +294,7 @@ class Literal:
                     continue
                 pairs += 1
                 own = cam[b, k + 1] if background_channel else cam[b, k]
-                mask, foreground, background = self.views(img[b], own, host_stats, clip_stats, eps, normalise)
+                mask, foreground, background = self.views(img[b], own, host_stats, clip_stats, eps, normalize)
                 v_f, v_b = self.encode(foreground), self.encode(background)
                 u_f = self.padded_text(self.model, f"a photo of a {name}.").detach()
                 sums["match_foreground"] = sums["match_foreground"] - log(clamped_cosine(v_f, u_f))
@@ -375,7 +375,7 @@ STEPS: Dict[str, Tuple[bool, Dict[str, Any], Dict[str, Any]]] = {
     ),
     "small eps": (False, {"eps": 1e-4}, {"lambda_b": 2.4, "eps": 1e-4}),
     "large eps": (False, {"eps": 2.0}, {"lambda_b": 2.4, "eps": 2.0}),
-    "normalised CAM": (False, {"normalize": None}, {"lambda_b": 2.4, "normalise": False}),
+    "normalized CAM": (False, {"normalize": None}, {"lambda_b": 2.4, "normalize": False}),
 }
 
 

@@ -175,7 +175,7 @@ def test_refine_shapes_and_absent_classes(options: Dict[str, Any], learned: bool
     assert torch.equal(got.labels, masks.pseudo_labels(got.masks, 0.4))
 
 
-def test_refine_without_steps_is_the_normalised_cam(make_refiner: Any, make_batch: Any) -> None:
+def test_refine_without_steps_is_the_normalized_cam(make_refiner: Any, make_batch: Any) -> None:
     img, cam, labels = make_batch(LABELS)
     got = make_refiner().refine_masks(img, cam, labels, suppress=False, align=None)
     for b, k in labels.nonzero().tolist():

@@ -31,7 +31,7 @@ def test_the_loss_goes_down(learned: bool, make_refiner: Callable[..., Any]) -> 
     assert losses[0] > losses[1] > losses[2] and losses[2] < losses[0] - 0.01
 
 
-def test_the_result_is_a_weighed_normalised_cam(make_refiner: Callable[..., Any]) -> None:
+def test_the_result_is_a_weighed_normalized_cam(make_refiner: Callable[..., Any]) -> None:
     img, cam, labels = scene()
     result = make_refiner(learned=True).optimize_cam(img, 5 * cam, labels, steps=10, lr=0.5)
     assert result.shape == cam.shape and result.dtype == torch.float32 and not result.requires_grad

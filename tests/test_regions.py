@@ -97,13 +97,13 @@ def test_one_by_one_cam() -> None:
     assert torch.autograd.grad(same.sum(), cam)[0].item() == 16
 
 
-def test_no_normalisation_only_enlarges() -> None:
+def test_no_normalization_only_enlarges() -> None:
     cam = torch.tensor([[[[0.0, 1.0], [0.5, 0.25]]]])
     mask = regions.pair_masks(cam, PAIR, (3, 3), None, 0.1)[0]
     assert torch.allclose(mask, torch.tensor([[0.0, 0.5, 1.0], [0.25, 0.4375, 0.625], [0.5, 0.375, 0.25]]))
 
 
-def test_corners_are_aligned_and_normalisation_comes_after_enlarging() -> None:
+def test_corners_are_aligned_and_normalization_comes_after_enlarging() -> None:
     cam = random(1, 1, 4, 7)
     mask = regions.pair_masks(cam, PAIR, (11, 13), "minmax", 0.1)[0]
     flat = (cam[0, 0] - cam.min()) / (cam.max() - cam.min() + 0.1)
@@ -114,11 +114,11 @@ def test_corners_are_aligned_and_normalisation_comes_after_enlarging() -> None:
 
 
 @pytest.mark.parametrize("eps", [1e-4, 0.1])
-@pytest.mark.parametrize("normalise", ["minmax", None])
-def test_masks_pass_gradcheck(normalise: str, eps: float) -> None:
+@pytest.mark.parametrize("normalize", ["minmax", None])
+def test_masks_pass_gradcheck(normalize: str, eps: float) -> None:
     cam = random(2, 2, 3, 4).double().requires_grad_(True)
     pairs = torch.tensor([[0, 1], [1, 0], [1, 1]])
-    assert torch.autograd.gradcheck(lambda x: regions.pair_masks(x, pairs, (5, 6), normalise, eps), (cam,))
+    assert torch.autograd.gradcheck(lambda x: regions.pair_masks(x, pairs, (5, 6), normalize, eps), (cam,))
 
 
 def test_no_pairs_give_an_empty_attached_tensor() -> None:

@@ -72,7 +72,7 @@ def patch_contrast(
     loss (Khosla et al., NeurIPS 2020).
 
     Args:
-        features: (M, D), of any length, not normalised. Half precision is computed in float32.
+        features: (M, D), of any length, not normalized. Half precision is computed in float32.
         classes: (M,) class of each patch.
         related: (K, K) bool over all values of `classes`: whether two classes are in one cluster; None for no prior.
         temperature: > 0.

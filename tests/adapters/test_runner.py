@@ -440,7 +440,7 @@ def test_other_prompts_or_checkpoints_are_no_finished_run(
     assert status != 0 or (copied.out / "refine.pt").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*should be normalised")
+@pytest.mark.filterwarnings("ignore:.*should be normalized")
 def test_a_tuple_in_the_arguments_is_the_same_run_again(run: Run, start: Any) -> None:
     """A tuple is a list in JSON; the same command must still be the same run."""
     stats = "image_stats=((0.5,0.5,0.5),(0.25,0.25,0.25))"

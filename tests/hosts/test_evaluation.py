@@ -24,7 +24,7 @@ THRESHOLDS = [i / 100 for i in range(60)]
 
 @pytest.fixture(scope="module")
 def folder(hosts: Any, tmp_path_factory: pytest.TempPathFactory) -> Tuple[Path, Path, List[str]]:
-    """CAM files for eight photos with masks: blurred masks with noise, normalised as the baselines do, and one absent class."""
+    """CAM files for eight photos with masks: blurred masks with noise, normalized as the baselines do, and one absent class."""
     photos = hosts.photos()
     masks = sorted((photos / "SegmentationClass").glob("*.png"))[:8]
     path, rng = tmp_path_factory.mktemp("cams"), np.random.default_rng(0)

@@ -21,7 +21,7 @@ def seed() -> None:
 
 
 def photos(height: int, width: int, count: int) -> Tuple[Tensor, Tensor]:
-    """The first photos of the list, resized and normalised, with their labels (count, 20)."""
+    """The first photos of the list, resized and normalized, with their labels (count, 20)."""
     ids = Path("voc12/train_aug_id.txt").read_text(encoding="utf-8").split()[:count]
     found = np.load("voc12/cls_labels.npy", allow_pickle=True).item()
     named = {str(key).replace("_", "").replace(".jpg", ""): value for key, value in found.items()}
