@@ -1,4 +1,4 @@
-"""PCC and CPC on top of a vision transformer: cluster tokens, HV-BiLSTM, patch classifier and patch contrast in one module.
+"""PCC and CPC on a vision transformer: cluster tokens, HV-BiLSTM, patch classifier and patch contrast in one module.
 
 `ClusterBranch` is what people build for this part, as they build `PromptRefiner` for the prompts. It reads and extends a host
 by hooks and gives one loss with named terms. Flow: host's patch tokens -> (`HVBiLSTM`) -> `PatchClassifier` -> top-k pooling ->

@@ -95,12 +95,12 @@ def test_rounds_and_clusters_are_shown(semples: Command, chat: ChatServer) -> No
     assert chat.headers[0]["Authorization"] == f"Bearer {KEY}"
 
 
-def test_json_prints_the_file_escaped(semples: Command, chat: ChatServer) -> None:
+def test_json_prints_the_file_in_ascii(semples: Command, chat: ChatServer) -> None:
     status, out, err = semples(*model(chat, f"\u009b31m {text(A)}"), "--json")
     assert (status, err) == (0, "") and out.isascii() and json.loads(out) == json.loads(semples.out.read_text("utf-8"))
 
 
-def test_control_characters_of_a_model_are_escaped(semples: Command, chat: ChatServer) -> None:
+def test_control_characters_in_answers_are_escaped(semples: Command, chat: ChatServer) -> None:
     (semples.root / "classes.txt").write_text("cat\x1b[2J\ndog\n")
     status, out, _ = semples(*model(chat, "\x1b[2J", text({"\x1b[31mred": ["cat\x1b[2J"], "\u202eb": ["dog"]})))
     assert status == 0 and out.isascii() and "\x1b" not in out and "[31mred  cat\\x1b[2J" in out.splitlines()
@@ -134,14 +134,14 @@ def test_a_failure_leaves_the_old_clusters_and_a_record(semples: Command, chat: 
     assert sorted(path.name for path in semples.root.iterdir()) == ["c.json", "c.partial.json", "classes.txt"]
 
 
-def test_without_a_fixed_point_the_command_fails_with_the_record(semples: Command, chat: ChatServer) -> None:
+def test_no_fixed_point_is_an_error(semples: Command, chat: ChatServer) -> None:
     status, _, err = semples(*model(chat, text(A), text(B), text(A)), "--max-rounds", 3)
     assert status == 2 and "rounds 1 and 3 gave the same clusters" in err and "--accept-unconverged" in err
     assert err.count("\n") == 1 and not semples.out.exists() and semples.partial.exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_ctrl_c_keeps_the_record(semples: Command, chat: ChatServer) -> None:
+def test_ctrl_c_keeps_the_record_and_the_old_file(semples: Command, chat: ChatServer) -> None:
     command = semples.arguments(*model(chat, text(A), Reply(text(A), delay=30)))
     process = subprocess.Popen(
         [sys.executable, "-m", "semples_plugin", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -151,16 +151,16 @@ def test_ctrl_c_keeps_the_record(semples: Command, chat: ChatServer) -> None:
     assert process.stdout is not None and process.stdout.readline() == "round 1: 3 clusters\n"  # the second one is asked
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
-    kept = f"What was said so far is in {semples.partial}."
-    assert process.returncode == 130 and err == f"interrupted; {semples.out} is as it was. {kept}\n"
+    record = f"The record of all answers so far is in {semples.partial}."
+    assert process.returncode == 130 and err == f"interrupted; {semples.out} is as it was. {record}\n"
     assert json.loads(semples.partial.read_text())["provenance"]["rounds"][0]["clusters"] == A and not semples.out.exists()
 
 
-def test_ctrl_c_before_the_first_question_says_what_to_do(semples: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_before_the_first_answer(semples: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "read_class_names", stopped)
+    monkeypatch.setattr(cli.clusters, "read_class_names", stopped)
     assert semples("--file", "x.json") == (130, "", "interrupted; `semples clusters` starts anew with the same command.\n")
     assert semples("--model", "x") == (130, "", f"interrupted; {semples.out} is as it was.\n")
 
@@ -180,7 +180,7 @@ def test_missing_packages_are_named(semples: Command, monkeypatch: pytest.Monkey
 # ---------------------------------------------------------------------------------------------------- --clip and --file
 
 
-def test_clip_clusters_its_text_features(semples: Command, aligned_clip: nn.Module) -> None:
+def test_clip_groups_text_features(semples: Command, aligned_clip: nn.Module) -> None:
     pytest.importorskip("sklearn")
     path = semples.root / "clip.pt"
     torch.save(aligned_clip.state_dict(), path)
@@ -198,7 +198,7 @@ def test_clip_clusters_its_text_features(semples: Command, aligned_clip: nn.Modu
     assert CategoryClusters.load(semples.out).classes == tuple(VOC_CLASSES)
 
 
-def test_file_is_checked_and_copied(semples: Command) -> None:
+def test_a_file_is_checked_and_written(semples: Command) -> None:
     (semples.root / "mine.json").write_text(json.dumps(A))
     status, out, err = semples("--file", semples.root / "mine.json")
     assert (status, err) == (0, "") and out.splitlines() == [
@@ -232,7 +232,7 @@ def test_usage_errors(arguments: List[str], reason: str, semples: Command) -> No
     "arguments, reason",
     [
         (["--file", "ROOT/none.json"], "No cluster file at"),
-        (["--file", "ROOT/classes.txt"], "must end in .json; got"),
+        (["--file", "ROOT/classes.txt"], "must end in .json"),
         (["--file", "ROOT/part.json"], "In no cluster: 'car', 'sofa'."),
         (["--file", "ROOT/broken.json"], "is not readable"),
         (["--file", "ROOT/part.json", "--max-rounds", "3"], "--max-rounds matters only with --model"),
@@ -250,7 +250,7 @@ def test_usage_errors(arguments: List[str], reason: str, semples: Command) -> No
         (["--model", "toy", "--base-url", "http://x", "--max-rounds", "1"], "`max_rounds` must be at least 2"),
         (["--model", "toy", "--base-url", "http://x", "--initial-prompt", "ROOT/classes.txt"], "must contain {classes}"),
         (["--model", "toy", "--base-url", "http://x", "--refine-prompt", "ROOT/none.txt"], "none.txt"),
-        (["--model", "toy", "--classes", "pascal"], "--classes must be voc, coco or a readable file"),
+        (["--model", "toy", "--classes", "pascal"], "class names must be voc, coco or a readable file"),
     ],
 )
 def test_wrong_arguments_end_in_one_line(
