@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 from urllib.parse import parse_qsl, urlsplit
 
 from .._text import printable
@@ -88,7 +88,7 @@ class Chat:
         self.notes: List[str] = []
         completion = {"max_completion_tokens": arguments.get("max_tokens")}  # old clients lack the name
         self.fallbacks: List[
-            Tuple[str, Tuple[str, ...], Dict[str, Any]]
+            Tuple[str, Sequence[str], Dict[str, Any]]
         ] = [  # argument, words of a complaint about it, what is sent instead; each is used once
             ("response_format", _FORMAT_WORDS, {"response_format": {"type": "json_object"}}),
             ("response_format", _FORMAT_WORDS, {}),
