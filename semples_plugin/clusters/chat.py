@@ -43,12 +43,8 @@ class Chat:
     """A language model at an address, and the arguments that its server turned out to understand.
 
     Args:
-        model: the name by which the server knows the model.
-        base_url: by default that of the variable OPENAI_BASE_URL, else OpenAI's.
-        api_key: by default that of the variable OPENAI_API_KEY.
+        model, base_url, api_key, timeout, max_retries: as of `clusters_from_language_model`.
         arguments: of every question, such as `temperature` and `response_format`; None leaves one out.
-        timeout: seconds for a whole answer.
-        max_retries: after a time-out, a rate limit or a fault of the server.
     """
 
     def __init__(
@@ -71,23 +67,21 @@ class Chat:
             raise ValueError("The API key must be of printable ASCII characters without blanks; this one has others.")
         try:
             address = urlsplit(given or "https://api.openai.com/v1")
-            fits = address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
+            if address.scheme not in ("http", "https") or not address.hostname or address.port == 0:
+                raise ValueError("not an address of a server")
         except (ValueError, AttributeError, TypeError):
-            fits = False
-        if not fits:
             shown = given.rpartition("@")[2].partition("?")[0] if isinstance(given, str) else given
-            raise ValueError(f"`base_url` must be an address such as http://localhost:11434/v1; got {shown!r}.")
-        query = dict(parse_qsl(address.query))
-        address = address._replace(query="", fragment="")
-        self.url = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()  # without user and password
-        self.secrets = [text for text in (key, address.password or "", *query.values()) if len(text) >= 8]
+            raise ValueError(f"`base_url` must be an address such as http://localhost:11434/v1; got {shown!r}.") from None
+        query, address = dict(parse_qsl(address.query)), address._replace(query="", fragment="")
         options: Dict[str, Any] = {"timeout": timeout, "max_retries": max_retries, "default_query": query or None}
         try:
             self.client: Any = openai.OpenAI(base_url=address.geturl(), api_key=key or "none", **options)
         except Exception as error:
-            if type(error).__name__ != "InvalidURL":
+            if type(error).__name__ != "InvalidURL":  # of its HTTP library, whose name differs between versions
                 raise
             raise ValueError(f"`base_url` must be an address such as http://localhost:11434/v1: {error}.") from None
+        self.url = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()  # without user and password
+        self.secrets = [text for text in (key, address.password or "", *query.values()) if len(text) >= 8]
         self.model, self.version, self.timeout, self.max_retries = model, f"openai {openai.__version__}", timeout, max_retries
         self.request = {"model": model, **{name: value for name, value in arguments.items() if value is not None}}
         self.reported: Optional[str] = None  # the model that the server says it asked

@@ -459,6 +459,7 @@ def test_wrong_prompts_are_refused_before_any_question(chat: ChatServer, tmp_pat
         ({"base_url": "ftp://x/v1"}, "`base_url` must be an address"),
         ({"base_url": "http://user:pw-secret@:99x/v1?key=pw-secret"}, "`base_url` must be an address .*; got ':99x/v1'"),
         ({"base_url": 3}, "`base_url` must be an address"),
+        ({"base_url": "http://" + "a" * 70_000}, "`base_url` must be an address"),
         ({"api_key": "Schlüssel"}, "printable ASCII characters without blanks; this one has others"),
         ({"api_key": "a\nb"}, "printable ASCII"),
         ({"classes": []}, "at least one name"),
