@@ -21,8 +21,9 @@ clusters: $(VENV)/ready
 benchmark: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/reference_step.py
 
+# Two processes, each test file in one of them.
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 # The real baselines: MCTFORMER=dir WEAKTR=dir TRANSCAM=dir ... VOC_PHOTOS=dir, see tests/hosts/README.md
 test-hosts: $(VENV)/hosts

@@ -68,7 +68,7 @@ class Chat:
         try:
             address = urlsplit(given or "https://api.openai.com/v1")
             if address.scheme not in ("http", "https") or not address.hostname or address.port == 0:
-                raise ValueError("not an address of a server")
+                raise ValueError(given)
         except (ValueError, AttributeError, TypeError):
             shown = given.rpartition("@")[2].partition("?")[0] if isinstance(given, str) else given
             raise ValueError(f"`base_url` must be an address such as http://localhost:11434/v1; got {shown!r}.") from None
