@@ -97,7 +97,7 @@ def write_label_png(path: PathLike, labels: np.ndarray) -> None:
     """Write a label map (H, W) of values 0 to 255 as a PNG with VOC's palette, which evaluation scripts and viewers expect."""
     from PIL import Image
 
-    picture = Image.fromarray(labels.astype(np.uint8), mode="P")
+    picture = Image.fromarray(labels.astype(np.uint8))
     picture.putpalette(voc_palette())
     write_atomically(Path(path), lambda file: picture.save(file, format="PNG"))
 
