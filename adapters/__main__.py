@@ -21,7 +21,7 @@ from .._checks import check_classes, check_number
 from ..class_names import read_class_names
 from ..clusters.branch import ClusterBranch
 from ..clusters.categories import CategoryClusters
-from ..config import COCO, VOC, parse_assignments
+from ..config import config_for, parse_assignments
 from ..errors import SemplesError
 from ..refiner import PromptRefiner
 from .registry import make_source, names
@@ -188,14 +188,17 @@ def _job(options: argparse.Namespace, script: List[str]) -> Job:
     classes = read_class_names(options.classes)
     class_names = list(zip(*check_classes(classes)))  # with the names for CLIP
     clip = str(Path(options.clip).resolve()) if Path(options.clip).is_file() else options.clip
-    overrides = {"seed": options.seed, **parse_assignments("--set", options.set)}
+    given = parse_assignments("--set", options.set)
+    if "seed" in given or ("epochs" in given and options.prompt_epochs is not None):
+        raise ValueError("--set seed and --set epochs have options of their own, --seed and --prompt-epochs; give each once.")
+    overrides = {"seed": options.seed, **given}
     clusters, branch_options = None, {}
     if options.clusters is not None:
         clusters = _clusters(options.clusters, list(classes))
         branch_options = _branch_options(clusters, options.seed, options.branch_option)
         if options.cluster_prompts:
             overrides["clusters"] = clusters.as_dict()
-    config = (COCO if options.classes.lower() == "coco" else VOC).replace(**overrides)
+    config = config_for(options.classes).replace(**overrides)
     adapter_options = parse_assignments("--host-option", options.host_option)
     facts = {
         "host": options.host,

@@ -126,7 +126,7 @@ class LoopWatcher:
         self._captures = []
 
     def bind(self, model: nn.Module, under_way: bool = False) -> None:
-        """Put the hooks on a model. A `with` does it on entry, the runner when the host's model turns up.
+        """Put the hooks on a model. A `with` does it on entry, the runner when the host's model is found.
 
         Args:
             model: the host.

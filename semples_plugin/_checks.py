@@ -127,7 +127,7 @@ def check_stats(image_stats: Any) -> Stats:
         if len(mean) == len(std) == 3 and min(std) > 0:
             return mean, std
     except (TypeError, ValueError):
-        pass  # told below
+        pass  # reported below
     raise ValueError(
         "`image_stats` must be 'imagenet', None (images in [0, 1]), or (mean, std) of three values each, std > 0; "
         f"got {image_stats!r}."
@@ -213,7 +213,7 @@ def _check_values(img: Tensor, cam: Tensor, labels: Tensor, stats: Stats, normal
         mean, std = (torch.tensor(s, device=img.device).view(3, 1, 1) for s in stats)
         plain = plain * std + mean  # back to [0, 1]
     low, high = plain.amin(), plain.amax()  # NaN and inf come through
-    outside = ((plain - 0.5).abs() > 0.75).float().mean()  # a few pixels may be: random erasing, colour jitter
+    outside = ((plain - 0.5).abs() > 0.75).float().mean()  # a few pixels may be: random erasing, color jitter
     cam_low, cam_high = cam.detach().amin().float(), cam.detach().amax().float()
     soft = _is_soft(labels).any().float()
     inside = ((img >= 0) & (img <= 1)).all().float()  # as only images that were never normalized are
@@ -270,9 +270,7 @@ def partition_faults(clusters: Any, classes: Sequence[str], max_clusters: Option
         for member in members:
             if not isinstance(member, str):
                 kind = type(member).__name__
-                faults.append(
-                    f"Cluster {name!r} must hold class names; got {member!r:.80} of type {kind}. Quote names such as 'no'."
-                )
+                faults.append(f"Cluster {name!r} must hold class names; got {member!r:.80} of type {kind}.")
             else:
                 where.setdefault(member, []).append(str(name))
     known = set(classes)

@@ -178,15 +178,21 @@ def load_clip(
             - `"open_clip:ViT-B-32/laion2b_s34b_b79k"` (needs `pip install open_clip_torch`);
             - a `ClipEncoder`, returned as it is (several refiners may share one).
         device: where it goes; by default a loaded model stays on its device, and files go to the CPU.
-        dtype: of the weights. In OpenAI's models the layer norms stay in float32; open_clip's models are converted whole, as
-            open_clip's own `precision="pure_bf16"` does.
+        dtype: of weights that are loaded or copied here; a `ClipEncoder` must have it already. In OpenAI's models the layer
+            norms stay in float32; open_clip's models are converted whole, as open_clip's own `precision="pure_bf16"` does.
 
     Raises:
         ClipError: if there is no such model, or it cannot be used; the message says what to do.
         TypeError: for anything else.
+        ValueError: if a `ClipEncoder` has another dtype.
     """
     if isinstance(clip, ClipEncoder):
         encoder = clip
+        if encoder.dtype != dtype:
+            raise ValueError(
+                f"`clip_dtype` must be that of the ClipEncoder, which is shared as it is: {encoder.dtype}; got {dtype}. Load "
+                "the encoder with load_clip(..., dtype=...)."
+            )
     elif isinstance(clip, nn.Module):
         encoder = _wrap(copy.deepcopy(clip), type(clip).__name__, dtype)
     elif isinstance(clip, (str, os.PathLike)):

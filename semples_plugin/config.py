@@ -33,7 +33,7 @@ import torch
 
 from ._checks import check_number, check_stats
 
-__all__ = ["COCO", "VOC", "RefinerConfig", "parse_assignments"]
+__all__ = ["COCO", "VOC", "RefinerConfig", "config_for", "parse_assignments"]
 
 Rule = Callable[[str, Any], None]  # raises TypeError or ValueError that names the option
 
@@ -168,6 +168,11 @@ class RefinerConfig:
     def as_dict(self) -> Dict[str, Any]:
         """Name -> value of every option, as JSON can hold them; `VOC.replace(**values)` gives the configuration back."""
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+
+def config_for(classes: str) -> RefinerConfig:
+    """The configuration that goes with `--classes` of the command lines: `COCO` for "coco", else `VOC`."""
+    return COCO if classes.lower() == "coco" else VOC
 
 
 def parse_assignments(flag: str, items: Iterable[str]) -> Dict[str, Any]:

@@ -62,21 +62,21 @@ def suppression(dense: Tensor, pairs: Tensor, text_features: Tensor, prompt_feat
 def pamr(img: Tensor, masks: Tensor, iterations: int = 10, dilations: Sequence[int] = (1, 2, 4, 8, 12, 24)) -> Tensor:
     """Pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020, section 4.2): masks follow the image's edges.
 
-    For every pixel i and its 8 neighbours j at each dilation, k(i, j) = -|x_i - x_j| / (0.1 sigma_i), averaged over the
-    colour channels, sigma_i the standard deviation of x over all neighbours of i; alpha = softmax of k over the neighbours;
+    For every pixel i and its 8 neighbors j at each dilation, k(i, j) = -|x_i - x_j| / (0.1 sigma_i), averaged over the
+    color channels, sigma_i the standard deviation of x over all neighbors of i; alpha = softmax of k over the neighbors;
     then `iterations` times m_i <- sum_j alpha_ij m_j.
 
     Args:
         img: (B, 3, H, W) in any linear scale.
         masks: (B, K, H, W).
         iterations: number of updates.
-        dilations: neighbour distances in pixels.
+        dilations: neighbor distances in pixels.
 
     Returns:
         (B, K, H, W), within the range of `masks`.
     """
 
-    def neighbours(x: Tensor) -> Tensor:  # (B, K, H, W) -> (B, K, N, H, W), borders repeated
+    def neighbors(x: Tensor) -> Tensor:  # (B, K, H, W) -> (B, K, N, H, W), borders repeated
         height, width = x.shape[2:]
         reach = max(dilations)
         padded = F.pad(x, (reach,) * 4, mode="replicate")
@@ -89,12 +89,12 @@ def pamr(img: Tensor, masks: Tensor, iterations: int = 10, dilations: Sequence[i
         ]
         return torch.stack(shifted, dim=2)
 
-    around = neighbours(img)  # (B, 3, N, H, W)
-    spread = around.std(dim=2, keepdim=True)
-    affinity = -(around - img[:, :, None]).abs() / (0.1 * spread + 1e-8)
+    around = neighbors(img)  # (B, 3, N, H, W)
+    deviation = around.std(dim=2, keepdim=True)
+    affinity = -(around - img[:, :, None]).abs() / (0.1 * deviation + 1e-8)
     affinity = affinity.mean(dim=1, keepdim=True).softmax(dim=2)  # (B, 1, N, H, W)
     for _ in range(iterations):
-        masks = (affinity * neighbours(masks)).sum(dim=2)
+        masks = (affinity * neighbors(masks)).sum(dim=2)
     return masks
 
 

@@ -1,7 +1,7 @@
 """From img + cam + labels to the regions that CLIP looks at: one foreground and one background view per positive pair.
 
 X_k^f = M_k X and X_k^b = (1 - M_k) X (SemPLeS, section 3.1), where M_k is the CAM of class k, enlarged to CLIP's input size
-and normalized to [0, 1]. The mask multiplies the image after normalization, so what is masked out becomes the mean colour.
+and normalized to [0, 1]. The mask multiplies the image after normalization, so what is masked out becomes the mean color.
 Flow: host -> **regions** -> `clip_encoder`.
 """
 

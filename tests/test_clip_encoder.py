@@ -296,3 +296,10 @@ def test_open_clip_is_asked_for_but_missing() -> None:
         pytest.skip("open_clip is installed")
     with pytest.raises(ClipError, match="'open_clip:ViT-B-32/laion2b' needs open_clip: `pip install open_clip_torch`"):
         load_clip("open_clip:ViT-B-32/laion2b")
+
+
+def test_a_shared_encoder_of_another_precision_is_refused(tiny_clip: nn.Module) -> None:
+    shared = load_clip(tiny_clip)
+    assert PromptRefiner(["boat"], shared).encoder is shared
+    with pytest.raises(ValueError, match="`clip_dtype` must be that of the ClipEncoder, .* torch.float32; got torch.bfloat16"):
+        PromptRefiner(["boat"], shared, clip_dtype=torch.bfloat16)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from semples_plugin import ClipError, DetachedCamError, PromptRefiner, SemplesError
+from semples_plugin import COCO, VOC, ClipError, DetachedCamError, PromptRefiner, SemplesError
 from semples_plugin.clip_backends import load_clip
+from semples_plugin.config import config_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
@@ -443,3 +444,8 @@ def test_a_generator_as_loader_of_several_passes(make_refiner: Any, make_batch: 
     img, cam, labels = make_batch()
     with pytest.raises(ValueError, match="With passes > 1 `loader` must start again each time"):
         make_refiner().fit_prompts(((img, labels) for _ in range(2)), lambda _: cam.detach(), passes=2, progress=False)
+
+
+def test_the_configuration_of_the_command_lines_follows_the_classes() -> None:
+    assert config_for("coco") is config_for("COCO") is COCO
+    assert config_for("voc") is config_for("classes.txt") is VOC

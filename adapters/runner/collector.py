@@ -1,4 +1,4 @@
-"""One pass over the host's own loader with the trained host held still: the features that prompts are learned from."""
+"""One pass over the host's own loader with the trained host frozen: the features that prompts are learned from."""
 
 from __future__ import annotations
 

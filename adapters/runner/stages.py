@@ -115,7 +115,7 @@ def _attach_when_found(
     start: Optional[Path],
     make_branch: Optional[Callable[[nn.Module], BranchTraining]],
 ) -> ModelFinder:
-    """Load the host's weights and put the hooks on when its model turns up."""
+    """Load the host's weights and put the hooks on when its model is found."""
 
     def found(model: nn.Module) -> None:
         if start is not None:
@@ -189,7 +189,7 @@ def _log(path: Path, every: int) -> Iterator[Any]:
 
 
 def _prompt(job: Job) -> Dict[str, Any]:
-    """Stage (b): one pass over the host's own loader with the trained host held still, then the prompts from its features."""
+    """Stage (b): one pass over the host's own loader with the trained host frozen, then the prompts from its features."""
     start = _start(job, "prompt")
     refiner = _refiner(job)
     collector = Collector(job.source, refiner, passes=job.passes)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
 from ..class_names import read_class_names
-from ..config import VOC, parse_assignments
+from ..config import config_for, parse_assignments
 from .arguments import add_classes
 from .printing import print_failed
 
@@ -134,7 +134,7 @@ def _refiner(options: argparse.Namespace, classes: Any, overrides: Mapping[str, 
 
     overrides = {**overrides, "image_stats": None}  # images are read as values from 0 to 1
     if options.prompts is None:
-        refiner = PromptRefiner(classes, options.clip or "ViT-B/32", VOC.replace(**overrides))
+        refiner = PromptRefiner(classes, options.clip or "ViT-B/32", config_for(options.classes).replace(**overrides))
     else:
         refiner = PromptRefiner.load(options.prompts, clip=options.clip, **overrides)
         if refiner.classes != list(classes):

@@ -23,7 +23,7 @@ class HVBiLSTM(nn.Module):
 
         out[r, c] = [ row LSTM of row r, at c ; column LSTM of column c, at r ]
 
-    It counters over-smoothing: the tokens of neighbouring patches become similar in a deep transformer, while a recurrence over
+    It counters over-smoothing: the tokens of neighboring patches become similar in a deep transformer, while a recurrence over
     the grid depends on their order.
 
     Args:

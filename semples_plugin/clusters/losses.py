@@ -99,8 +99,8 @@ def patch_contrast(
     itself = torch.eye(len(classes), dtype=torch.bool, device=classes.device)
     weight = torch.ones_like(similarity)
     if related is not None:
-        kin = related.to(classes.device)[classes[:, None], classes] & ~same
-        weight = weight.masked_fill(kin, related_weight)
+        same_cluster = related.to(classes.device)[classes[:, None], classes] & ~same
+        weight = weight.masked_fill(same_cluster, related_weight)
     weight = weight.masked_fill(itself, 0.0)
     positive = same & ~itself
     count = positive.sum(1)

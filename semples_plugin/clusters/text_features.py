@@ -54,8 +54,8 @@ def clusters_from_text_features(
     clusters: Dict[str, List[str]] = {}
     for k in range(max(index) + 1):
         members = [i for i, own in enumerate(index) if own == k]
-        centre = min(members, key=lambda i: (distance[i, members].sum(), i))
-        title = names[centre]
+        center = min(members, key=lambda i: (distance[i, members].sum(), i))
+        title = names[center]
         while len(members) > 1 and (title in names or title in clusters):  # a class may be called "cat group"
             title = f"{title} group"
         clusters[title] = [names[i] for i in members]

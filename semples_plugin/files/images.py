@@ -77,7 +77,7 @@ def read_label_png(path: Path) -> np.ndarray:
     """A label map (H, W) from a palette or grey PNG.
 
     Raises:
-        CamFileError: if the file is missing, damaged, or an image in colours.
+        CamFileError: if the file is missing, damaged, or an image in colors.
     """
     from PIL import Image
 
@@ -103,13 +103,13 @@ def write_label_png(path: PathLike, labels: np.ndarray) -> None:
 
 
 def voc_palette() -> List[int]:
-    """The 256 colours of VOC's masks, as red, green, blue of each in one flat list."""
-    colours = []
+    """The 256 colors of VOC's masks, as red, green, blue of each in one flat list."""
+    colors = []
     for label in range(256):
         red = green = blue = 0
         for bit in range(8):
             red |= (label >> (3 * bit) & 1) << (7 - bit)
             green |= (label >> (3 * bit + 1) & 1) << (7 - bit)
             blue |= (label >> (3 * bit + 2) & 1) << (7 - bit)
-        colours += [red, green, blue]
-    return colours
+        colors += [red, green, blue]
+    return colors

@@ -191,8 +191,8 @@ def _image(
         "image": photo,
         f"CAM of {label}": _heat(photo, None if largest is None else old.get(largest)),
         f"refined, {label}": _heat(photo, None if largest is None else new.get(largest)),
-        "pseudo label": _colours(label_map),
-        "ground truth": _colours(target),
+        "pseudo label": _colors(label_map),
+        "ground truth": _colors(target),
     }
     return _Image(
         name,
@@ -215,8 +215,8 @@ def _heat(photo: np.ndarray, cam: Optional[np.ndarray]) -> np.ndarray:
     return (grey * (1 - 0.75 * weight) + heat * 0.75 * weight).clip(0, 255).astype(np.uint8)
 
 
-def _colours(labels: np.ndarray) -> np.ndarray:
-    """A label map (H, W) as (H, W, 3) in VOC's colours."""
+def _colors(labels: np.ndarray) -> np.ndarray:
+    """A label map (H, W) as (H, W, 3) in VOC's colors."""
     return np.array(voc_palette(), np.uint8).reshape(256, 3)[labels]
 
 

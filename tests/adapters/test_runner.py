@@ -850,6 +850,8 @@ def without_mark(arguments: List[str]) -> List[str]:
         (["--mode", "multiply"], None, "invalid choice: 'multiply'"),
         (["--log-every", "0"], None, "--log-every must be at least 1"),
         (["--prompt-epochs", "0"], None, "prompt-epochs"),
+        (["--set", "seed=5"], None, "--set seed and --set epochs have options of their own"),
+        (["--prompt-epochs", "3", "--set", "epochs=5"], None, "--set seed and --set epochs have options of their own"),
         (["--weight", "-1"], None, "weight"),
         (["--weight", "nan"], None, "weight"),
         (["--prompts", "none.safetensors"], None, "--prompts: there is no file none.safetensors"),

@@ -423,7 +423,7 @@ def test_the_answer_of_a_language_model_is_read_from_a_file(content: Any, tmp_pa
         ({"clusters": [{"name": ["a"], "classes": ["cat"]}]}, "Expected a mapping"),
         ({"format": "semples-plugin cluster record", "error": "x"}, "gave no final clusters"),
         ({"pets": ["cat", "dgo"], "rest": ["car", False]}, r"\(did you mean 'dog'\?\)"),
-        ({"pets": ["cat", "dog"], "rest": ["car", False]}, "Quote names such as 'no'"),
+        ({"pets": ["cat", "dog"], "rest": ["car", False]}, "must hold class names; got False of type bool"),
     ],
 )
 def test_files_that_are_nearly_right_are_refused_with_a_hint(content: Any, reason: str, tmp_path: Path) -> None:
