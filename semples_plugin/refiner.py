@@ -451,7 +451,7 @@ class PromptRefiner(nn.Module):
                 f"The prompts in {os.fspath(path)} were learned with CLIP {content.clip!r}, which that name does not load "
                 f"({error}) Pass it: PromptRefiner.load(path, clip=...)."
             ) from error
-        return refiner.load_prompts(path)
+        return refiner._take_over(content, path)
 
     def load_prompts(self, path: PathLike) -> "PromptRefiner":
         """Take over the prompts of a file of `save`; nothing changes if they do not fit. Options stay those of this refiner.
@@ -460,7 +460,10 @@ class PromptRefiner(nn.Module):
             FileNotFoundError: if there is no such file.
             PromptFileError: if the file is damaged or foreign, or was made for other classes, templates or another CLIP.
         """
-        content = read_file(path)
+        return self._take_over(read_file(path), path)
+
+    def _take_over(self, content: PromptFile, path: PathLike) -> "PromptRefiner":
+        """The prompts of a file that was read, if they fit; `path` is for the message."""
         check_fits(path, content, self.classes, self.prompt_names, self._encoder, self.config)
         context = content.context
         with torch.no_grad():
