@@ -3,10 +3,13 @@
 Notation (SemPLeS, arXiv 2401.11791, section 3): `v_f`, `v_b` are CLIP features of the foreground and background region of
 the P positive (image, class) pairs, `u_f` the text feature of the pair's class, `u_b` the feature of its learned background
 prompt; all (P, D), of any length, none normalized. c(a, b) = clamp(cos(a, b), 1e-4, 0.9999), < > = mean over the P pairs.
-Every term of no pairs (P = 0) is a zero that is still attached to the graph. Flow: `clip_encoder` -> **losses** -> `refiner`.
+Every term of no pairs (P = 0) is a zero that is still attached to the graph. With `reduction="none"` a term is (P,), one value
+per pair. Flow: `clip_encoder` -> **losses** -> `refiner`.
 """
 
 from __future__ import annotations
+
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,7 @@ __all__ = [
     "prompt_background",
     "prompt_repel",
     "prompt_repel_cluster",
+    "reduce",
     "refine",
 ]
 COSINE_MIN, COSINE_MAX = 1e-4, 0.9999
@@ -40,11 +44,31 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1).clamp(COSINE_MIN, COSINE_MAX)
 
 
-def _mean(values: Tensor) -> Tensor:
+def reduce(values: Tensor, reduction: str = "mean", weights: Optional[Tensor] = None) -> Tensor:
+    """One number of the values of P pairs, or the values themselves.
+
+    Args:
+        values: (P,).
+        reduction: `"mean"`, or `"none"` for the values as they are.
+        weights: (P,) not negative: the mean is then sum(weights * values) / sum(weights), 0 if all weights are 0; or None.
+
+    Returns:
+        Scalar, 0 with P = 0 and attached to the graph in any case; or (P,).
+
+    Raises:
+        ValueError: for another `reduction`.
+    """
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"`reduction` must be 'mean' or 'none'; got {reduction!r}.")
+    if reduction == "none":
+        return values
+    if weights is not None:
+        total = weights.sum()
+        return (weights * values).sum() / torch.where(total > 0, total, torch.ones_like(total))
     return values.mean() if values.numel() else values.sum()  # the sum of nothing is 0 and keeps the graph
 
 
-def match_foreground(v_f: Tensor, u_f: Tensor) -> Tensor:
+def match_foreground(v_f: Tensor, u_f: Tensor, reduction: str = "mean") -> Tensor:
     """Segment-label matching, foreground: < -log c(v_f, u_f) > (SemPLeS, L_match, first term).
 
     The region that the CAM keeps should look like its class.
@@ -53,12 +77,12 @@ def match_foreground(v_f: Tensor, u_f: Tensor) -> Tensor:
         v_f, u_f: (P, D).
 
     Returns:
-        Scalar; 0 with P = 0.
+        Scalar, 0 with P = 0; or (P,), see `reduce`.
     """
-    return _mean(-torch.log(cosine(v_f, u_f)))
+    return reduce(-torch.log(cosine(v_f, u_f)), reduction)
 
 
-def match_background(v_b: Tensor, u_f: Tensor) -> Tensor:
+def match_background(v_b: Tensor, u_f: Tensor, reduction: str = "mean") -> Tensor:
     """Segment-label matching, background: < -log(1 - c(v_b, u_f)) > (SemPLeS, L_match, second term, before lambda_b).
 
     What the CAM leaves out should not look like the class.
@@ -67,12 +91,12 @@ def match_background(v_b: Tensor, u_f: Tensor) -> Tensor:
         v_b, u_f: (P, D).
 
     Returns:
-        Scalar; 0 with P = 0.
+        Scalar, 0 with P = 0; or (P,), see `reduce`.
     """
-    return _mean(-torch.log(1 - cosine(v_b, u_f)))
+    return reduce(-torch.log(1 - cosine(v_b, u_f)), reduction)
 
 
-def refine(v_f: Tensor, u_b: Tensor) -> Tensor:
+def refine(v_f: Tensor, u_b: Tensor, reduction: str = "mean") -> Tensor:
     """Prompt-guided semantic refinement: < -log(1 - c(v_f, u_b)) > (SemPLeS, L_refine).
 
     The region that the CAM keeps should not look like what the class's background prompt describes.
@@ -81,24 +105,24 @@ def refine(v_f: Tensor, u_b: Tensor) -> Tensor:
         v_f, u_b: (P, D); u_b frozen.
 
     Returns:
-        Scalar; 0 with P = 0.
+        Scalar, 0 with P = 0; or (P,), see `reduce`.
     """
-    return _mean(-torch.log(1 - cosine(v_f, u_b)))
+    return reduce(-torch.log(1 - cosine(v_f, u_b)), reduction)
 
 
-def prompt_background(v_b: Tensor, u_b: Tensor) -> Tensor:
+def prompt_background(v_b: Tensor, u_b: Tensor, reduction: str = "mean") -> Tensor:
     """Contrastive prompt learning, pull: < -log c(v_b, u_b) > (SemPLeS, L_prompt, first term).
 
     Args:
         v_b, u_b: (P, D); only the prompt behind u_b learns.
 
     Returns:
-        Scalar; 0 with P = 0.
+        Scalar, 0 with P = 0; or (P,), see `reduce`.
     """
-    return _mean(-torch.log(cosine(v_b, u_b)))
+    return reduce(-torch.log(cosine(v_b, u_b)), reduction)
 
 
-def prompt_repel(u_f: Tensor, u_b: Tensor, repel: str = "log") -> Tensor:
+def prompt_repel(u_f: Tensor, u_b: Tensor, repel: str = "log", reduction: str = "mean") -> Tensor:
     """Contrastive prompt learning, push: T(u_f, u_b) of L_prompt (SemPLeS), before lambda_T.
 
     `"log"`: < log c(u_f, u_b) >, as in the reference recipe, which lambda_T is tuned for;
@@ -109,15 +133,15 @@ def prompt_repel(u_f: Tensor, u_b: Tensor, repel: str = "log") -> Tensor:
         repel: `"log"` or `"log1m"`.
 
     Returns:
-        Scalar; 0 with P = 0.
+        Scalar, 0 with P = 0; or (P,), see `reduce`.
 
     Raises:
         ValueError: for another value of `repel`.
     """
-    return _mean(_repulsion(cosine(u_f, u_b), repel))
+    return reduce(_repulsion(cosine(u_f, u_b), repel), reduction)
 
 
-def prompt_repel_cluster(texts: Tensor, u_b: Tensor, related: Tensor, repel: str = "log") -> Tensor:
+def prompt_repel_cluster(texts: Tensor, u_b: Tensor, related: Tensor, repel: str = "log", reduction: str = "mean") -> Tensor:
     """T of L_prompt with the clusters of PCC: a background prompt is pushed away from every class of its class's cluster.
 
     What a cluster shares (the look of an animal) must not end up in the background prompt of one of its classes. For each
@@ -131,11 +155,11 @@ def prompt_repel_cluster(texts: Tensor, u_b: Tensor, related: Tensor, repel: str
         repel: `"log"` or `"log1m"`, as in `prompt_repel`.
 
     Returns:
-        Scalar; 0 with P = 0.
+        Scalar, 0 with P = 0; or (P,), see `reduce`.
     """
     value = _repulsion(cosine(u_b[:, None], texts[None]), repel)  # (P, C)
     weight = related.to(value)
-    return _mean((weight * value).sum(1) / weight.sum(1).clamp(min=1))
+    return reduce((weight * value).sum(1) / weight.sum(1).clamp(min=1), reduction)
 
 
 def _repulsion(c: Tensor, repel: str) -> Tensor:
@@ -146,7 +170,7 @@ def _repulsion(c: Tensor, repel: str) -> Tensor:
     raise ValueError(f"`repel` must be 'log' or 'log1m'; got {repel!r}.")
 
 
-def background_texts(v_f: Tensor, texts: Tensor, present: Tensor, threshold: float = 0.0) -> Tensor:
+def background_texts(v_f: Tensor, texts: Tensor, present: Tensor, threshold: float = 0.0, reduction: str = "mean") -> Tensor:
     """Hand-written background prompts: the refine term with u_b = E_T of given texts (after CLIMS, CVPR 2022).
 
     For each pair, the mean over its texts t of 1[c(v_f, t) > threshold] * -log(1 - c(v_f, t)); then the mean over pairs.
@@ -158,20 +182,20 @@ def background_texts(v_f: Tensor, texts: Tensor, present: Tensor, threshold: flo
         threshold: of the cosine; CLIMS ignores texts that the region does not resemble anyway.
 
     Returns:
-        Scalar; 0 with P = 0.
+        Scalar, 0 with P = 0; or (P,), see `reduce`.
     """
     c = cosine(v_f[:, None], texts[None])  # (P, K)
     weight = present.to(c) * (c > threshold).to(c)
-    return _mean((weight * -torch.log(1 - c)).sum(1) / present.to(c).sum(1).clamp(min=1))
+    return reduce((weight * -torch.log(1 - c)).sum(1) / present.to(c).sum(1).clamp(min=1), reduction)
 
 
-def area(masks: Tensor) -> Tensor:
+def area(masks: Tensor, reduction: str = "mean") -> Tensor:
     """Area term: < mean of M_k > (CLIMS, CVPR 2022); keeps masks from growing over the whole image.
 
     Args:
         masks: (P, h, w) in [0, 1].
 
     Returns:
-        Scalar in [0, 1]; 0 with P = 0.
+        Scalar in [0, 1], 0 with P = 0; or (P,), see `reduce`.
     """
-    return _mean(masks)
+    return reduce(masks.flatten(1).mean(1), reduction)

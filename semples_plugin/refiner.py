@@ -163,7 +163,14 @@ class PromptRefiner(nn.Module):
         return RefinerOutput(loss, terms, pair_masks, pairs)
 
     def _terms(self, views: Tensor, pair_masks: Tensor, pairs: Tensor) -> Tuple[Tensor, Dict[str, Tensor]]:
-        """Weighted sum and unweighted terms.
+        """Weighted sum and unweighted terms, each the mean over the pairs; arguments as for `_pair_terms`."""
+        values, weights = self._pair_terms(views, pair_masks, pairs)
+        terms = {name: losses.reduce(value) for name, value in values.items()}
+        loss = torch.stack([weights[name] * term.float() for name, term in terms.items()]).sum()
+        return loss, terms
+
+    def _pair_terms(self, views: Tensor, pair_masks: Tensor, pairs: Tensor) -> Tuple[Dict[str, Tensor], Dict[str, float]]:
+        """The unweighted terms of every pair, (P,) each, and the weight of each term.
 
         Args:
             views: (2P, 3, S, S), first the foregrounds, then the backgrounds of the pairs.
@@ -174,25 +181,24 @@ class PromptRefiner(nn.Module):
         features = self._encoder.encode_image(views, config.max_views)  # (2P, D)
         v_f, v_b = features[: len(pairs)], features[len(pairs) :]  # (P, D) each
         u_f = self.text_features[pairs[:, 1]]  # (P, D)
-        terms = {
-            "match_foreground": losses.match_foreground(v_f, u_f),
-            "match_background": losses.match_background(v_b, u_f),
+        values = {
+            "match_foreground": losses.match_foreground(v_f, u_f, "none"),
+            "match_background": losses.match_background(v_b, u_f, "none"),
         }
         weights = {"match_foreground": 1.0, "match_background": config.lambda_b}
         if self.stage == "refine":
-            terms["refine"] = losses.refine(v_f, self.prompt_features()[pairs[:, 1]])
+            values["refine"] = losses.refine(v_f, self.prompt_features()[pairs[:, 1]], "none")
             weights["refine"] = config.lambda_refine
         if config.lambda_background_texts:
             present = self._background_owner[pairs[:, 1]]  # (P, K)
-            terms["background_texts"] = losses.background_texts(
-                v_f, self.background_features, present, config.background_threshold
+            values["background_texts"] = losses.background_texts(
+                v_f, self.background_features, present, config.background_threshold, "none"
             )
             weights["background_texts"] = config.lambda_background_texts
         if config.lambda_area:
-            terms["area"] = losses.area(pair_masks)
+            values["area"] = losses.area(pair_masks, "none")
             weights["area"] = config.lambda_area
-        loss = torch.stack([weights[name] * term.float() for name, term in terms.items()]).sum()
-        return loss, terms
+        return values, weights
 
     @property
     def stage(self) -> str:
