@@ -149,23 +149,24 @@ def _fit(picture: np.ndarray, size: int) -> np.ndarray:
 
 
 class FeatureTower(nn.Module):
-    """Frozen convolutional features, then OpenAI's attention pool, which is trained.
+    """Frozen convolutional features, then a 1x1 convolution and OpenAI's attention pool, which are trained.
 
     Args:
         features: maps (N, 3, S, S) images with CLIP's statistics to (N, C, h, h).
         image_size: S, in pixels.
+        width: channels of the attention pool, a multiple of 64.
         embed_dim: size of the image features.
     """
 
-    def __init__(self, features: nn.Module, image_size: int, embed_dim: int):
+    def __init__(self, features: nn.Module, image_size: int, width: int, embed_dim: int):
         super().__init__()
         self.features = features.eval().requires_grad_(False)
         with torch.no_grad():
             _, channels, side, _ = features(torch.zeros(1, 3, image_size, image_size)).shape
         self.input_resolution, self.output_dim = image_size, embed_dim
-        heads = max(h for h in range(1, channels // 32 + 2) if channels % h == 0)
-        self.attnpool = openai_clip_module("model").AttentionPool2d(side, channels, heads, embed_dim)
         self.norm = nn.BatchNorm2d(channels, affine=False)  # the features of another network may have any scale
+        self.project = nn.Conv2d(channels, width, 1)
+        self.attnpool = openai_clip_module("model").AttentionPool2d(side, width, width // 64, embed_dim)
 
     def train(self, mode: bool = True) -> "FeatureTower":
         super().train(mode)
@@ -174,7 +175,7 @@ class FeatureTower(nn.Module):
 
     def pool(self, features: Tensor) -> Tensor:
         """Image features (N, D) of frozen features (N, C, h, h)."""
-        pooled = self.attnpool(self.norm(features))
+        pooled = self.attnpool(self.project(self.norm(features)))
         return pooled[0] if pooled.ndim == 3 else pooled
 
     def forward(self, images: Tensor) -> Tensor:
@@ -183,7 +184,7 @@ class FeatureTower(nn.Module):
 
 def build_clip(tower: str, size: int, patch: int, width: int, layers: int, text_width: int, text_layers: int, dim: int):
     """A new `clip.model.CLIP` with OpenAI's vocabulary and context length."""
-    if text_width % 64 or (tower == "vit" and (width % 64 or size % patch)):
+    if text_width % 64 or (tower != "resnet" and width % 64) or (tower == "vit" and size % patch):
         raise ValueError("Widths must be multiples of 64 (OpenAI's head size), and --size a multiple of --patch.")
     if tower == "resnet" and size % 32:
         raise ValueError(f"A ResNet's --size must be a multiple of 32; got {size}.")
@@ -192,7 +193,7 @@ def build_clip(tower: str, size: int, patch: int, width: int, layers: int, text_
         dim, size, vision_layers, width, patch, 77, 49408, text_width, text_width // 64, text_layers
     )
     if tower not in ("vit", "resnet"):
-        model.visual = FeatureTower(load_features(tower), size, dim)
+        model.visual = FeatureTower(load_features(tower), size, width, dim)
     return model
 
 
