@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import losses, masks, prompts, regions
-from ._checks import check_batch, check_classes, check_number, check_stats
+from ._checks import check_batch, check_classes, check_known, check_number, check_stats
 from ._files import PathLike
 from .clip_backends import load_clip
 from .clip_encoder import ClipEncoder
@@ -100,6 +100,7 @@ class PromptRefiner(nn.Module):
             raise TypeError(f"`config` must be a RefinerConfig such as VOC or COCO; got {config!r}.")
         self.config = config = config.replace(**overrides)
         self.image_stats = check_stats(config.image_stats)
+        check_known("class_weights", config.class_weights or (), self.classes)
         background_texts, owner = prompts.hand_written_prompts(config.background_texts, self.classes)
         self._related = None if config.clusters is None else prompts.related_classes(config.clusters, self.classes)  # (C, C)
         # Ordinary tensors also where the caller runs under inference mode, so that the loss can be differentiated later.
@@ -163,9 +164,10 @@ class PromptRefiner(nn.Module):
         return RefinerOutput(loss, terms, pair_masks, pairs)
 
     def _terms(self, views: Tensor, pair_masks: Tensor, pairs: Tensor) -> Tuple[Tensor, Dict[str, Tensor]]:
-        """Weighted sum and unweighted terms, each the mean over the pairs; arguments as for `_pair_terms`."""
+        """Weighted sum and unweighted terms, each the (weighted) mean over the pairs; arguments as for `_pair_terms`."""
         values, weights = self._pair_terms(views, pair_masks, pairs)
-        terms = {name: losses.reduce(value) for name, value in values.items()}
+        pair_weights = self._pair_weights(pairs)
+        terms = {name: losses.reduce(value, weights=pair_weights) for name, value in values.items()}
         loss = torch.stack([weights[name] * term.float() for name, term in terms.items()]).sum()
         return loss, terms
 
@@ -199,6 +201,13 @@ class PromptRefiner(nn.Module):
             values["area"] = losses.area(pair_masks, "none")
             weights["area"] = config.lambda_area
         return values, weights
+
+    def _pair_weights(self, pairs: Tensor) -> Optional[Tensor]:
+        """(P,) `class_weights` of the pairs' classes, or None without that option."""
+        if self.config.class_weights is None:
+            return None
+        weights = [float(self.config.class_weights.get(name, 1)) for name in self.classes]
+        return torch.tensor(weights, device=pairs.device)[pairs[:, 1]]
 
     @property
     def stage(self) -> str:
@@ -353,7 +362,8 @@ class PromptRefiner(nn.Module):
         """A better CAM for images whose host cannot be retrained: gradient steps on the refiner's own loss, per image.
 
         The CAM is multiplied by 2 sigmoid(d), d a map per pair on a coarse grid that starts at 0 and is learned with Adam, so
-        that the CAM's own detail stays and no single pixel is free. Pairs do not influence one another.
+        that the CAM's own detail stays and no single pixel is free. Pairs do not influence one another. A class of weight 0
+        in `class_weights` keeps its CAM; other weights hardly matter, since Adam's steps do not depend on the loss's scale.
 
         Args:
             img, cam, labels: as for `forward`; the CAM is a constant.
