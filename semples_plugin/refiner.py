@@ -12,9 +12,10 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Opt
 import torch
 from torch import Tensor, nn
 
-from . import losses, masks, prompts, regions
+from . import checking, losses, masks, prompts, regions
 from ._checks import check_batch, check_classes, check_known, check_number, check_stats
 from ._files import PathLike
+from .check_report import CheckReport
 from .clip_backends import load_clip
 from .clip_encoder import ClipEncoder
 from .config import VOC, RefinerConfig
@@ -393,6 +394,57 @@ class PromptRefiner(nn.Module):
         size = (self._encoder.image_size,) * 2
         result[pairs[:, 0], pairs[:, 1]] = masks.optimize(base, loss_of, size, steps=steps, lr=lr, grid=grid)
         return result
+
+    # ------------------------------------------------------------------------------------------------ check
+
+    def check(
+        self,
+        loader: Iterable[Any],
+        cam_of: Callable[[Tensor], Tensor],
+        *,
+        max_images: Optional[int] = None,
+        progress: bool = True,
+    ) -> CheckReport:
+        """Will the loss help? Per class, from image-level labels and CAMs alone; nothing is trained and nothing changes.
+
+        CLIP sees every image once and about 20 views of every positive pair, so a few hundred images are a sensible number.
+        Under `torch.distributed` every process checks its own data.
+
+        Args:
+            loader: yields `(img, labels)`, as for `fit_prompts`.
+            cam_of: img (B, 3, H, W) -> cam (B, C, h, w), as for `fit_prompts`.
+            max_images: stop after so many images; shuffle the loader, or the first ones may all be alike.
+            progress: show a progress bar.
+
+        Returns:
+            `CheckReport`: `print(report)` shows a table; `report.apply()` sets the options that it suggests.
+
+        Raises:
+            ValueError: if the loader gives no image.
+        """
+        if max_images is not None:
+            check_number("max_images", max_images, 1, whole=True)
+        size = (self._encoder.image_size,) * 2
+
+        def prepare(img: Tensor, cam: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+            img, cam, labels = self._check(img, cam, labels)
+            pairs = regions.positive_pairs(labels)
+            masks_of = regions.pair_masks(cam, pairs, size, self.config.normalize, self.config.eps)
+            return self._clip_images(img), masks_of, pairs
+
+        def terms(images: Tensor, shapes: Tensor, pairs: Tensor) -> Tuple[Dict[str, Tensor], Dict[str, float]]:
+            return self._pair_terms(torch.cat(regions.split(images, shapes, pairs)), shapes, pairs)
+
+        def configure(**options: Any) -> RefinerConfig:
+            self.config = self.config.replace(**options)
+            return self.config
+
+        return checking.check(
+            loader, cam_of, self.classes, prepare, terms=terms, configure=configure,
+            encode=lambda views: self._encoder.encode_image(views, self.config.max_views),
+            text_features=self.text_features, prompt_features=self.prompt_features() if self.stage == "refine" else None,
+            config=self.config, clip=self._encoder.id, max_images=max_images, progress=progress,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------ prompts
 
