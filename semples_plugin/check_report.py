@@ -18,10 +18,10 @@ VARIANTS = ("cam", "ones", "half", "empty", "inverse", "shifted", "dilated", "er
 
 # Thresholds of `verdict`.
 MIN_IMAGES = 10  # fewer positive images say nothing
+KNOWN_LIFT = 0.25  # (AP - chance) / (1 - chance), at least: CLIP knows the class by its images
 HELP_AUC = 0.75  # kept against removed region, at least
 HELP_WINS = 0.6  # share of pairs in which the loss prefers the CAM to the shifted mask, at least
-UNKNOWN_AUC = 0.6  # kept against removed region, below
-UNKNOWN_LIFT = 0.25  # (AP - chance) / (1 - chance), below
+BLIND_AUC = 0.6  # kept against removed region, below
 
 
 class PairFigures(NamedTuple):
@@ -93,22 +93,21 @@ class ClassFigures(NamedTuple):
 def verdict(figures: ClassFigures) -> str:
     """Whether the loss will help a class: `"will help"`, `"will not"` or `"cannot tell"`.
 
-    It will help if CLIP tells the kept from the removed region and the loss prefers the CAM to a moved one. It will not if
-    CLIP tells neither the regions nor the images of the class from others. A CAM that lies beside the objects also makes
-    the regions look alike; so with a class that CLIP knows by its images, the regions alone condemn nothing.
+    It will help if CLIP knows the class by its images and tells the kept from the removed region, and the loss prefers the
+    CAM to a moved one. It will not if CLIP knows the class neither by its images nor by the regions. A CAM that lies beside
+    the objects also makes the regions look alike; so the regions alone condemn no class that CLIP knows by its images.
 
     Args:
         figures: of the class.
     """
     f = figures
-    if f.images < MIN_IMAGES or f.removed_auc is None:
+    if f.images < MIN_IMAGES or f.average_precision is None or f.chance is None or f.removed_auc is None:
         return "cannot tell"
-    if f.removed_auc >= HELP_AUC and f.wins["shifted"] >= HELP_WINS:
+    every = f.chance >= 1  # all images have the class, so that AP says nothing
+    known = not every and (f.average_precision - f.chance) / (1 - f.chance) >= KNOWN_LIFT
+    if (known or every) and f.removed_auc >= HELP_AUC and f.wins["shifted"] >= HELP_WINS:
         return "will help"
-    if f.average_precision is None or f.chance is None or f.chance >= 1:
-        return "cannot tell"
-    lift = (f.average_precision - f.chance) / (1 - f.chance)
-    return "will not" if f.removed_auc < UNKNOWN_AUC and lift < UNKNOWN_LIFT else "cannot tell"
+    return "will not" if not (known or every) and f.removed_auc < BLIND_AUC else "cannot tell"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +143,7 @@ class CheckReport:
         """
         weights = dict(self.config.class_weights or {})
         weights.update({figures.name: 0.0 for figures in self.classes if figures.verdict == "will not"})
-        suggested: Dict[str, Any] = {"class_weights": weights or None}
+        suggested: Dict[str, Any] = {"class_weights": weights or self.config.class_weights}
         if self.lambda_area is not None:
             suggested["lambda_area"] = self.lambda_area
         return suggested
