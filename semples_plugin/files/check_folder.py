@@ -66,7 +66,8 @@ def check_folder(
     if ids is not None:
         known = {item.name for item in items}
         failed = {name: failed.get(name, f"there is no CAM file of it in {cams}") for name in ids if name not in known}
-        items = [item for item in items if item.name in set(ids)]
+        wanted = set(ids)
+        items = [item for item in items if item.name in wanted]
         if not items:
             raise CamFileError(f"None of the {len(ids)} listed images can be checked: {next(iter(failed.values()), 'no id')}.")
     if limit is not None and len(items) > limit:
