@@ -95,16 +95,17 @@ def check(
         clip: name and fingerprint of the CLIP.
         configure: sets options of the refiner.
     """
-    u_f, u_b = (None if features is None else features.float().cpu() for features in (text_features, prompt_features))
+    u_f, u_b = text_features.float().cpu(), None if prompt_features is None else prompt_features.float().cpu()
     measured = measure(
-        loader, cam_of, prepare, encode, terms, u_f, u_b,  # type: ignore[arg-type]
+        loader, cam_of, prepare, encode, terms, u_f, u_b,
         lambda_area=config.lambda_area, seed=config.seed, max_images=max_images, progress=progress,
     )  # fmt: skip
     figures = class_figures(measured, classes, None if u_b is None else F.cosine_similarity(u_f, u_b))
     ignored = [k for k, one in enumerate(figures) if one.verdict == "will not"]
     used = ~torch.isin(measured.pairs[:, 1], torch.tensor(ignored, dtype=torch.long))
     used = used if used.any() else torch.ones_like(used)
-    suggested = area_weight(*({name: of[name][used] for name in VARIANTS} for of in (measured.losses, measured.areas)))
+    losses_of, areas = ({name: of[name][used] for name in VARIANTS} for of in (measured.losses, measured.areas))
+    suggested = area_weight(losses_of, areas)
     lambda_area, area_share = suggested or (None, None)
     return CheckReport(
         classes=figures,
@@ -322,10 +323,10 @@ def pair_figures(measured: Measured) -> List[PairFigures]:
     """The figures of every pair."""
     m = measured
     totals = {name: m.total(name).tolist() for name in VARIANTS}
-    columns = [m.pairs.tolist(), m.areas["cam"].tolist(), m.cos_kept.tolist(), m.cos_removed.tolist(), m.cos_shifted.tolist()]
+    rows = zip(m.pairs.tolist(), m.areas["cam"].tolist(), m.cos_kept.tolist(), m.cos_removed.tolist(), m.cos_shifted.tolist())
     return [
-        PairFigures(*pair, area, *cosines, losses={name: totals[name][i] for name in VARIANTS})
-        for i, (pair, area, *cosines) in enumerate(zip(*columns))
+        PairFigures(image, label, area, kept, removed, shifted, {name: totals[name][i] for name in VARIANTS})
+        for i, ((image, label), area, kept, removed, shifted) in enumerate(rows)
     ]
 
 
