@@ -257,13 +257,12 @@ def average_precision(scores: Tensor, positive: Tensor) -> Optional[float]:
         scores: (N,).
         positive: (N,) bool.
     """
-    hits, places, total = 0, 0, 0.0
-    for value in scores.unique().flip(0).tolist():  # distinct scores, highest first
-        same = scores == value
-        own = int((same & positive).sum())
-        hits, places = hits + own, places + int(same.sum())
-        total += own * hits / places
-    return total / hits if hits else None
+    values, rank = scores.unique(return_inverse=True)  # (V,) ascending, (N,)
+    places = torch.bincount(rank, minlength=len(values)).flip(0).cumsum(0)  # images down to each score, highest first
+    own = torch.bincount(rank[positive], minlength=len(values)).flip(0)  # positives at each score
+    if not positive.any():
+        return None
+    return float((own * own.cumsum(0) / places.double()).sum() / own.sum())
 
 
 def auc(higher: Tensor, lower: Tensor) -> Optional[float]:
