@@ -46,7 +46,7 @@ class Measured(NamedTuple):
         scores: (N, C) cos(image, u_f) of every image and class.
         pairs: (P, 2) image number and class of each pair.
         cos_kept, cos_removed, cos_shifted: (P,) cos(v_f, u_f), cos(v_b, u_f), and cos(v_f, u_f) of the shifted mask.
-        cos_prompt: (P,) cos(v_b, u_b); None without learned prompts.
+        cos_prompt: (P,) cos(v_b, u_b) of the nearest prompt of the class; None without learned prompts.
         areas: variant -> (P,) mean of the mask.
         losses: variant -> (P,) weighted sum of all terms but the area term, float64.
         lambda_area: weight of the area term in force.
@@ -95,12 +95,13 @@ def check(
         clip: name and fingerprint of the CLIP.
         configure: sets options of the refiner.
     """
-    u_f, u_b = text_features.float().cpu(), None if prompt_features is None else prompt_features.float().cpu()
+    u_f = text_features.float().cpu()
+    u_b = None if prompt_features is None else prompt_features.float().cpu().view(len(u_f), -1, u_f.shape[1])  # (C, N, D)
     measured = measure(
         loader, cam_of, prepare, encode, terms, u_f, u_b,
         lambda_area=config.lambda_area, seed=config.seed, max_images=max_images, progress=progress,
     )  # fmt: skip
-    figures = class_figures(measured, classes, None if u_b is None else F.cosine_similarity(u_f, u_b))
+    figures = class_figures(measured, classes, None if u_b is None else _cosines(u_b, u_f[:, None]).amax(1))
     ignored = [k for k, one in enumerate(figures) if one.verdict == "will not"]
     used = ~torch.isin(measured.pairs[:, 1], torch.tensor(ignored, dtype=torch.long))
     used = used if used.any() else torch.ones_like(used)
@@ -143,7 +144,7 @@ def measure(
         prepare: img, cam, labels -> images at CLIP's size (B, 3, S, S), masks (P, S, S), pairs (P, 2).
         encode: views (N, 3, S, S) -> features (N, D).
         terms: images, masks, pairs -> unweighted terms by name, (P,) each, and the weight of each.
-        u_f, u_b: (C, D) features of the class texts, and of the learned prompts or None; on the CPU.
+        u_f, u_b: (C, D) features of the class texts, and (C, N, D) of the N learned prompts per class, or None; on the CPU.
         lambda_area: weight of the area term in force.
         seed: of the shifts.
 
@@ -176,7 +177,7 @@ def measure(
         moved = encode(regions.split(images, shapes["shifted"], pairs)[0]).cpu()
         add(cos_kept=_cosines(kept, u_f[own]), cos_removed=_cosines(removed, u_f[own]), cos_shifted=_cosines(moved, u_f[own]))
         if u_b is not None:
-            add(cos_prompt=_cosines(removed, u_b[own]))
+            add(cos_prompt=_cosines(removed[:, None], u_b[own]).amax(1))
         for name, mask in shapes.items():
             values, weights = terms(images, mask, pairs)
             parts = [weights[term] * value.double() for term, value in values.items() if term != "area"]
