@@ -90,7 +90,9 @@ def check(
     Args:
         loader, cam_of, max_images, progress: as for `PromptRefiner.check`.
         classes: C class names.
-        prepare, encode, terms, text_features, prompt_features: as for `measure`.
+        prepare, encode, terms: as for `measure`.
+        text_features: (C, D) u_f.
+        prompt_features: u_b, (C, D) or (C, N, D) for N prompts per class; None without learned prompts.
         config: the options in force; `lambda_area` and `seed` are used.
         clip: name and fingerprint of the CLIP.
         configure: sets options of the refiner.
