@@ -11,7 +11,7 @@ import math
 import numbers
 import sys
 import warnings
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -39,6 +39,13 @@ def check_classes(classes: Union[Sequence[str], Mapping[str, str]]) -> Tuple[Lis
     if twice:
         raise ValueError(f"Class names must differ; got {', '.join(map(repr, twice))} more than once.")
     return names, prompt_names
+
+
+def check_known(name: str, given: Iterable[str], classes: Sequence[str]) -> None:
+    """All keys of the option `name` must be class names."""
+    unknown = sorted({str(key) for key in given} - set(classes))
+    if unknown:
+        raise ValueError(f"`{name}` must name known classes; got {', '.join(map(repr, unknown))}.")
 
 
 def check_number(name: str, value: Any, minimum: float, whole: bool = False, advice: str = "") -> None:

@@ -47,6 +47,13 @@ def _one_slot(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be a text with `{{}}` in it once; got {value!r}.")
 
 
+def _weight_per_class(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"`{name}` must be a mapping class name -> weight; got {value!r} of type {type(value).__name__}.")
+    for key, weight in value.items():
+        check_number(f"{name}[{key!r}]", weight, 0)
+
+
 Weight = Annotated[float, _at_least(0)]
 Count = Annotated[int, _at_least(1, whole=True)]
 Epsilon = Annotated[float, _at_least(1e-12)]  # a flat map divides by it
@@ -80,6 +87,9 @@ class RefinerConfig:
     """lambda, weight of L_refine."""
     lambda_area: Weight = 0.0
     """Weight of the area term (CLIMS, CVPR 2022), which keeps masks from growing over the whole image."""
+    class_weights: Optional[Annotated[Mapping[str, float], _weight_per_class]] = None
+    """Class name -> weight of its pairs in every term, the area term included; 1 for a class that is not named. Each term is
+    the weighted mean over pairs. A class of weight 0 gets no loss. `PromptRefiner.check` finds classes to leave out."""
     background_texts: Union[None, Sequence[str], Mapping[str, Sequence[str]]] = None
     """Hand-written background prompts: a list for all classes, or a mapping class name -> list (CLIMS, CVPR 2022)."""
     lambda_background_texts: Weight = 0.0

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import losses
-from ._checks import img_and_labels, partition_faults
+from ._checks import check_known, img_and_labels, partition_faults
 from ._files import PathLike
 from ._torch import full_precision
 from .clip_encoder import ClipEncoder
@@ -254,9 +254,7 @@ def hand_written_prompts(
     if isinstance(texts, str):
         raise TypeError(f"`background_texts` must be a list or a mapping class name -> list; got the string {texts!r}.")
     if isinstance(texts, Mapping):
-        unknown = sorted(set(texts) - set(classes))
-        if unknown:
-            raise ValueError(f"`background_texts` must name known classes; got {', '.join(map(repr, unknown))}.")
+        check_known("background_texts", texts, classes)
         given = dict(texts)
     else:
         given = dict.fromkeys(classes, list(texts or ()))

@@ -12,9 +12,10 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Opt
 import torch
 from torch import Tensor, nn
 
-from . import losses, masks, prompts, regions
-from ._checks import check_batch, check_classes, check_number, check_stats
+from . import checking, losses, masks, prompts, regions
+from ._checks import check_batch, check_classes, check_known, check_number, check_stats
 from ._files import PathLike
+from .check_report import CheckReport
 from .clip_backends import load_clip
 from .clip_encoder import ClipEncoder
 from .config import VOC, RefinerConfig
@@ -100,6 +101,7 @@ class PromptRefiner(nn.Module):
             raise TypeError(f"`config` must be a RefinerConfig such as VOC or COCO; got {config!r}.")
         self.config = config = config.replace(**overrides)
         self.image_stats = check_stats(config.image_stats)
+        check_known("class_weights", config.class_weights or (), self.classes)
         background_texts, owner = prompts.hand_written_prompts(config.background_texts, self.classes)
         self._related = None if config.clusters is None else prompts.related_classes(config.clusters, self.classes)  # (C, C)
         # Ordinary tensors also where the caller runs under inference mode, so that the loss can be differentiated later.
@@ -163,9 +165,10 @@ class PromptRefiner(nn.Module):
         return RefinerOutput(loss, terms, pair_masks, pairs)
 
     def _terms(self, views: Tensor, pair_masks: Tensor, pairs: Tensor) -> Tuple[Tensor, Dict[str, Tensor]]:
-        """Weighted sum and unweighted terms, each the mean over the pairs; arguments as for `_pair_terms`."""
+        """Weighted sum and unweighted terms, each the (weighted) mean over the pairs; arguments as for `_pair_terms`."""
         values, weights = self._pair_terms(views, pair_masks, pairs)
-        terms = {name: losses.reduce(value) for name, value in values.items()}
+        pair_weights = self._pair_weights(pairs)
+        terms = {name: losses.reduce(value, weights=pair_weights) for name, value in values.items()}
         loss = torch.stack([weights[name] * term.float() for name, term in terms.items()]).sum()
         return loss, terms
 
@@ -199,6 +202,13 @@ class PromptRefiner(nn.Module):
             values["area"] = losses.area(pair_masks, "none")
             weights["area"] = config.lambda_area
         return values, weights
+
+    def _pair_weights(self, pairs: Tensor) -> Optional[Tensor]:
+        """(P,) `class_weights` of the pairs' classes, or None without that option."""
+        if self.config.class_weights is None:
+            return None
+        weights = [float(self.config.class_weights.get(name, 1)) for name in self.classes]
+        return torch.tensor(weights, device=pairs.device)[pairs[:, 1]]
 
     @property
     def stage(self) -> str:
@@ -353,7 +363,8 @@ class PromptRefiner(nn.Module):
         """A better CAM for images whose host cannot be retrained: gradient steps on the refiner's own loss, per image.
 
         The CAM is multiplied by 2 sigmoid(d), d a map per pair on a coarse grid that starts at 0 and is learned with Adam, so
-        that the CAM's own detail stays and no single pixel is free. Pairs do not influence one another.
+        that the CAM's own detail stays and no single pixel is free. Pairs do not influence one another. A class of weight 0
+        in `class_weights` keeps its CAM; other weights hardly matter, since Adam's steps do not depend on the loss's scale.
 
         Args:
             img, cam, labels: as for `forward`; the CAM is a constant.
@@ -383,6 +394,57 @@ class PromptRefiner(nn.Module):
         size = (self._encoder.image_size,) * 2
         result[pairs[:, 0], pairs[:, 1]] = masks.optimize(base, loss_of, size, steps=steps, lr=lr, grid=grid)
         return result
+
+    # ------------------------------------------------------------------------------------------------ check
+
+    def check(
+        self,
+        loader: Iterable[Any],
+        cam_of: Callable[[Tensor], Tensor],
+        *,
+        max_images: Optional[int] = None,
+        progress: bool = True,
+    ) -> CheckReport:
+        """Will the loss help? Per class, from image-level labels and CAMs alone; nothing is trained and nothing changes.
+
+        CLIP sees every image once and about 20 views of every positive pair, so a few hundred images are a sensible number.
+        Under `torch.distributed` every process checks its own data.
+
+        Args:
+            loader: yields `(img, labels)`, as for `fit_prompts`.
+            cam_of: img (B, 3, H, W) -> cam (B, C, h, w), as for `fit_prompts`.
+            max_images: stop after so many images; shuffle the loader, or the first ones may all be alike.
+            progress: show a progress bar.
+
+        Returns:
+            `CheckReport`: `print(report)` shows a table; `report.apply()` sets the options that it suggests.
+
+        Raises:
+            ValueError: if the loader gives no image.
+        """
+        if max_images is not None:
+            check_number("max_images", max_images, 1, whole=True)
+        size = (self._encoder.image_size,) * 2
+
+        def prepare(img: Tensor, cam: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+            img, cam, labels = self._check(img, cam, labels)
+            pairs = regions.positive_pairs(labels)
+            masks_of = regions.pair_masks(cam, pairs, size, self.config.normalize, self.config.eps)
+            return self._clip_images(img), masks_of, pairs
+
+        def terms(images: Tensor, shapes: Tensor, pairs: Tensor) -> Tuple[Dict[str, Tensor], Dict[str, float]]:
+            return self._pair_terms(torch.cat(regions.split(images, shapes, pairs)), shapes, pairs)
+
+        def configure(**options: Any) -> RefinerConfig:
+            self.config = self.config.replace(**options)
+            return self.config
+
+        return checking.check(
+            loader, cam_of, self.classes, prepare, terms=terms, configure=configure,
+            encode=lambda views: self._encoder.encode_image(views, self.config.max_views),
+            text_features=self.text_features, prompt_features=self.prompt_features() if self.stage == "refine" else None,
+            config=self.config, clip=self._encoder.id, max_images=max_images, progress=progress,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------ prompts
 

@@ -49,3 +49,12 @@ def test_a_cam_on_another_device_than_the_image(make_refiner: Any, make_batch: A
     img, cam, labels = make_batch()
     with pytest.raises(ValueError, match="must be on one device; got `img` on cpu, `cam` on cuda:0"):
         make_refiner()(img, cam.cuda(), labels)
+
+
+def test_a_check_on_the_gpu_finds_what_it_finds_on_the_cpu(make_refiner: Any, make_batch: Any) -> None:
+    refiner, (img, cam, labels) = make_refiner(learned=True, class_weights={"boat": 0.5}), make_batch()
+    found = []
+    for device in ("cpu", "cuda"):
+        report = refiner.check([(img, labels)], lambda _, device=device: cam.detach().to(device), progress=False)
+        found.append([pair.losses["cam"] for pair in report.pairs])
+    assert refiner.device.type == "cuda" and found[0] == pytest.approx(found[1], rel=1e-3)

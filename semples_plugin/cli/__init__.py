@@ -3,6 +3,7 @@
     semples refine --images JPEGImages --cams cam-npy --out refined      # CAMs -> refined CAMs and pseudo labels
     semples evaluate --pred refined/labels --gt SegmentationClass        # how good are they?
     semples report --images JPEGImages --before cam-npy --after refined/cams --gt SegmentationClass --out report.html
+    semples check --images JPEGImages --cams cam-npy --out check.html   # would the loss help?
     semples prompts show voc_prompts.safetensors                         # what do the learned prompts say?
     semples clusters --classes voc --model llama3.1 --base-url http://localhost:11434/v1 --out clusters.json
 
@@ -17,7 +18,7 @@ from typing import Optional, Sequence
 
 from .. import __version__
 from ..errors import SemplesError
-from . import clusters, evaluate, prompts, refine, report
+from . import check, clusters, evaluate, prompts, refine, report
 
 __all__ = ["build_parser", "main"]
 
@@ -30,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.set_defaults(interrupted=_starts_again)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (refine, evaluate, report, prompts, clusters):
+    for command in (refine, evaluate, report, check, prompts, clusters):
         command.add_parser(commands)
     return parser
 

@@ -1,12 +1,17 @@
-"""Arguments that several commands take: class names, a list of image ids, the name of a split."""
+"""Arguments that several commands take: class names, a list of image ids, the name of a split, the options of a refiner."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import List, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Union
 
-__all__ = ["add_classes", "add_ids_and_split", "read_ids", "split_name"]
+from ..config import config_for
+
+if TYPE_CHECKING:
+    from ..refiner import PromptRefiner
+
+__all__ = ["add_classes", "add_ids_and_split", "build_refiner", "read_ids", "split_name"]
 
 
 def add_classes(parser: argparse.ArgumentParser) -> None:
@@ -41,3 +46,37 @@ def read_ids(path: Optional[Path]) -> Optional[List[str]]:
 def split_name(options: argparse.Namespace) -> str:
     """The name of the split: as given, else the name of the list, else that of the ground-truth folder."""
     return options.split or (options.list.stem if options.list else options.gt.name)
+
+
+def build_refiner(
+    options: argparse.Namespace, classes: Union[List[str], Dict[str, str]], overrides: Mapping[str, Any]
+) -> "PromptRefiner":
+    """The refiner that `--classes`, `--prompts`, `--clip`, `--set` and `--device` ask for.
+
+    Args:
+        options: parsed options.
+        classes: of `--classes`.
+        overrides: of `--set`.
+
+    Raises:
+        ValueError: if the prompts were learned for other classes, the device cannot be used, or `image_stats` is set.
+    """
+    from ..refiner import PromptRefiner
+
+    if overrides.get("image_stats") is not None:
+        raise ValueError("--set image_stats is not possible: images are read as values from 0 to 1. Leave it out.")
+    overrides = {**overrides, "image_stats": None}  # images are read as values from 0 to 1
+    if options.prompts is None:
+        refiner = PromptRefiner(classes, options.clip or "ViT-B/32", config_for(options.classes).replace(**overrides))
+    else:
+        refiner = PromptRefiner.load(options.prompts, clip=options.clip, **overrides)
+        if refiner.classes != list(classes):
+            raise ValueError(
+                f"{options.prompts} was learned for {len(refiner.classes)} classes ({', '.join(refiner.classes[:3])}, ...) and "
+                f"--classes names {len(classes)} ({', '.join(list(classes)[:3])}, ...). They must be the same, in this order."
+            )
+    try:
+        return refiner.to(options.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {options.device!r} cannot be used: {reason}") from error

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
 from ..class_names import read_class_names
-from ..config import config_for, parse_assignments
-from .arguments import add_classes
+from ..config import parse_assignments
+from .arguments import add_classes, build_refiner
 from .printing import print_failed
 
 __all__ = ["add_parser", "run"]
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     uses_clip = options.suppress or options.optimize > 0
     _check(options, overrides, uses_clip)
     labels = None if options.labels is None else read_labels(options.labels, list(classes))
-    refiner = _refiner(options, classes, overrides) if uses_clip else None
+    refiner = build_refiner(options, classes, overrides) if uses_clip else None
     how = Options(
         threshold=options.threshold,
         align=None if options.align == "none" else options.align,
@@ -125,28 +125,6 @@ def _check(options: argparse.Namespace, overrides: Mapping[str, Any], uses_clip:
         raise ValueError(
             "--prompts, --clip, --set and --device matter only with --suppress or --optimize N; without them CLIP is not used."
         )
-    if overrides.get("image_stats") is not None:
-        raise ValueError("--set image_stats is not possible: images are read as values from 0 to 1. Leave it out.")
-
-
-def _refiner(options: argparse.Namespace, classes: Any, overrides: Mapping[str, Any]) -> Any:
-    from ..refiner import PromptRefiner
-
-    overrides = {**overrides, "image_stats": None}  # images are read as values from 0 to 1
-    if options.prompts is None:
-        refiner = PromptRefiner(classes, options.clip or "ViT-B/32", config_for(options.classes).replace(**overrides))
-    else:
-        refiner = PromptRefiner.load(options.prompts, clip=options.clip, **overrides)
-        if refiner.classes != list(classes):
-            raise ValueError(
-                f"{options.prompts} was learned for {len(refiner.classes)} classes ({', '.join(refiner.classes[:3])}, ...) and "
-                f"--classes names {len(classes)} ({', '.join(list(classes)[:3])}, ...). They must be the same, in this order."
-            )
-    try:
-        return refiner.to(options.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {options.device!r} cannot be used: {reason}") from error
 
 
 def _sha256(path: Optional[Path]) -> Optional[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from .. import masks, regions
 from .._files import write_atomically
 from ..errors import CamFileError
 from ..refiner import PromptRefiner
-from .cams import CamFile, cam_paths, read_cam_file, write_cam_file
-from .images import find_image, read_image, write_label_png
+from .cam_folder import LoadedCam, cam_tensor, chunks, load, plan
+from .cams import CamFile, write_cam_file
+from .images import write_label_png
 
 __all__ = ["Options", "Summary", "refine_folder", "write_summary"]
 
@@ -67,13 +68,6 @@ class Summary(NamedTuple):
     seconds: float
 
 
-class _Item(NamedTuple):
-    name: str
-    cam: Path
-    image: Path
-    size: Tuple[int, int]  # H, W
-
-
 def refine_folder(
     cams: Path,
     images: Path,
@@ -110,9 +104,9 @@ def refine_folder(
     if (options.suppress or options.optimize) and refiner is None:
         raise ValueError("`suppress` and `optimize` use CLIP, so they need a refiner; got none.")
     start = time.monotonic()
-    items, failed = _plan(cams, images)
+    items, failed = plan(cams, images)
     _remember(out, {**options._asdict(), **(settings or {})})
-    mine = [chunk for i, chunk in enumerate(_chunks(items, options)) if i % shard[1] == shard[0]]
+    mine = [chunk for i, chunk in enumerate(chunks(items, options.batch_size)) if i % shard[1] == shard[0]]
     failed = {name: why for i, (name, why) in enumerate(sorted(failed.items())) if i % shard[1] == shard[0]}
     refined = skipped = empty = 0
     bar = tqdm(total=sum(map(len, mine)), desc="refining", disable=not progress)
@@ -120,7 +114,7 @@ def refine_folder(
         todo = [item for item in chunk if not _done(out, item.name, options)]
         skipped += len(chunk) - len(todo)
         if todo:
-            loaded, broken = _load(chunk, labels, num_classes, options)
+            loaded, broken = load(chunk, labels, num_classes, options.max_pixels)
             failed.update(broken)
             if loaded:
                 empty += sum(not one.labels.any() for one in loaded if one.item in todo)
@@ -156,41 +150,6 @@ def _differences(before: str, settings: Dict[str, Any]) -> str:
     return "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys)
 
 
-def _plan(cams: Path, images: Path) -> Tuple[List[_Item], Dict[str, str]]:
-    from PIL import Image
-
-    for folder, what in ((cams, "CAM files"), (images, "images")):
-        if not folder.is_dir():
-            raise CamFileError(f"Expected a folder of {what}; there is no folder {folder}.")
-    paths = cam_paths(cams)
-    if not paths:
-        raise CamFileError(f"{cams} holds no .npy or .npz file.")
-    items, failed = [], {}
-    for name, cam in paths.items():
-        try:
-            image = find_image(images, name)
-            with Image.open(image) as picture:  # reads the header only
-                items.append(_Item(name, cam, image, (picture.height, picture.width)))
-        except CamFileError as error:
-            failed[name] = str(error)
-        except Exception as error:
-            failed[name] = f"{images / name}: not a readable image ({type(error).__name__})"
-    if not items:
-        raise CamFileError(f"None of the {len(paths)} CAM files has an image: {next(iter(failed.values()))}.")
-    return items, failed
-
-
-def _chunks(items: Sequence[_Item], options: Options) -> List[List[_Item]]:
-    groups: Dict[Tuple[int, int], List[_Item]] = {}
-    for item in items:
-        groups.setdefault(item.size, []).append(item)
-    return [
-        group[i : i + options.batch_size]
-        for _, group in sorted(groups.items())
-        for i in range(0, len(group), options.batch_size)
-    ]
-
-
 def _targets(out: Path, name: str, options: Options) -> Dict[str, Path]:
     """The files of one image."""
     files = {"cams": out / "cams" / f"{name}.npy", "labels": out / "labels" / f"{name}.png"}
@@ -205,60 +164,8 @@ def _done(out: Path, name: str, options: Options) -> bool:
     return (cam.exists() or cam.with_suffix(".npz").exists()) and all(path.exists() for path in files.values())
 
 
-class _Loaded(NamedTuple):
-    item: _Item
-    img: Tensor  # (3, h, w) in [0, 1], at the size at which it is refined
-    content: CamFile
-    labels: np.ndarray  # (C,)
-
-
-def _load(
-    chunk: Sequence[_Item], labels: Optional[Dict[str, np.ndarray]], num_classes: int, options: Options
-) -> Tuple[List[_Loaded], Dict[str, str]]:
-    loaded, failed = [], {}
-    for item in chunk:
-        try:
-            content = read_cam_file(item.cam, num_classes)
-            row = _row(item.name, content, labels, num_classes)
-            picture = read_image(item.image)
-            if picture.shape[:2] != item.size:
-                raise CamFileError(f"{item.image} changed while it was read")
-            loaded.append(_Loaded(item, _shrink(picture, options.max_pixels), content, row))
-        except CamFileError as error:
-            failed[item.name] = str(error)
-        except Exception as error:  # such as OpenCV's own errors; one image must not end the run
-            failed[item.name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return loaded, failed
-
-
-def _row(name: str, content: CamFile, labels: Optional[Dict[str, np.ndarray]], num_classes: int) -> np.ndarray:
-    if labels is None:
-        if content.layout == "array":
-            raise CamFileError("its CAM file holds all classes; give labels that say which are present")
-        row = np.zeros(num_classes, np.uint8)
-        row[list(content.cams)] = 1
-        return row
-    if name not in labels:
-        raise CamFileError("the labels do not name this image")
-    missing = [k for k in labels[name].nonzero()[0].tolist() if k not in content.cams]
-    if missing:
-        raise CamFileError(f"its CAM file lacks class {', '.join(map(str, missing))}, which the labels name")
-    return labels[name]
-
-
-def _shrink(picture: np.ndarray, max_pixels: int) -> Tensor:
-    import cv2
-
-    height, width = picture.shape[:2]
-    if height * width > max_pixels:
-        scale = (max_pixels / (height * width)) ** 0.5
-        size = (max(1, int(width * scale)), max(1, int(height * scale)))
-        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-    return torch.from_numpy(picture).permute(2, 0, 1).float() / 255
-
-
 def _refine_chunk(
-    loaded: List[_Loaded],
+    loaded: List[LoadedCam],
     wanted: "set[str]",
     out: Path,
     num_classes: int,
@@ -269,7 +176,7 @@ def _refine_chunk(
     device = refiner.device if refiner is not None else torch.device("cpu")
     img = torch.stack([one.img for one in loaded]).to(device)  # (B, 3, h, w)
     present = torch.from_numpy(np.stack([one.labels for one in loaded])).to(device)  # (B, C)
-    cam = torch.stack([_cam_tensor(one.content, img.shape[2:], num_classes) for one in loaded]).to(device)  # (B, C, h, w)
+    cam = torch.stack([cam_tensor(one.content, img.shape[2:], num_classes) for one in loaded]).to(device)  # (B, C, h, w)
     if options.optimize:
         cam = refiner.optimize_cam(img, cam, present, steps=options.optimize)  # type: ignore[union-attr]
     if refiner is not None and options.suppress:
@@ -287,16 +194,7 @@ def _refine_chunk(
     return count
 
 
-def _cam_tensor(content: CamFile, size: Sequence[int], num_classes: int) -> Tensor:
-    """The CAMs as (C, h, w), at the size at which the image is refined; 0 for classes that the file does not hold."""
-    result = torch.zeros(num_classes, *size)
-    for k, value in content.cams.items():
-        one = torch.from_numpy(value)[None, None]  # (1, 1, H, W)
-        result[k] = F.interpolate(one, size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
-    return result
-
-
-def _write(out: Path, one: _Loaded, result: Tensor, options: Options) -> None:
+def _write(out: Path, one: LoadedCam, result: Tensor, options: Options) -> None:
     """Write all files of one image, the CAM file last: where it exists, the others exist too."""
     present = one.labels.nonzero()[0].tolist()
     full = F.interpolate(result[:, present], size=one.item.size, mode="bilinear", align_corners=False) if present else None

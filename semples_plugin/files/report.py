@@ -5,7 +5,6 @@ The page is the template `report.html`; this module computes what the template s
 
 from __future__ import annotations
 
-import base64
 import random
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
@@ -19,6 +18,7 @@ from ..prompts import NearestWords
 from .cams import cam_paths, read_cam_file
 from .evaluate_folder import Result, evaluate_cams
 from .images import find_image, read_image, read_label_png, voc_palette
+from .pages import data_uri, heat_map, page_template
 
 __all__ = ["THRESHOLDS", "write_report"]
 
@@ -59,7 +59,7 @@ def write_report(
     Raises:
         ModuleNotFoundError: if Jinja2 is not installed.
     """
-    template = _template()
+    template = page_template("report.html")
     names = ["background", *classes]
     paths = (cam_paths(before), cam_paths(after))
     ids = list(paths[0]) if ids is None else list(ids)
@@ -90,20 +90,6 @@ def write_report(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(page.encode("utf-8")))
     return failed
-
-
-def _template() -> Any:
-    try:
-        import jinja2
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("The report needs Jinja2: pip install 'semples-plugin[cli]'.", name="jinja2") from error
-    environment = jinja2.Environment(
-        autoescape=True,  # class names, ids and prompts are text of others
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    )
-    return environment.get_template("report.html")
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -189,8 +175,8 @@ def _image(
     label = "none" if largest is None else classes[largest]
     pictures = {
         "image": photo,
-        f"CAM of {label}": _heat(photo, None if largest is None else old.get(largest)),
-        f"refined, {label}": _heat(photo, None if largest is None else new.get(largest)),
+        f"CAM of {label}": heat_map(photo, None if largest is None else old.get(largest)),
+        f"refined, {label}": heat_map(photo, None if largest is None else new.get(largest)),
         "pseudo label": _colors(label_map),
         "ground truth": _colors(target),
     }
@@ -199,34 +185,10 @@ def _image(
         100 * first.per_image[name],
         100 * second.per_image[name],
         ", ".join(classes[k] for k in present) or "no class",
-        [(caption, _data_uri(picture)) for caption, picture in pictures.items()],
+        [(caption, data_uri(picture)) for caption, picture in pictures.items()],
     )
-
-
-def _heat(photo: np.ndarray, cam: Optional[np.ndarray]) -> np.ndarray:
-    """A CAM in [0, 1] as a heat map over the grey image."""
-    import cv2
-
-    grey = np.repeat(photo.mean(2, keepdims=True), 3, 2) * 0.55
-    if cam is None:
-        return grey.astype(np.uint8)
-    heat = cv2.applyColorMap((np.clip(cam, 0, 1) * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
-    weight = np.clip(cam, 0, 1)[..., None]
-    return (grey * (1 - 0.75 * weight) + heat * 0.75 * weight).clip(0, 255).astype(np.uint8)
 
 
 def _colors(labels: np.ndarray) -> np.ndarray:
     """A label map (H, W) as (H, W, 3) in VOC's colors."""
     return np.array(voc_palette(), np.uint8).reshape(256, 3)[labels]
-
-
-def _data_uri(picture: np.ndarray, side: int = 320) -> str:
-    """A picture as a JPEG inside of the page, at most `side` pixels high and wide."""
-    import cv2
-
-    height, width = picture.shape[:2]
-    scale = min(1.0, side / max(height, width))
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-    _, data = cv2.imencode(".jpg", np.ascontiguousarray(small[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 80])
-    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()

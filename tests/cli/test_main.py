@@ -34,6 +34,8 @@ def commands() -> Dict[str, argparse.ArgumentParser]:
                     "--optimize", "MCTformer", "IRN", "1 + class index", "torchrun", "interrupted", "0.4"]),
         ("evaluate", ["--pred", "--gt", "--list", "255", "--threshold", "chosen on ground truth", "--csv", "--json", "0:100"]),
         ("report", ["--before", "--after", "--gt", "--out", "--prompts", "--rows", "--images", "ground-truth"]),
+        ("check", ["--images", "--cams", "--labels", "--prompts", "--clip", "--list", "--limit", "--out", "--json",
+                   "No pixel mask"]),
         ("prompts", ["show"]),
         ("prompts show", ["FILE", "--clip", "--vocabulary", "--top", "--json", "nearest words"]),
     ],
@@ -49,7 +51,7 @@ def test_help_names_the_options(command: str, words: List[str], capsys: pytest.C
 
 def test_every_option_is_explained() -> None:
     found = commands()
-    assert set(found) == {"", "refine", "evaluate", "report", "prompts", "prompts show", "clusters"}
+    assert set(found) == {"", "refine", "evaluate", "report", "check", "prompts", "prompts show", "clusters"}
     bare = [
         f"{words} {'/'.join(action.option_strings) or action.dest}"
         for words, parser in found.items()
@@ -70,6 +72,7 @@ def test_every_option_is_explained() -> None:
         (["refine", "--images", "a", "--cams", "b", "--out", "c", "--bogus"], "unrecognized arguments: --bogus"),
         (["evaluate", "--pred", "a"], "the following arguments are required: --gt"),
         (["report"], "the following arguments are required: --images, --before, --after, --gt, --out"),
+        (["check"], "the following arguments are required: --images, --cams"),
         (["prompts"], "the following arguments are required: ACTION"),
         (["prompts", "show"], "the following arguments are required: FILE"),
     ],

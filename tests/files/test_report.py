@@ -266,7 +266,7 @@ def test_a_missing_jinja2_is_named_with_its_remedy(
     data: Data, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ModuleNotFoundError, match=r"The report needs Jinja2: pip install 'semples-plugin\[cli\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"A page needs Jinja2: pip install 'semples-plugin\[cli\]'"):
         data.write()
     assert data.run() == 2
     captured = capsys.readouterr()

@@ -1,0 +1,140 @@
+"""A folder of CAM files together with its images: found, grouped by size, and read. A bad file fails its own image only.
+
+Flow: `cams`, `images`, `labels` -> **cam_folder** -> `refine_folder`, `check_folder`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import CamFileError
+from .cams import CamFile, cam_paths, read_cam_file
+from .images import find_image, read_image
+
+__all__ = ["CamItem", "LoadedCam", "cam_tensor", "chunks", "load", "plan"]
+
+
+class CamItem(NamedTuple):
+    """An image that has a CAM file: its id, both files, and the image's size."""
+
+    name: str
+    cam: Path
+    image: Path
+    size: Tuple[int, int]  # H, W
+
+
+def plan(cams: Path, images: Path) -> Tuple[List[CamItem], Dict[str, str]]:
+    """All images of a folder of CAM files, and id -> reason for those that cannot be read.
+
+    Raises:
+        CamFileError: if a folder is missing, or no CAM file has an image.
+    """
+    from PIL import Image
+
+    for folder, what in ((cams, "CAM files"), (images, "images")):
+        if not folder.is_dir():
+            raise CamFileError(f"Expected a folder of {what}; there is no folder {folder}.")
+    paths = cam_paths(cams)
+    if not paths:
+        raise CamFileError(f"{cams} holds no .npy or .npz file.")
+    items, failed = [], {}
+    for name, cam in paths.items():
+        try:
+            image = find_image(images, name)
+            with Image.open(image) as picture:  # reads the header only
+                items.append(CamItem(name, cam, image, (picture.height, picture.width)))
+        except CamFileError as error:
+            failed[name] = str(error)
+        except Exception as error:
+            failed[name] = f"{images / name}: not a readable image ({type(error).__name__})"
+    if not items:
+        raise CamFileError(f"None of the {len(paths)} CAM files has an image: {next(iter(failed.values()))}.")
+    return items, failed
+
+
+def chunks(items: Sequence[CamItem], batch_size: int) -> List[List[CamItem]]:
+    """The items in groups of one image size and at most `batch_size`."""
+    groups: Dict[Tuple[int, int], List[CamItem]] = {}
+    for item in items:
+        groups.setdefault(item.size, []).append(item)
+    return [group[i : i + batch_size] for _, group in sorted(groups.items()) for i in range(0, len(group), batch_size)]
+
+
+class LoadedCam(NamedTuple):
+    """An image, its CAM file and its image-level labels."""
+
+    item: CamItem
+    img: Tensor  # (3, h, w) in [0, 1], at the size at which it is refined
+    content: CamFile
+    labels: np.ndarray  # (C,)
+
+
+def load(
+    chunk: Sequence[CamItem], labels: Optional[Dict[str, np.ndarray]], num_classes: int, max_pixels: int
+) -> Tuple[List[LoadedCam], Dict[str, str]]:
+    """Read the images, CAM files and labels of a chunk.
+
+    Args:
+        chunk: images of one size.
+        labels: image id -> (C,) multi-hot; by default the classes that each CAM file holds.
+        num_classes: C.
+        max_pixels: images with more pixels are made smaller.
+
+    Returns:
+        What could be read, and id -> reason for the others.
+    """
+    loaded, failed = [], {}
+    for item in chunk:
+        try:
+            content = read_cam_file(item.cam, num_classes)
+            row = _row(item.name, content, labels, num_classes)
+            picture = read_image(item.image)
+            if picture.shape[:2] != item.size:
+                raise CamFileError(f"{item.image} changed while it was read")
+            loaded.append(LoadedCam(item, _shrink(picture, max_pixels), content, row))
+        except CamFileError as error:
+            failed[item.name] = str(error)
+        except Exception as error:  # such as OpenCV's own errors; one image must not end the run
+            failed[item.name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return loaded, failed
+
+
+def _row(name: str, content: CamFile, labels: Optional[Dict[str, np.ndarray]], num_classes: int) -> np.ndarray:
+    if labels is None:
+        if content.layout == "array":
+            raise CamFileError("its CAM file holds all classes; give labels that say which are present")
+        row = np.zeros(num_classes, np.uint8)
+        row[list(content.cams)] = 1
+        return row
+    if name not in labels:
+        raise CamFileError("the labels do not name this image")
+    missing = [k for k in labels[name].nonzero()[0].tolist() if k not in content.cams]
+    if missing:
+        raise CamFileError(f"its CAM file lacks class {', '.join(map(str, missing))}, which the labels name")
+    return labels[name]
+
+
+def _shrink(picture: np.ndarray, max_pixels: int) -> Tensor:
+    import cv2
+
+    height, width = picture.shape[:2]
+    if height * width > max_pixels:
+        scale = (max_pixels / (height * width)) ** 0.5
+        size = (max(1, int(width * scale)), max(1, int(height * scale)))
+        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    return torch.from_numpy(picture).permute(2, 0, 1).float() / 255
+
+
+def cam_tensor(content: CamFile, size: Sequence[int], num_classes: int) -> Tensor:
+    """The CAMs as (C, h, w), at the size at which the image is refined; 0 for classes that the file does not hold."""
+    result = torch.zeros(num_classes, *size)
+    for k, value in content.cams.items():
+        one = torch.from_numpy(value)[None, None]  # (1, 1, H, W)
+        result[k] = F.interpolate(one, size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
+    return result
