@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["change_stats", "pair_masks", "positive_pairs", "resize_image", "split"]
+__all__ = ["blur", "change_stats", "cut_levels", "pair_masks", "positive_pairs", "resize_image", "sharpen", "split"]
 
 
 def positive_pairs(labels: Tensor) -> Tensor:
@@ -69,17 +69,60 @@ def change_stats(
     return img
 
 
-def split(img: Tensor, masks: Tensor, pairs: Tensor) -> Tuple[Tensor, Tensor]:
-    """Foreground views M_k X and background views (1 - M_k) X of the pairs.
+def sharpen(masks: Tensor, sharpness: float, levels: Tensor) -> Tensor:
+    """Nearly binary masks: sigmoid(sharpness (M - t)), rescaled so that 0 and 1 stay what they are.
+
+    A soft mask can pass for foreground and background at once, because CLIP recognizes dimmed images. Cut at a level t, each
+    place belongs to one side; with a level of its own for every pair and step, all level sets of a mask are looked at, and the
+    gradient reaches every value of M. An extension of this package.
+
+    Args:
+        masks: (P, h, w) in [0, 1].
+        sharpness: slope of the cut; 0 gives the masks as they are.
+        levels: (P,) t in (0, 1).
+
+    Returns:
+        (P, h, w) in [0, 1], attached to `masks`.
+    """
+    if not sharpness:
+        return masks
+    t = levels.to(masks)[:, None, None]
+    low, high = torch.sigmoid(-sharpness * t), torch.sigmoid(sharpness * (1 - t))
+    return (torch.sigmoid(sharpness * (masks - t)) - low) / (high - low)
+
+
+def cut_levels(start: int, count: int) -> Tensor:
+    """Levels (count,) in [0.2, 0.8] of the pairs number `start`, `start` + 1, ...: multiples of the golden ratio, modulo 1.
+
+    Any run of consecutive levels covers the interval evenly, and the same numbers give the same levels.
+    """
+    number = torch.arange(start, start + count, dtype=torch.float64)
+    return (0.2 + 0.6 * (number * 0.6180339887498949 % 1)).float()
+
+
+def blur(img: Tensor, cells: int = 8) -> Tensor:
+    """Images (B, 3, H, W) reduced to `cells` x `cells` means and enlarged again: what is around stays, what it is does not."""
+    small = F.interpolate(img, size=(cells, cells), mode="area")
+    return F.interpolate(small, size=tuple(img.shape[2:]), mode="bilinear", align_corners=False)
+
+
+def split(img: Tensor, masks: Tensor, pairs: Tensor, fill: str = "mean") -> Tuple[Tensor, Tensor]:
+    """Foreground and background views of the pairs: M_k X + (1 - M_k) Z and (1 - M_k) X + M_k Z.
 
     Args:
         img: (B, 3, S, S).
         masks: (P, S, S).
         pairs: (P, 2).
+        fill: Z, what is put where something is taken away: `"mean"`, the mean color (0, as in the paper), or `"blur"`, the
+            blurred image.
 
     Returns:
         Two tensors (P, 3, S, S), attached to `masks`.
     """
     x = img[pairs[:, 0]].to(masks.dtype)  # (P, 3, S, S)
-    foreground = masks[:, None] * x
-    return foreground, x - foreground
+    if fill == "mean":
+        foreground = masks[:, None] * x
+        return foreground, x - foreground
+    z = blur(img)[pairs[:, 0]].to(masks.dtype)
+    change = masks[:, None] * (x - z)
+    return z + change, x - change
