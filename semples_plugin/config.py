@@ -111,6 +111,11 @@ class RefinerConfig:
     """How `img` is normalized: `"imagenet"`, `(mean, std)`, or None for images in [0, 1]."""
     clip_stats: bool = True
     """Convert images to CLIP's own mean and std. False feeds them as they are, as the reference does."""
+    view_sharpness: Weight = 0.0
+    """Slope of the cut that makes masks nearly binary before CLIP sees them, at a level drawn evenly from 0.2 to 0.8 for every
+    pair and step; 0 multiplies the image by the soft mask (SemPLeS). 20 keeps a half mask from passing as both sides."""
+    view_fill: Literal["mean", "blur"] = "mean"
+    """What is put where the mask takes something away: `"mean"`, the mean color (SemPLeS), or `"blur"`, the blurred image."""
     max_views: Optional[Annotated[int, _at_least(1, whole=True, advice=", or None for no limit")]] = 256
     """Views that CLIP encodes at once (two per positive pair). More are encoded in checkpointed chunks, which bounds memory and
     costs a second forward pass through CLIP. ViT-B/32 in float32 takes about 40 MiB per view."""

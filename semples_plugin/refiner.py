@@ -6,6 +6,7 @@ mathematics is in the functions of those files, the options are in `config`.
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -120,6 +121,7 @@ class PromptRefiner(nn.Module):
             self.register_buffer("text_features", self._encoder.encode_text(texts), persistent=False)  # (C, D)
             self.register_buffer("background_features", self._encoder.encode_text(background_texts), persistent=False)  # (K, D)
             self.register_buffer("_background_owner", owner, persistent=False)  # (C, K)
+            self._pairs_seen = 0  # numbers the levels at which masks are cut, see `regions.cut_levels`
             self._prompt_cache: Optional[Tuple[Tensor, int, torch.device, Tensor]] = None
             self.to(self._encoder.device)
 
@@ -160,7 +162,8 @@ class PromptRefiner(nn.Module):
             )
         img, cam, labels = self._check(img, cam, labels)
         pairs = regions.positive_pairs(labels)  # (P, 2)
-        pair_masks, views = self._views(img, cam, pairs, self.config.eps)
+        pair_masks, views = self._views(img, cam, pairs, self.config.eps, self._pairs_seen)
+        self._pairs_seen += len(pairs)
         loss, terms = self._terms(torch.cat(views), pair_masks, pairs)
         return RefinerOutput(loss, terms, pair_masks, pairs)
 
@@ -387,8 +390,10 @@ class PromptRefiner(nn.Module):
         base = regions.pair_masks(cam.detach(), pairs, (height, width), self.config.normalize, masks.MASK_EPS)  # (P, h, w)
         clip_images = self._clip_images(img)
 
+        seen = itertools.count()
+
         def loss_of(pair_masks: Tensor) -> Tensor:
-            views = torch.cat(regions.split(clip_images, pair_masks, pairs))
+            views = torch.cat(self._views_of(clip_images, pair_masks, pairs, next(seen) * len(pairs)))
             return self._terms(views, pair_masks, pairs)[0]
 
         size = (self._encoder.image_size,) * 2
@@ -433,7 +438,7 @@ class PromptRefiner(nn.Module):
             return self._clip_images(img), masks_of, pairs
 
         def terms(images: Tensor, shapes: Tensor, pairs: Tensor) -> Tuple[Dict[str, Tensor], Dict[str, float]]:
-            return self._pair_terms(torch.cat(regions.split(images, shapes, pairs)), shapes, pairs)
+            return self._pair_terms(torch.cat(self._views_of(images, shapes, pairs)), shapes, pairs)
 
         def configure(**options: Any) -> RefinerConfig:
             self.config = self.config.replace(**options)
@@ -575,11 +580,20 @@ class PromptRefiner(nn.Module):
             return x
         return regions.change_stats(x, self.image_stats, (self._encoder.mean, self._encoder.std))
 
-    def _views(self, img: Tensor, cam: Tensor, pairs: Tensor, eps: float) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
+    def _views(
+        self, img: Tensor, cam: Tensor, pairs: Tensor, eps: float, start: int = 0
+    ) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
         """Masks (P, S, S), and foreground and background views (P, 3, S, S) of the pairs."""
         size = self._encoder.image_size
         pair_masks = regions.pair_masks(cam, pairs, (size, size), self.config.normalize, eps)
-        return pair_masks, regions.split(self._clip_images(img), pair_masks, pairs)
+        return pair_masks, self._views_of(self._clip_images(img), pair_masks, pairs, start)
+
+    def _views_of(self, images: Tensor, pair_masks: Tensor, pairs: Tensor, start: int = 0) -> Tuple[Tensor, Tensor]:
+        """Foreground and background views (P, 3, S, S) of images at CLIP's size; `start` numbers the pairs' cut levels."""
+        config = self.config
+        levels = regions.cut_levels(start, len(pairs))
+        cut = regions.sharpen(pair_masks, config.view_sharpness, levels)
+        return regions.split(images, cut, pairs, config.view_fill)
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**self.__dict__, "_prompt_cache": None}

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from semples_plugin.files.images import read_image
 
-from .mobilenet import LAST_STAGE, load_mobilenet
+from .mobilenet import load_mobilenet
 from .squeezenet import load_squeezenet
 
 CLASSES = ["cat", "cow", "dog", "horse", "sheep", "person"]
@@ -58,7 +58,7 @@ class PhotoHost(nn.Module):
 def load_backbone(name: str, weights: Path) -> Tuple[nn.Module, nn.Module, int]:
     """The frozen lower layers, images in [0, 1] -> features, the pretrained upper layers, and the channels of the latter.
 
-    SqueezeNet 1.1: the last four blocks are trained, at an eighth of the image's size; MobileNetV2: the last stage, at a
+    SqueezeNet 1.1: the last four blocks are trained, at an eighth of the image's size; MobileNetV2: the last block and the last convolution, at a
     sixteenth.
     """
     if name == "squeezenet":
@@ -66,7 +66,7 @@ def load_backbone(name: str, weights: Path) -> Tuple[nn.Module, nn.Module, int]:
         network.features[8] = nn.MaxPool2d(3, stride=1, padding=1)  # a finer CAM
         cut, channels = 9, 512
     else:
-        network, cut, channels = load_mobilenet(str(weights), PLAIN, output_stride=16), LAST_STAGE, 1280
+        network, cut, channels = load_mobilenet(str(weights), PLAIN, output_stride=16), 17, 1280
     network = network.eval().requires_grad_(False)
     high = copy.deepcopy(network.features[cut:]).requires_grad_(True)
     network.features = network.features[:cut]
