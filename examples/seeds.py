@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, Sequence
+from typing import Any, Callable, Dict, NamedTuple, Sequence
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def source_hash(*folders: Path) -> str:
     """
     digest = hashlib.sha256()
     examples = Path(__file__).parent
-    paths = [examples / "recipe.py", examples / "seeds.py"]
+    paths = [examples / "controls.py", examples / "recipe.py", examples / "seeds.py"]
     for folder in (Path(semples_plugin.__file__).parent, *folders):
         paths += sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".pt", ".json"))
     for path in paths:
@@ -55,8 +56,57 @@ def spread(values: Sequence[float], sign: str = "+-") -> str:
     return f"{np.mean(values):.1f}{deviation}"
 
 
-def paired_difference(better: Sequence[float], worse: Sequence[float]) -> str:
-    """Spread of the differences seed by seed, and how many of their standard deviations the mean is away from 0."""
-    difference = np.asarray(better) - np.asarray(worse)
-    ratio = abs(difference.mean()) / max(difference.std(ddof=1), 1e-9)
-    return f"{spread(difference)}, {ratio:.1f} standard deviations"
+class Difference(NamedTuple):
+    """Mean of paired differences.
+
+    Attributes:
+        mean: over the seeds.
+        low, high: ends of its 95 % interval by Student's t.
+        deviations: how many standard deviations (n - 1) of the differences the mean is away from 0.
+    """
+
+    mean: float
+    low: float
+    high: float
+    deviations: float
+
+    def __str__(self) -> str:
+        interval = f"95 % interval {self.low:+.1f} to {self.high:+.1f}"
+        return f"{self.mean:+.1f} ({interval}; {self.deviations:.1f} standard deviations)"
+
+
+def paired_difference(better: Sequence[float], worse: Sequence[float]) -> Difference:
+    """Mean of the differences seed by seed with its 95 % interval.
+
+    Args:
+        better, worse: figures of n >= 2 seeds, in the same order.
+    """
+    difference = np.asarray(better, dtype=float) - np.asarray(worse, dtype=float)
+    if len(difference) < 2:
+        raise ValueError(f"A paired difference needs 2 or more seeds; got {len(difference)}.")
+    mean, deviation = float(difference.mean()), float(difference.std(ddof=1))
+    half = t_quantile(len(difference) - 1) * deviation / math.sqrt(len(difference))
+    return Difference(mean, mean - half, mean + half, abs(mean) / deviation if deviation > 0 else math.inf)
+
+
+def t_quantile(freedom: int) -> float:
+    """The t that Student's distribution with `freedom` (>= 1) degrees of freedom exceeds in absolute value in 5 % of cases.
+
+    Bisection on the closed form of the distribution for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    """
+
+    def inside(angle: float) -> float:  # probability of |t| < sqrt(freedom) * tan(angle)
+        odd = freedom % 2
+        term = total = math.cos(angle) if odd else 1.0
+        for k in range(2 + odd, freedom - 1, 2):
+            term *= (k - 1) / k * math.cos(angle) ** 2
+            total += term
+        if odd:
+            return 2 / math.pi * (angle + math.sin(angle) * total * (freedom > 1))
+        return math.sin(angle) * total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from pathlib import Path
 
@@ -10,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from examples import train_clip
 from examples.clusters import __main__ as clusters_command
 from examples.clusters import experiment as clusters
+from examples.controls import area_loss, random_clip
 from examples.demo import experiment, host, world
 from examples.demo.figure import draw_figure
 from examples.demo.seeds import summary
 from examples.recipe import COMPACT_CLIP
-from examples.seeds import cached_record, source_hash, spread
+from examples.seeds import cached_record, paired_difference, source_hash, spread, t_quantile
 from semples_plugin import PromptRefiner
 from semples_plugin.clip_backends import load_clip
 from semples_plugin.regions import change_stats
@@ -158,7 +161,7 @@ def test_summary_has_mean_and_deviation_over_seeds_and_paired_differences() -> N
 
     text = summary([record(0.2), record(0.4)])
     assert "30.0 +- 14.1" in text  # mean of 20 and 40, deviation with n - 1
-    assert "mIoU  [+ match + refine, learned prompts] - [host alone]: 30.0 +- 0.0" in text
+    assert "mIoU  [+ match + refine, learned prompts] - [host alone]: +30.0 (95 % interval +30.0 to +30.0;" in text
 
 
 def test_a_record_is_computed_again_only_for_other_code(tmp_path: Path) -> None:
@@ -187,6 +190,55 @@ def test_source_hash_depends_on_files_in_sub_folders(tmp_path: Path) -> None:
 
 def test_spread_of_one_value_has_no_deviation() -> None:
     assert spread([20.0]) == "20.0" and spread([20.0, 40.0], "±") == "30.0 ± 14.1"
+
+
+def test_t_quantiles_are_those_of_the_printed_tables() -> None:
+    printed = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # two-sided 5 %, 1 to 9 degrees of freedom
+    assert [round(t_quantile(n), 3) for n in range(1, 10)] == printed
+    assert t_quantile(30) == pytest.approx(2.042, abs=5e-4)
+
+
+def test_a_paired_difference_has_its_interval_by_students_t() -> None:
+    found = paired_difference([11.0, 14.0, 14.0], [10.0, 12.0, 11.0])  # differences 1, 2, 3: mean 2, deviation 1
+    assert found.mean == 2 and found.deviations == pytest.approx(2)
+    assert (found.low, found.high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
+    assert str(found) == "+2.0 (95 % interval -0.5 to +4.5; 2.0 standard deviations)"
+    assert paired_difference([1.5, 1.5], [1.0, 1.0]) == (0.5, 0.5, 0.5, float("inf"))
+    with pytest.raises(ValueError, match="needs 2 or more seeds; got 1"):
+        paired_difference([1.0], [2.0])
+
+
+# ------------------------------------------------------------------------------------------------ controls
+
+
+@pytest.mark.parametrize("kind", ["openai", "feature tower"])
+def test_a_random_clip_has_the_same_weights_in_other_places(kind: str, tiny_clip: nn.Module, tmp_path: Path) -> None:
+    model = copy.deepcopy(tiny_clip)
+    if kind == "feature tower":
+        (tmp_path / "tower.py").write_text(FEATURES, encoding="utf-8")
+        model = train_clip.build_clip(f"{tmp_path / 'tower.py'}:features", 32, 16, 64, 1, 64, 1, 32).eval()
+    model.token_embedding.weight.data[3:] = 0  # as for tokens that no caption held
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first, again, other = random_clip(model, 1), random_clip(model, 1), random_clip(model, 2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())  # the original is untouched
+    assert type(first) is type(model) and torch.equal(first.logit_scale, model.logit_scale)
+    for name, weight in model.named_parameters():
+        shuffled = first.get_parameter(name)
+        assert torch.equal(shuffled.flatten().sort()[0], weight.flatten().sort()[0])
+        assert torch.equal(shuffled == 0, weight == 0)
+        assert torch.equal(shuffled, again.get_parameter(name))
+    img = torch.rand(2, 3, 32, 32)
+    features = [load_clip(clip).encode_image(img) for clip in (model, first, other)]
+    assert not torch.allclose(features[0], features[1]) and not torch.allclose(features[1], features[2])
+
+
+def test_the_area_loss_is_the_area_term_of_the_refiner(tiny_clip: nn.Module) -> None:
+    refiner = PromptRefiner(["boat", "bird"], clip=tiny_clip, config=COMPACT_CLIP.replace(lambda_area=1.5))
+    cam, labels = torch.randn(2, 2, 5, 5, requires_grad=True), torch.tensor([[1, 1], [0, 1]])
+    expected = 1.5 * refiner.compute(torch.rand(2, 3, 40, 40), cam, labels).terms["area"]
+    loss = area_loss(cam, labels, refiner.config, refiner.encoder.image_size)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.autograd.grad(loss, cam)[0].abs().sum() > 0
 
 
 # ------------------------------------------------------------------------------------------------ the kin world
@@ -256,6 +308,6 @@ def test_summary_of_the_ablation_has_mean_deviation_and_paired_differences() -> 
 
     text = clusters_command.summary([record(0.2), record(0.4)])
     assert "30.0 +- 14.1" in text
-    assert "mIoU [+ cluster tokens, mismatched] - [host alone]: 10.0 +- 0.0" in text
+    assert "mIoU [+ cluster tokens, mismatched] - [host alone]: +10.0 (95 % interval +10.0 to +10.0;" in text
     assert "The text features gave the clusters of the file in 2 of 2 seeds." in text
     assert len([line for line in text.splitlines() if line.startswith("all ")]) == 2
