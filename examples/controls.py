@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Callable, Dict, Tuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,3 +48,17 @@ def area_loss(cam: Tensor, labels: Tensor, config: RefinerConfig, size: int) -> 
     """
     masks = regions.pair_masks(cam, regions.positive_pairs(labels), (size, size), config.normalize, config.eps)
     return config.lambda_area * losses.area(masks)
+
+
+def area_only(config: RefinerConfig, size: int) -> Callable[[Tensor, Tensor, Tensor], Tuple[Tensor, Dict[str, Tensor]]]:
+    """`area_loss` in the form in which the examples' hosts take another loss: (img, cam, labels) -> the loss, terms by name.
+
+    Args:
+        config, size: as for `area_loss`.
+    """
+
+    def extra(img: Tensor, cam: Tensor, labels: Tensor) -> Tuple[Tensor, Dict[str, Tensor]]:
+        loss = area_loss(cam, labels, config, size)
+        return loss, {"weighted_area": loss.detach()}
+
+    return extra

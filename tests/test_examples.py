@@ -161,7 +161,7 @@ def test_summary_has_mean_and_deviation_over_seeds_and_paired_differences() -> N
 
     text = summary([record(0.2), record(0.4)])
     assert "30.0 +- 14.1" in text  # mean of 20 and 40, deviation with n - 1
-    assert "mIoU  [+ match + refine, learned prompts] - [host alone]: +30.0 (95 % interval +30.0 to +30.0;" in text
+    assert "mIoU  [+ match + refine, learned prompts] - [host alone]: +60.0 (95 % interval +60.0 to +60.0;" in text
 
 
 def test_a_record_is_computed_again_only_for_other_code(tmp_path: Path) -> None:
@@ -304,10 +304,11 @@ def test_summary_of_the_ablation_has_mean_deviation_and_paired_differences() -> 
             own = {"cam": {**row, "miou": miou + 0.1 * i}, "aligned": row, "branch": row if name == clusters.ALL else None}
             figures[name] = {route: {**own, "kin": 0.2} for route in clusters.ROUTES[name]}
         same = {"a": ["car", "tram"], "b": ["deer"]}
-        return {"figures": figures, "clusters": {clusters.FILE: same, clusters.TEXT: {"b": ["deer"], "c": ["tram", "car"]}}}
+        return {"rows": figures, "clusters": {clusters.FILE: same, clusters.TEXT: {"b": ["deer"], "c": ["tram", "car"]}}}
 
     text = clusters_command.summary([record(0.2), record(0.4)])
     assert "30.0 +- 14.1" in text
-    assert "mIoU [+ cluster tokens, mismatched] - [host alone]: +10.0 (95 % interval +10.0 to +10.0;" in text
+    assert "mIoU [+ cluster tokens, mismatched] - [host alone]: +30.0 (95 % interval +30.0 to +30.0;" in text
+    assert "aligned [+ SemPLeS] - [+ match]: +0.0 (95 % interval +0.0 to +0.0; 0.0 standard deviations)" in text
     assert "The text features gave the clusters of the file in 2 of 2 seeds." in text
     assert len([line for line in text.splitlines() if line.startswith("all ")]) == 2
