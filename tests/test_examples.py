@@ -21,7 +21,7 @@ from examples.demo import experiment, host, world
 from examples.demo.figure import draw_figure
 from examples.demo.seeds import summary
 from examples.recipe import COMPACT_CLIP
-from examples.seeds import cached_record, paired_difference, source_hash, spread, t_quantile
+from examples.seeds import cached_record, cached_rows, paired_difference, select_rows, source_hash, spread, t_quantile
 from semples_plugin import PromptRefiner
 from semples_plugin.clip_backends import load_clip
 from semples_plugin.regions import change_stats
@@ -146,12 +146,32 @@ def test_the_demo_gives_the_same_rows_twice_and_draws_its_figure(tmp_path: Path)
     result = experiment.run(settings, seed=0)
     assert list(result.rows) == list(experiment.ROWS)
     assert all(0 < row.miou < 1 and set(row.share) == set(world.THINGS) for row in result.rows.values())
-    again = experiment.run(settings, seed=0)
-    assert [row.miou for row in again.rows.values()] == [row.miou for row in result.rows.values()]
-    table = experiment.format_table(result.rows)
-    assert all(name in table for name in experiment.ROWS)
-    draw_figure(result, tmp_path / "demo.png")
+    again = experiment.run(settings, 0, experiment.ONE_SEED)  # the same figures also without the controls
+    assert again.rows == {name: row for name, row in result.rows.items() if name not in experiment.CONTROLS}
+    controls = experiment.run(settings, 0, experiment.CONTROLS)
+    assert controls.rows == {name: result.rows[name] for name in experiment.CONTROLS}
+    assert controls.fit is None and not controls.nearest_words and set(controls.histories) == set(experiment.CONTROLS[:3])
+    table = experiment.format_table(again.rows)
+    assert all(name in table for name in again.rows)
+    draw_figure(again, tmp_path / "demo.png")
     assert cv2.imread(str(tmp_path / "demo.png")).shape[1] > 1000
+
+
+def test_control_rows_train_on_the_losses_that_they_are_named_after() -> None:
+    settings = experiment.Settings(config=COMPACT_CLIP.replace(lambda_area=0.5))
+    split = host.make_split(4, 7)
+    cam = torch.rand(4, 6, 8, 8, requires_grad=True)
+    terms = {}
+    for row in (experiment.AREA, experiment.RANDOM, experiment.NO_AREA, experiment.MATCH):
+        loss, terms[row] = experiment.row_loss(row, settings, 1)(split.images, cam, split.labels)
+        assert torch.autograd.grad(loss, cam)[0].abs().sum() > 0
+        if row == experiment.AREA:
+            area = loss
+    assert area.item() == pytest.approx(0.5 * terms[experiment.MATCH]["area"].item(), rel=1e-6)
+    assert experiment.row_loss(experiment.HOST, settings, 1) is None
+    assert "area" not in terms[experiment.NO_AREA] and "area" in terms[experiment.RANDOM]
+    for name in ("match_foreground", "match_background"):
+        assert terms[experiment.NO_AREA][name] == terms[experiment.MATCH][name] != terms[experiment.RANDOM][name]
 
 
 def test_summary_has_mean_and_deviation_over_seeds_and_paired_differences() -> None:
@@ -176,6 +196,31 @@ def test_a_record_is_computed_again_only_for_other_code(tmp_path: Path) -> None:
     assert calls == [3]
     assert cached_record(tmp_path, 3, "b", run)["made_with"] == "b" and calls == [3, 3]
     assert [path.name for path in tmp_path.iterdir()] == ["seed_3.json"]
+
+
+def test_rows_that_are_cached_are_not_computed_again(tmp_path: Path) -> None:
+    calls = []
+
+    def run(seed: int, rows: list) -> dict:
+        calls.append(rows)
+        return {"rows": {name: len(calls) for name in rows}, "words": rows}
+
+    assert cached_rows(tmp_path, 3, "a", ["x"], run)["rows"] == {"x": 1}
+    both = cached_rows(tmp_path, 3, "a", ["y", "x"], run)
+    assert both == {"made_with": "a", "rows": {"y": 2, "x": 1}, "words": ["y"]} and calls == [["x"], ["y"]]
+    assert cached_rows(tmp_path, 3, "a", ["x"], run)["rows"] == {"x": 1} and len(calls) == 2  # y stays in the file
+    assert cached_rows(tmp_path, 3, "a", ["y", "x"], run) == both and len(calls) == 2
+    assert cached_rows(tmp_path, 3, "b", ["x"], run)["rows"] == {"x": 3}  # other code
+    assert cached_rows(tmp_path, 3, "b", ["x", "y"], run)["rows"] == {"x": 3, "y": 4}
+
+
+def test_rows_are_selected_by_name_or_by_how_they_begin() -> None:
+    rows = ("host", "+ match", "+ match, aligned", "all")
+    assert select_rows(rows, None) == rows
+    assert select_rows(rows, ["+ match", "all"]) == ("+ match", "all")  # a whole name means that row alone
+    assert select_rows(rows, ["all", "+"]) == ("+ match", "+ match, aligned", "all")
+    with pytest.raises(ValueError, match="--rows must name rows of the table .*; got 'none'"):
+        select_rows(rows, ["host", "none"])
 
 
 def test_source_hash_depends_on_files_in_sub_folders(tmp_path: Path) -> None:
@@ -280,6 +325,8 @@ def test_the_ablation_scores_every_row_and_route() -> None:
         config=COMPACT_CLIP.replace(epochs=2, prompt_length=2),
     )
     result = clusters.run(settings, seed=0)
+    some = (clusters.AREA, clusters.MATCH)
+    assert clusters.run(settings, 0, some).figures == {row: result.figures[row] for row in some}
     assert {row: tuple(columns) for row, columns in result.figures.items()} == clusters.ROUTES
     every = [(row, route, f) for row, columns in result.figures.items() for route, f in columns.items()]
     assert all(0 < f.cam.miou < 1 and 0 < f.aligned.miou < 1 and 0 <= f.kin <= 1 for _, _, f in every)
@@ -307,6 +354,7 @@ def test_summary_of_the_ablation_has_mean_deviation_and_paired_differences() -> 
         return {"rows": figures, "clusters": {clusters.FILE: same, clusters.TEXT: {"b": ["deer"], "c": ["tram", "car"]}}}
 
     text = clusters_command.summary([record(0.2), record(0.4)])
+    assert "2 seeds; 11 of 11 rows" in text
     assert "30.0 +- 14.1" in text
     assert "mIoU [+ cluster tokens, mismatched] - [host alone]: +30.0 (95 % interval +30.0 to +30.0;" in text
     assert "aligned [+ SemPLeS] - [+ match]: +0.0 (95 % interval +0.0 to +0.0; 0.0 standard deviations)" in text
