@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from pathlib import Path
 
@@ -10,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from examples import train_clip
 from examples.clusters import __main__ as clusters_command
 from examples.clusters import experiment as clusters
+from examples.controls import area_loss, random_clip
 from examples.demo import experiment, host, world
 from examples.demo.figure import draw_figure
 from examples.demo.seeds import summary
 from examples.recipe import COMPACT_CLIP
-from examples.seeds import cached_record, source_hash, spread
+from examples.seeds import cached_record, cached_rows, paired_difference, select_rows, source_hash, spread, t_quantile
 from semples_plugin import PromptRefiner
 from semples_plugin.clip_backends import load_clip
 from semples_plugin.regions import change_stats
@@ -143,12 +146,32 @@ def test_the_demo_gives_the_same_rows_twice_and_draws_its_figure(tmp_path: Path)
     result = experiment.run(settings, seed=0)
     assert list(result.rows) == list(experiment.ROWS)
     assert all(0 < row.miou < 1 and set(row.share) == set(world.THINGS) for row in result.rows.values())
-    again = experiment.run(settings, seed=0)
-    assert [row.miou for row in again.rows.values()] == [row.miou for row in result.rows.values()]
-    table = experiment.format_table(result.rows)
-    assert all(name in table for name in experiment.ROWS)
-    draw_figure(result, tmp_path / "demo.png")
+    again = experiment.run(settings, 0, experiment.ONE_SEED)  # the same figures also without the controls
+    assert again.rows == {name: row for name, row in result.rows.items() if name not in experiment.CONTROLS}
+    controls = experiment.run(settings, 0, experiment.CONTROLS)
+    assert controls.rows == {name: result.rows[name] for name in experiment.CONTROLS}
+    assert controls.fit is None and not controls.nearest_words and set(controls.histories) == set(experiment.CONTROLS[:3])
+    table = experiment.format_table(again.rows)
+    assert all(name in table for name in again.rows)
+    draw_figure(again, tmp_path / "demo.png")
     assert cv2.imread(str(tmp_path / "demo.png")).shape[1] > 1000
+
+
+def test_control_rows_train_on_the_losses_that_they_are_named_after() -> None:
+    settings = experiment.Settings(config=COMPACT_CLIP.replace(lambda_area=0.5))
+    split = host.make_split(4, 7)
+    cam = torch.rand(4, 6, 8, 8, requires_grad=True)
+    terms = {}
+    for row in (experiment.AREA, experiment.RANDOM, experiment.NO_AREA, experiment.MATCH):
+        loss, terms[row] = experiment.row_loss(row, settings, 1)(split.images, cam, split.labels)
+        assert torch.autograd.grad(loss, cam)[0].abs().sum() > 0
+        if row == experiment.AREA:
+            area = loss
+    assert area.item() == pytest.approx(0.5 * terms[experiment.MATCH]["area"].item(), rel=1e-6)
+    assert experiment.row_loss(experiment.HOST, settings, 1) is None
+    assert "area" not in terms[experiment.NO_AREA] and "area" in terms[experiment.RANDOM]
+    for name in ("match_foreground", "match_background"):
+        assert terms[experiment.NO_AREA][name] == terms[experiment.MATCH][name] != terms[experiment.RANDOM][name]
 
 
 def test_summary_has_mean_and_deviation_over_seeds_and_paired_differences() -> None:
@@ -158,7 +181,7 @@ def test_summary_has_mean_and_deviation_over_seeds_and_paired_differences() -> N
 
     text = summary([record(0.2), record(0.4)])
     assert "30.0 +- 14.1" in text  # mean of 20 and 40, deviation with n - 1
-    assert "mIoU  [+ match + refine, learned prompts] - [host alone]: 30.0 +- 0.0" in text
+    assert "mIoU  [+ match + refine, learned prompts] - [host alone]: +60.0 (95 % interval +60.0 to +60.0;" in text
 
 
 def test_a_record_is_computed_again_only_for_other_code(tmp_path: Path) -> None:
@@ -175,6 +198,31 @@ def test_a_record_is_computed_again_only_for_other_code(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["seed_3.json"]
 
 
+def test_rows_that_are_cached_are_not_computed_again(tmp_path: Path) -> None:
+    calls = []
+
+    def run(seed: int, rows: list) -> dict:
+        calls.append(rows)
+        return {"rows": {name: len(calls) for name in rows}, "words": rows}
+
+    assert cached_rows(tmp_path, 3, "a", ["x"], run)["rows"] == {"x": 1}
+    both = cached_rows(tmp_path, 3, "a", ["y", "x"], run)
+    assert both == {"made_with": "a", "rows": {"y": 2, "x": 1}, "words": ["y"]} and calls == [["x"], ["y"]]
+    assert cached_rows(tmp_path, 3, "a", ["x"], run)["rows"] == {"x": 1} and len(calls) == 2  # y stays in the file
+    assert cached_rows(tmp_path, 3, "a", ["y", "x"], run) == both and len(calls) == 2
+    assert cached_rows(tmp_path, 3, "b", ["x"], run)["rows"] == {"x": 3}  # other code
+    assert cached_rows(tmp_path, 3, "b", ["x", "y"], run)["rows"] == {"x": 3, "y": 4}
+
+
+def test_rows_are_selected_by_name_or_by_how_they_begin() -> None:
+    rows = ("host", "+ match", "+ match, aligned", "all")
+    assert select_rows(rows, None) == rows
+    assert select_rows(rows, ["+ match", "all"]) == ("+ match", "all")  # a whole name means that row alone
+    assert select_rows(rows, ["all", "+"]) == ("+ match", "+ match, aligned", "all")
+    with pytest.raises(ValueError, match="--rows must name rows of the table .*; got 'none'"):
+        select_rows(rows, ["host", "none"])
+
+
 def test_source_hash_depends_on_files_in_sub_folders(tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "code.py").write_text("a = 1", encoding="utf-8")
@@ -187,6 +235,55 @@ def test_source_hash_depends_on_files_in_sub_folders(tmp_path: Path) -> None:
 
 def test_spread_of_one_value_has_no_deviation() -> None:
     assert spread([20.0]) == "20.0" and spread([20.0, 40.0], "±") == "30.0 ± 14.1"
+
+
+def test_t_quantiles_are_those_of_the_printed_tables() -> None:
+    printed = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # two-sided 5 %, 1 to 9 degrees of freedom
+    assert [round(t_quantile(n), 3) for n in range(1, 10)] == printed
+    assert t_quantile(30) == pytest.approx(2.042, abs=5e-4)
+
+
+def test_a_paired_difference_has_its_interval_by_students_t() -> None:
+    found = paired_difference([11.0, 14.0, 14.0], [10.0, 12.0, 11.0])  # differences 1, 2, 3: mean 2, deviation 1
+    assert found.mean == 2 and found.deviations == pytest.approx(2)
+    assert (found.low, found.high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
+    assert str(found) == "+2.0 (95 % interval -0.5 to +4.5; 2.0 standard deviations)"
+    assert paired_difference([1.5, 1.5], [1.0, 1.0]) == (0.5, 0.5, 0.5, float("inf"))
+    with pytest.raises(ValueError, match="needs 2 or more seeds; got 1"):
+        paired_difference([1.0], [2.0])
+
+
+# ------------------------------------------------------------------------------------------------ controls
+
+
+@pytest.mark.parametrize("kind", ["openai", "feature tower"])
+def test_a_random_clip_has_the_same_weights_in_other_places(kind: str, tiny_clip: nn.Module, tmp_path: Path) -> None:
+    model = copy.deepcopy(tiny_clip)
+    if kind == "feature tower":
+        (tmp_path / "tower.py").write_text(FEATURES, encoding="utf-8")
+        model = train_clip.build_clip(f"{tmp_path / 'tower.py'}:features", 32, 16, 64, 1, 64, 1, 32).eval()
+    model.token_embedding.weight.data[3:] = 0  # as for tokens that no caption held
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first, again, other = random_clip(model, 1), random_clip(model, 1), random_clip(model, 2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())  # the original is untouched
+    assert type(first) is type(model) and torch.equal(first.logit_scale, model.logit_scale)
+    for name, weight in model.named_parameters():
+        shuffled = first.get_parameter(name)
+        assert torch.equal(shuffled.flatten().sort()[0], weight.flatten().sort()[0])
+        assert torch.equal(shuffled == 0, weight == 0)
+        assert torch.equal(shuffled, again.get_parameter(name))
+    img = torch.rand(2, 3, 32, 32)
+    features = [load_clip(clip).encode_image(img) for clip in (model, first, other)]
+    assert not torch.allclose(features[0], features[1]) and not torch.allclose(features[1], features[2])
+
+
+def test_the_area_loss_is_the_area_term_of_the_refiner(tiny_clip: nn.Module) -> None:
+    refiner = PromptRefiner(["boat", "bird"], clip=tiny_clip, config=COMPACT_CLIP.replace(lambda_area=1.5))
+    cam, labels = torch.randn(2, 2, 5, 5, requires_grad=True), torch.tensor([[1, 1], [0, 1]])
+    expected = 1.5 * refiner.compute(torch.rand(2, 3, 40, 40), cam, labels).terms["area"]
+    loss = area_loss(cam, labels, refiner.config, refiner.encoder.image_size)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.autograd.grad(loss, cam)[0].abs().sum() > 0
 
 
 # ------------------------------------------------------------------------------------------------ the kin world
@@ -228,6 +325,8 @@ def test_the_ablation_scores_every_row_and_route() -> None:
         config=COMPACT_CLIP.replace(epochs=2, prompt_length=2),
     )
     result = clusters.run(settings, seed=0)
+    some = (clusters.AREA, clusters.MATCH)
+    assert clusters.run(settings, 0, some).figures == {row: result.figures[row] for row in some}
     assert {row: tuple(columns) for row, columns in result.figures.items()} == clusters.ROUTES
     every = [(row, route, f) for row, columns in result.figures.items() for route, f in columns.items()]
     assert all(0 < f.cam.miou < 1 and 0 < f.aligned.miou < 1 and 0 <= f.kin <= 1 for _, _, f in every)
@@ -252,10 +351,12 @@ def test_summary_of_the_ablation_has_mean_deviation_and_paired_differences() -> 
             own = {"cam": {**row, "miou": miou + 0.1 * i}, "aligned": row, "branch": row if name == clusters.ALL else None}
             figures[name] = {route: {**own, "kin": 0.2} for route in clusters.ROUTES[name]}
         same = {"a": ["car", "tram"], "b": ["deer"]}
-        return {"figures": figures, "clusters": {clusters.FILE: same, clusters.TEXT: {"b": ["deer"], "c": ["tram", "car"]}}}
+        return {"rows": figures, "clusters": {clusters.FILE: same, clusters.TEXT: {"b": ["deer"], "c": ["tram", "car"]}}}
 
     text = clusters_command.summary([record(0.2), record(0.4)])
+    assert "2 seeds; 11 of 11 rows" in text
     assert "30.0 +- 14.1" in text
-    assert "mIoU [+ cluster tokens, mismatched] - [host alone]: 10.0 +- 0.0" in text
+    assert "mIoU [+ cluster tokens, mismatched] - [host alone]: +30.0 (95 % interval +30.0 to +30.0;" in text
+    assert "aligned [+ SemPLeS] - [+ match]: +0.0 (95 % interval +0.0 to +0.0; 0.0 standard deviations)" in text
     assert "The text features gave the clusters of the file in 2 of 2 seeds." in text
     assert len([line for line in text.splitlines() if line.startswith("all ")]) == 2

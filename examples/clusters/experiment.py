@@ -8,19 +8,21 @@ only for scoring, see `examples/demo/scores.py`.
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from semples_plugin import PromptRefiner, adapters
 from semples_plugin.clusters import CategoryClusters, ClusterBranch, clusters_from_text_features
 from semples_plugin.config import RefinerConfig
 from semples_plugin.masks import pseudo_labels
 
-from ..demo.host import Split, make_split, train_host
+from ..controls import area_only, random_clip
+from ..demo.host import ExtraLoss, Split, make_split, train_host
 from ..demo.scores import Row, best_row
 from ..demo.world import KIN
 from ..recipe import COMPACT_CLIP
@@ -36,10 +38,14 @@ TOKENS = "+ cluster tokens"
 CLASSIFIER = "+ patch classifier"
 BILSTM = "+ HV-BiLSTM"
 CONTRAST = "+ patch contrast"
+AREA = "+ area term alone, no CLIP"
+RANDOM = "+ match, CLIP with random weights"
+MATCH = "+ match"
 SEMPLES = "+ SemPLeS"
 SEMPLES_CLUSTERS = "+ SemPLeS, prompts with clusters"
 ALL = "all"
-ROWS = (HOST, TOKENS, CLASSIFIER, BILSTM, CONTRAST, SEMPLES, SEMPLES_CLUSTERS, ALL)
+ROWS = (HOST, AREA, RANDOM, TOKENS, CLASSIFIER, BILSTM, CONTRAST, MATCH, SEMPLES, SEMPLES_CLUSTERS, ALL)
+PROMPTED = (SEMPLES, SEMPLES_CLUSTERS, ALL)  # rows with learned prompts
 
 
 class Parts(NamedTuple):
@@ -59,7 +65,7 @@ PARTS: Dict[str, Parts] = {
     ALL: Parts(tokens=True, classifier=True, bilstm=True, contrast=True),
 }
 # Where the clusters of a row come from. Rows that use no clusters have one column.
-ROUTES: Dict[str, Tuple[str, ...]] = {row: (FILE,) for row in (HOST, CLASSIFIER, BILSTM, SEMPLES)}
+ROUTES: Dict[str, Tuple[str, ...]] = {row: (FILE,) for row in ROWS}
 ROUTES.update({row: (FILE, TEXT, CONTROL) for row in (TOKENS, CONTRAST)})
 ROUTES.update({row: (FILE, TEXT) for row in (SEMPLES_CLUSTERS, ALL)})
 BY_ROUTE = tuple(row for row in ROWS if len(ROUTES[row]) > 1)
@@ -118,8 +124,10 @@ def find_clusters(refiner: PromptRefiner, route: str) -> CategoryClusters:
     return clusters_from_text_features(refiner.classes, refiner.text_features, clip=refiner.encoder.id)
 
 
-def new_refiner(settings: Settings, seed: int, clusters: Optional[CategoryClusters] = None) -> PromptRefiner:
-    return PromptRefiner(list(KIN.things), clip=CLIP_FILE, config=settings.config, seed=seed, clusters=clusters)
+def new_refiner(
+    settings: Settings, seed: int, clusters: Optional[CategoryClusters] = None, clip: Union[Path, nn.Module] = CLIP_FILE
+) -> PromptRefiner:
+    return PromptRefiner(list(KIN.things), clip=clip, config=settings.config, seed=seed, clusters=clusters)
 
 
 def new_branch(settings: Settings, row: str, clusters: CategoryClusters, host: ViTHost, seed: int) -> Optional[ClusterBranch]:
@@ -165,12 +173,16 @@ def train(
     settings: Settings,
     seed: int,
     title: str,
+    extra: Optional[ExtraLoss] = None,
 ) -> Trained:
-    """A copy of the host, trained on by its own loop with refiner and branch attached, if there are any."""
+    """A copy of the host, trained on by its own loop with refiner and branch attached, if there are any.
+
+    `extra` is a loss that the loop itself adds: that of a control, which has no refiner to attach.
+    """
     host, branch = copy.deepcopy((host, branch))
 
     def loop() -> None:
-        train_host(host, split, settings.stage_steps, settings.stage_lr, settings.batch_size, seed, title)
+        train_host(host, split, settings.stage_steps, settings.stage_lr, settings.batch_size, seed, title, extra)
 
     if refiner is None and branch is None:
         loop()
@@ -212,8 +224,11 @@ def score(trained: Trained, refiner: PromptRefiner, val: Split, test: Split, kin
     return Figures(cam, aligned, branch, kin_share(masks, test, cam.threshold, kin))
 
 
-def run(settings: Settings, seed: int) -> Result:
-    """All rows and routes of one seed, which fixes the scenes, the host, the batches, the branch and the prompts."""
+def run(settings: Settings, seed: int, rows: Sequence[str] = ROWS) -> Result:
+    """Rows of one seed with all their routes. The seed fixes the scenes, the host, the batches, the branch and the prompts.
+
+    No row depends on which others are run.
+    """
     torch.manual_seed(seed)
     train_split = make_split(settings.train, 10_000 + seed, KIN)
     val, test = make_split(settings.val, 20_000 + seed, KIN), make_split(settings.test, 30_000 + seed, KIN)
@@ -224,15 +239,31 @@ def run(settings: Settings, seed: int) -> Result:
     plain = new_refiner(settings, seed)
     clusters = {route: find_clusters(plain, route) for route in (FILE, TEXT, CONTROL)}
     kin = clusters[FILE]
-    figures: Dict[str, Dict[str, Figures]] = {row: {} for row in ROWS}
+    figures: Dict[str, Dict[str, Figures]] = {row: {} for row in ROWS if row in rows}
 
-    def fit_and_score(row: str, route: str, refiner: Optional[PromptRefiner]) -> None:
+    @functools.lru_cache(maxsize=None)
+    def matched() -> Trained:
+        return train(host, plain, None, train_split, settings, seed, MATCH)
+
+    def fit(row: str, route: str) -> Trained:
+        title = f"{row} ({route})"
+        if row == MATCH:
+            return matched()
+        if row == AREA:
+            extra = area_only(settings.config, plain.encoder.image_size)
+            return train(host, None, None, train_split, settings, seed, title, extra)
         branch = new_branch(settings, row, clusters[route], host, seed)
-        trained = train(host, refiner, branch, train_split, settings, seed, f"{row} ({route})")
-        figures[row][route] = score(trained, plain, val, test, kin)
+        refiner = None
+        if row == RANDOM:
+            refiner = new_refiner(settings, seed, clip=random_clip(plain.encoder.model, seed))
+        if row in PROMPTED:
+            refiner = new_refiner(settings, seed, None if row == SEMPLES else clusters[route])
+            first = f"{title}: match"
+            start = train(host, refiner, branch, train_split, settings, seed, first) if row == ALL else matched()
+            refiner.fit_prompts(train_split.batches(50), lambda img: start.cams(img)[0])
+        return train(host, refiner, branch, train_split, settings, seed, title)
 
-    matched = train(host, plain, None, train_split, settings, seed, "SemPLeS: match")
-    for row in ROWS:
+    for row in figures:
         done: Dict[frozenset, str] = {}
         for route in ROUTES[row]:
             groups = clusters[route].groups()
@@ -240,13 +271,5 @@ def run(settings: Settings, seed: int) -> Result:
                 figures[row][route] = figures[row][done[groups]]
                 continue
             done[groups] = route
-            refiner = None
-            if row in (SEMPLES, SEMPLES_CLUSTERS, ALL):
-                refiner = new_refiner(settings, seed, None if row == SEMPLES else clusters[route])
-                start = matched
-                if row == ALL:
-                    branch = new_branch(settings, row, clusters[route], host, seed)
-                    start = train(host, refiner, branch, train_split, settings, seed, f"{row} ({route}): match")
-                refiner.fit_prompts(train_split.batches(50), lambda img, start=start: start.cams(img)[0])
-            fit_and_score(row, route, refiner)
+            figures[row][route] = score(fit(row, route), plain, val, test, kin)
     return Result(figures, clusters)

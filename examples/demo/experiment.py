@@ -7,33 +7,47 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from semples_plugin import PromptRefiner
+from semples_plugin.clip_backends import load_clip
 from semples_plugin.config import RefinerConfig
 from semples_plugin.prompts import NearestWords, PromptFit
 
+from ..controls import area_only, random_clip
 from ..recipe import COMPACT_CLIP
-from .host import HostCam, Split, make_split, train_host
+from .host import ExtraLoss, HostCam, Split, make_split, train_host
 from .scores import Row, best_row
 from .world import HOME, STUFF, THINGS
 
 CLIP_FILE = Path(__file__).with_name("world_clip.pt")
 
 HOST = "host alone"
+AREA = "+ area term alone, no CLIP"
+RANDOM = "+ match, CLIP with random weights"
+NO_AREA = "+ match without the area term"
 MATCH = "+ match"
 HAND = "+ match + refine, hand-written prompts"
 LEARNED = "+ match + refine, learned prompts"
 HOST_ALIGNED = "host alone, aligned to edges"
+AREA_ALIGNED = "+ area term alone, aligned to edges"
 MATCH_ALIGNED = "+ match, aligned to edges"
 ALIGNED = "+ match + refine, learned, aligned to edges"
 SUPPRESSED = "+ match + refine, learned, suppressed, aligned"
 HOST_SUPPRESSED = "host alone, suppressed, aligned (no training)"
 HOST_OPTIMIZED = "host alone, optimised, aligned (no training)"
-ROWS = (HOST, MATCH, HAND, LEARNED, HOST_ALIGNED, MATCH_ALIGNED, ALIGNED, SUPPRESSED, HOST_SUPPRESSED, HOST_OPTIMIZED)
+ROWS = (HOST, AREA, RANDOM, NO_AREA, MATCH, HAND, LEARNED, HOST_ALIGNED, AREA_ALIGNED, MATCH_ALIGNED, ALIGNED, SUPPRESSED,
+        HOST_SUPPRESSED, HOST_OPTIMIZED)  # fmt: skip
+CONTROLS = (AREA, RANDOM, NO_AREA, AREA_ALIGNED)
+ONE_SEED = tuple(row for row in ROWS if row not in CONTROLS)  # without them the demo takes less time
+TRAINED = (HOST, AREA, RANDOM, NO_AREA, MATCH, HAND, LEARNED)
+# The trained row whose host the other rows show.
+SOURCE = {HOST_ALIGNED: HOST, AREA_ALIGNED: AREA, MATCH_ALIGNED: MATCH, ALIGNED: LEARNED, SUPPRESSED: LEARNED,
+          HOST_SUPPRESSED: HOST, HOST_OPTIMIZED: HOST}  # fmt: skip
+PROMPTED = (LEARNED, ALIGNED, SUPPRESSED, HOST_SUPPRESSED, HOST_OPTIMIZED)  # rows that need learned prompts
 
 
 class Settings(NamedTuple):
@@ -55,13 +69,13 @@ class Settings(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Everything the table and the picture need."""
+    """Everything the table and the picture need; `fit` and `nearest_words` are None and empty if no row needs prompts."""
 
     rows: Dict[str, Row]
     masks: Dict[str, Tensor]
     test: Split
     histories: Dict[str, List[Dict[str, float]]]
-    fit: PromptFit
+    fit: Optional[PromptFit]
     nearest_words: List[NearestWords]
 
 
@@ -71,26 +85,46 @@ def cams_of(host: HostCam, split: Split) -> Tensor:
     return torch.cat([host.cam(part) for part in split.images.split(100)])
 
 
-def new_refiner(settings: Settings, seed: int, **options: Any) -> PromptRefiner:
-    return PromptRefiner(list(THINGS), clip=CLIP_FILE, config=settings.config, seed=seed, **options)
+def new_refiner(settings: Settings, seed: int, clip: Union[Path, nn.Module] = CLIP_FILE, **options: Any) -> PromptRefiner:
+    return PromptRefiner(list(THINGS), clip=clip, config=settings.config, seed=seed, **options)
 
 
-def train_with_refiner(
-    host: HostCam, refiner: PromptRefiner, split: Split, settings: Settings, seed: int, title: str
-) -> Tuple[HostCam, List[Dict[str, float]]]:
-    """A copy of the host, trained on with the refiner's loss added, and its losses per step."""
-    trained = copy.deepcopy(host)
+def refiner_loss(refiner: PromptRefiner) -> ExtraLoss:
+    """The refiner's loss and terms, for `train_host`."""
 
     def extra(img: Tensor, cam: Tensor, labels: Tensor) -> Tuple[Tensor, Dict[str, Tensor]]:
         out = refiner.compute(img, cam, labels)
         return out.loss, out.terms
 
-    history = train_host(trained, split, settings.stage_steps, settings.stage_lr, settings.batch_size, seed, title, extra)
-    return trained, history
+    return extra
 
 
-def run(settings: Settings, seed: int) -> Result:
-    """All rows for one seed: seed of the scenes, the host, the batches and the prompts."""
+def row_loss(row: str, settings: Settings, seed: int) -> Optional[ExtraLoss]:
+    """What is added to the classification loss of a trained row whose refiner has no learned prompts."""
+    if row == HOST:
+        return None
+    if row == AREA:
+        return area_only(settings.config, load_clip(CLIP_FILE).image_size)
+    if row == RANDOM:
+        return refiner_loss(new_refiner(settings, seed, random_clip(load_clip(CLIP_FILE).model, seed)))
+    if row == NO_AREA:
+        return refiner_loss(new_refiner(settings, seed, lambda_area=0.0))
+    if row == HAND:
+        texts = [f"a photo of {name}." for name in STUFF]  # the same for all classes; which stuff is whose is not given
+        return refiner_loss(
+            new_refiner(
+                settings, seed, background_texts=texts, lambda_background_texts=settings.lambda_background_texts,
+                background_threshold=settings.background_threshold,
+            )
+        )  # fmt: skip
+    return refiner_loss(new_refiner(settings, seed))
+
+
+def run(settings: Settings, seed: int, rows: Sequence[str] = ROWS) -> Result:
+    """Rows of one seed, which fixes the scenes, the host, the batches and the prompts.
+
+    No row depends on which others are run.
+    """
     torch.manual_seed(seed)
     train = make_split(settings.train, 10_000 + seed)
     val, test = make_split(settings.val, 20_000 + seed), make_split(settings.test, 30_000 + seed)
@@ -98,41 +132,45 @@ def run(settings: Settings, seed: int) -> Result:
     first = train_host(
         host, train, settings.host_steps, settings.host_lr, settings.host_batch_size, seed, "host: classification only"
     )
-    # Every row trains on from this checkpoint for the same number of steps, "host alone" without the refiner.
-    longer = copy.deepcopy(host)
-    more = train_host(
-        longer, train, settings.stage_steps, settings.stage_lr, settings.batch_size, seed, "host: as long as the others"
-    )
-    hosts, histories = {HOST: longer}, {HOST: first + more}
+    hosts: Dict[str, HostCam] = {}
+    histories: Dict[str, List[Dict[str, float]]] = {}
+    refiner, fit = new_refiner(settings, seed), None
+    needed = {SOURCE.get(row, row) for row in rows}
+    if set(rows) & set(PROMPTED):
+        needed.add(MATCH)  # its CAMs give the backgrounds that the prompts are learned on
+    # Every row trains on from the same checkpoint for the same number of steps, "host alone" without any other loss.
+    for row in (row for row in TRAINED if row in needed):
+        loss = refiner_loss(refiner) if row == LEARNED else row_loss(row, settings, seed)
+        hosts[row] = copy.deepcopy(host)
+        histories[row] = train_host(
+            hosts[row], train, settings.stage_steps, settings.stage_lr, settings.batch_size, seed, row, loss
+        )
+        if row == MATCH and set(rows) & set(PROMPTED):
+            fit = refiner.fit_prompts(train.batches(50), hosts[MATCH].cam)
+    if HOST in hosts:
+        histories[HOST] = first + histories[HOST]
+    table, masks = score(hosts, refiner, val, test, settings, rows)
+    words = refiner.nearest_words(world_vocabulary(), top=3) if fit is not None else []
+    return Result(table, masks, test, histories, fit, words)
 
-    matcher = new_refiner(settings, seed)
-    hosts[MATCH], histories[MATCH] = train_with_refiner(host, matcher, train, settings, seed, "stage a: match")
-    texts = [f"a photo of {name}." for name in STUFF]  # the same for all classes; which stuff is whose is not given
-    hand = new_refiner(
-        settings, seed, background_texts=texts, lambda_background_texts=settings.lambda_background_texts,
-        background_threshold=settings.background_threshold,
-    )  # fmt: skip
-    hosts[HAND], histories[HAND] = train_with_refiner(host, hand, train, settings, seed, "hand-written prompts")
 
-    refiner = new_refiner(settings, seed)
-    fit = refiner.fit_prompts(train.batches(50), hosts[MATCH].cam)
-    hosts[LEARNED], histories[LEARNED] = train_with_refiner(host, refiner, train, settings, seed, "stage c: match + refine")
-
+def score(
+    hosts: Dict[str, HostCam], refiner: PromptRefiner, val: Split, test: Split, settings: Settings, rows: Sequence[str]
+) -> Tuple[Dict[str, Row], Dict[str, Tensor]]:
+    """Figures and test masks of the rows. `refiner` holds the learned prompts if any row needs them."""
     table: Dict[str, Row] = {}
     masks: Dict[str, Tensor] = {}
     cams = {name: [(s, cams_of(trained, s)) for s in (val, test)] for name, trained in hosts.items()}
-    for name, source, align, suppress in (
-        *((name, name, None, False) for name in hosts),
-        (HOST_ALIGNED, HOST, "pamr", False),
-        (MATCH_ALIGNED, MATCH, "pamr", False),
-        (ALIGNED, LEARNED, "pamr", False),
-        (SUPPRESSED, LEARNED, "pamr", True),
-        (HOST_SUPPRESSED, HOST, "pamr", True),  # as `semples refine --suppress --prompts FILE` does with CAM files
-    ):
+    for name in (name for name in ROWS if name in rows and name != HOST_OPTIMIZED):
+        align = "pamr" if name in SOURCE else None
+        suppress = name in (SUPPRESSED, HOST_SUPPRESSED)  # as `semples refine --suppress --prompts FILE` does with CAM files
         val_masks, masks[name] = (
-            refiner.refine_masks(s.images, cam, s.labels, align=align, suppress=suppress).masks for s, cam in cams[source]
+            refiner.refine_masks(s.images, cam, s.labels, align=align, suppress=suppress).masks
+            for s, cam in cams[SOURCE.get(name, name)]
         )
         table[name] = best_row(val_masks, val, masks[name], test)
+    if HOST_OPTIMIZED not in rows:
+        return table, masks
     optimized = []
     for s, cam in cams[HOST]:  # as `semples refine --optimize N --prompts FILE` does with CAM files
         parts = zip(s.images.split(50), cam.split(50), s.labels.split(50))
@@ -140,7 +178,7 @@ def run(settings: Settings, seed: int) -> Result:
         optimized.append(refiner.refine_masks(s.images, better, s.labels, align="pamr").masks)
     masks[HOST_OPTIMIZED] = optimized[1]
     table[HOST_OPTIMIZED] = best_row(optimized[0], val, optimized[1], test)
-    return Result(table, masks, test, histories, fit, refiner.nearest_words(world_vocabulary(), top=3))
+    return table, masks
 
 
 def world_vocabulary() -> List[str]:

@@ -1,24 +1,27 @@
-"""The demo's table over several seeds: mean and standard deviation per row, and of the differences between rows.
+"""The demo's table over several seeds: mean and standard deviation per row, and the differences between rows.
 
     python -m examples.demo.seeds --seeds 5 --out runs/seeds
+    python -m examples.demo.seeds --rows "host alone" "+ area" "+ match"      the controls without the expensive rows
 
 A seed fixes the scenes, the host's initial weights, the order of the batches and the prompts. The seeds are 1, 2, ...;
-the demo's settings were chosen on seed 0. The record of a finished seed is cached in the folder; it is computed again only if
-code or CLIP changed.
+the demo's settings were chosen on seed 0. The record of a finished seed is cached in the folder; a row is computed again only
+if code or CLIP changed.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence
 
 import numpy as np
 
-from ..seeds import cached_record, paired_difference, source_hash, spread
+from ..seeds import cached_rows, paired_difference, select_rows, source_hash, spread
 from . import experiment
 from .experiment import (
     ALIGNED,
+    AREA,
+    AREA_ALIGNED,
     HAND,
     HOST,
     HOST_ALIGNED,
@@ -27,35 +30,47 @@ from .experiment import (
     LEARNED,
     MATCH,
     MATCH_ALIGNED,
+    NO_AREA,
+    RANDOM,
+    ROWS,
     SUPPRESSED,
 )
 from .world import THINGS
 
+COMPARED = (
+    (AREA, HOST), (RANDOM, HOST), (MATCH, HOST), (MATCH, AREA), (MATCH, RANDOM), (MATCH, NO_AREA),
+    (LEARNED, HOST), (LEARNED, MATCH), (LEARNED, HAND),
+    (AREA_ALIGNED, HOST_ALIGNED), (MATCH_ALIGNED, HOST_ALIGNED), (MATCH_ALIGNED, AREA_ALIGNED),
+    (ALIGNED, HOST_ALIGNED), (ALIGNED, MATCH_ALIGNED), (SUPPRESSED, ALIGNED),
+    (HOST_SUPPRESSED, HOST_ALIGNED), (HOST_OPTIMIZED, HOST_ALIGNED), (ALIGNED, HOST_OPTIMIZED),
+)  # fmt: skip
 
-def run_seed(seed: int) -> Dict[str, Any]:
+
+def run_seed(seed: int, rows: Sequence[str]) -> Dict[str, Any]:
     """Rows of one seed as plain numbers."""
-    result = experiment.run(experiment.Settings(), seed)
-    return {
-        "rows": {name: {"miou": row.miou, "share": row.share, "threshold": row.threshold} for name, row in result.rows.items()},
-        "words": {prompt.name: prompt.words for prompt in result.nearest_words},
+    result = experiment.run(experiment.Settings(), seed, rows)
+    record: Dict[str, Any] = {
+        "rows": {name: {"miou": row.miou, "share": row.share, "threshold": row.threshold} for name, row in result.rows.items()}
     }
+    if result.nearest_words:
+        record["words"] = {prompt.name: prompt.words for prompt in result.nearest_words}
+    return record
 
 
 def summary(records: List[Dict[str, Any]]) -> str:
-    """Spread per row, and of the differences between rows, paired by seed."""
+    """Spread per row, and the differences between rows that are both there, paired by seed."""
     miou = {name: np.array([100 * r["rows"][name]["miou"] for r in records]) for name in records[0]["rows"]}
     share = {name: np.array([100 * np.mean([r["rows"][name]["share"][k] for k in THINGS]) for r in records]) for name in miou}
     lines = [f"{'':46s} {'mIoU':>14s} {'co-occurrence share':>22s}   thresholds"]
     for name in miou:
         chosen = " ".join(f"{r['rows'][name]['threshold']:.2f}" for r in records)
         lines.append(f"{name:46s} {spread(miou[name]):>14s} {spread(share[name]) + ' %':>22s}   {chosen}")
+    lines.append(f"{len(records)} seeds; {len(miou)} of {len(ROWS)} rows")
     lines.append("")
-    compared = ((LEARNED, HOST), (LEARNED, MATCH), (LEARNED, HAND))
-    compared += ((ALIGNED, HOST_ALIGNED), (ALIGNED, MATCH_ALIGNED), (SUPPRESSED, ALIGNED))
-    compared += ((HOST_SUPPRESSED, HOST_ALIGNED), (HOST_OPTIMIZED, HOST_ALIGNED), (ALIGNED, HOST_OPTIMIZED))
-    for better, worse in compared:
-        for title, values in (("mIoU", miou), ("share", share)):
-            lines.append(f"{title:5s} [{better}] - [{worse}]: {paired_difference(values[better], values[worse])}")
+    for better, worse in COMPARED:
+        if better in miou and worse in miou:
+            for title, values in (("mIoU", miou), ("share", share)):
+                lines.append(f"{title:5s} [{better}] - [{worse}]: {paired_difference(values[better], values[worse])}")
     return "\n".join(lines)
 
 
@@ -67,12 +82,17 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/seeds"), help="folder for the records and the table (%(default)s)"
     )
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="rows, or how their names begin; all by default")
     args = parser.parse_args()
     if args.seeds < 2:
         parser.error("--seeds must be 2 or more, for a standard deviation")
+    try:
+        rows = select_rows(ROWS, args.rows)
+    except ValueError as error:
+        parser.error(str(error))
     args.out.mkdir(parents=True, exist_ok=True)
     made_with = source_hash(Path(__file__).parent)
-    text = summary([cached_record(args.out, seed, made_with, run_seed) for seed in range(1, args.seeds + 1)])
+    text = summary([cached_rows(args.out, seed, made_with, rows, run_seed) for seed in range(1, args.seeds + 1)])
     (args.out / "table.txt").write_text(text + "\n", encoding="utf-8")
     print(text)
 
