@@ -195,6 +195,7 @@ def learn(
         empty = encoder.encode_prompt(context[:1, :0], config.prompt_template)  # (1, D), the layout alone
     empty_similarity = _mean_similarity(data, empty.expand(len(context), -1))
     best = torch.full_like(empty_similarity, -math.inf)
+    kept = torch.zeros(len(context), encoder.embed_dim, device=context.device)  # (C * N, D) u_b
     attempts = torch.zeros_like(count)
     history: List[float] = []
     for attempt in range(1 + config.prompt_restarts):
@@ -206,18 +207,21 @@ def learn(
         values = _descend(tried, failed.to(tried.device), encoder, config, text_features, data, related, progress, title)
         history = history or values
         with torch.no_grad():
-            similarity = _mean_similarity(data, encode_contexts(encoder, tried, config.prompt_template))
+            u_b = encode_contexts(encoder, tried, config.prompt_template)  # (C * N, D)
+        similarity = _mean_similarity(data, u_b)
         better = failed & (similarity > best)
         attempts += failed
         best = torch.where(better, similarity, best)
-        context = torch.where(better.to(context.device)[:, None, None], tried, context)
+        taken = (better if attempt else better | (count == 0)).to(
+            context.device
+        )  # prompts without pairs: u_b of their first values
+        context = torch.where(taken[:, None, None], tried, context)
+        kept = torch.where(taken[:, None], u_b, kept)
     alive = (count > 0) & (best > empty_similarity) & (best > losses.COSINE_MIN)
     prompts.take(context.view_as(prompts.context), alive.view(-1, per_class))
 
-    with torch.no_grad():
-        u_b = encode_contexts(encoder, context, config.prompt_template)  # (C * N, D)
-        mean = F.cosine_similarity(features, u_b[target]).mean().item()
-        own = F.cosine_similarity(text_features.repeat_interleave(per_class, 0), u_b).cpu()  # (C * N,)
+    mean = F.cosine_similarity(features, kept[target]).mean().item()
+    own = F.cosine_similarity(text_features.repeat_interleave(per_class, 0), kept).cpu()  # (C * N,)
     figures = []
     for row, pairs_of in enumerate(count.tolist()):
         number = row % per_class + 1 if per_class > 1 else None

@@ -436,7 +436,7 @@ def test_background_texts_without_their_weight(make_refiner: Any) -> None:
 
 def test_numbers_of_numpy_are_numbers(make_refiner: Any) -> None:
     refiner = make_refiner(prompt_length=np.int64(4), lambda_b=np.float32(0.5))
-    assert refiner.prompts.context.shape[1] == 4 and refiner.config.as_dict()["lambda_b"] == 0.5
+    assert refiner.prompts.context.shape[2] == 4 and refiner.config.as_dict()["lambda_b"] == 0.5
     assert [type(refiner.config.as_dict()[name]) for name in ("prompt_length", "lambda_b")] == [int, float]
 
 

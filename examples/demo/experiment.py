@@ -14,7 +14,8 @@ from torch import Tensor
 
 from semples_plugin import PromptRefiner
 from semples_plugin.config import RefinerConfig
-from semples_plugin.prompts import NearestWords, PromptFit
+from semples_plugin.prompt_learning import PromptFit
+from semples_plugin.prompts import NearestWords
 
 from ..recipe import COMPACT_CLIP
 from .host import HostCam, Split, make_split, train_host
