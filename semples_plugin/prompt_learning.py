@@ -199,7 +199,7 @@ def learn(
     attempts = torch.zeros_like(count)
     history: List[float] = []
     for attempt in range(1 + config.prompt_restarts):
-        failed = (count > 0) & ~((best > empty_similarity) & (best > losses.COSINE_MIN))  # (C * N,)
+        failed = (count > 0) & ~_works(best, empty_similarity)  # (C * N,)
         if not bool(failed.any()):
             break
         title = "learning prompts" if attempt == 0 else f"learning {int(failed.sum())} failed prompts again"
@@ -217,7 +217,7 @@ def learn(
         )  # prompts without pairs: u_b of their first values
         context = torch.where(taken[:, None, None], tried, context)
         kept = torch.where(taken[:, None], u_b, kept)
-    alive = (count > 0) & (best > empty_similarity) & (best > losses.COSINE_MIN)
+    alive = (count > 0) & _works(best, empty_similarity)
     prompts.take(context.view_as(prompts.context), alive.view(-1, per_class))
 
     mean = F.cosine_similarity(features, kept[target]).mean().item()
@@ -239,6 +239,11 @@ def learn(
             )
         )
     return PromptFit(history, mean, own[count > 0].mean().item(), len(features), figures)
+
+
+def _works(similarity: Tensor, empty_similarity: Tensor) -> Tensor:
+    """Whether a prompt says something of its backgrounds: it is nearer to them than a prompt without content."""
+    return (similarity > empty_similarity) & (similarity > losses.COSINE_MIN)
 
 
 def failure_message(fit: PromptFit) -> str:
