@@ -177,7 +177,7 @@ def test_warnings_point_to_the_callers_line(make_refiner: Any, make_batch: Any) 
         refiner(img, cam, labels)
         refiner.compute(img, cam, labels)
         refiner.refine_masks(img, cam, labels)
-        refiner.fit_prompts([(img, labels)], lambda _: cam, epochs=1, progress=False)
+        refiner.fit_prompts([(img, labels)], lambda _: cam, epochs=20, progress=False)
     assert [(w.filename, w.lineno - first) for w in caught] == [(__file__, i) for i in (1, 2, 3, 4)]
 
 

@@ -25,7 +25,7 @@ from .world import WORLD, World
 OTHER_HOME = {
     "boat": "road", "train": "grass", "bird": "water", "sheep": "sand", "car": "rails", "cactus": "sky",
 }  # fmt: skip
-HOMES: Dict[str, World] = {"own": WORLD, "other": WORLD._replace(home=OTHER_HOME)}
+HOMES: Dict[str, World] = {"own": WORLD, "other": World(WORLD.things, OTHER_HOME, WORLD.neutral, WORLD.flyer)}
 
 
 def run_seed(seed: int, world: World = WORLD, settings: Optional[Settings] = None) -> Dict[str, Any]:
