@@ -125,7 +125,7 @@ def memory_of(what: str, args: argparse.Namespace) -> Dict[str, float]:
         if stage == "b":
             step = partial(our_fit, refiner, batch, 1)
         else:
-            refiner.prompts.learned.fill_(True)  # as after stage (b)
+            refiner.prompts.take(refiner.prompts.context, torch.ones_like(refiner.prompts.alive))  # as after stage (b)
             step = partial(our_refine_step, refiner, batch, new_cam(batch))
     if cuda:
         weights = torch.cuda.memory_allocated() / 2**20
@@ -235,7 +235,7 @@ def stage_b(
     steps = args.epochs * math.ceil(len(data.img) / BATCH)
     with torch.no_grad():
         view = flops(lambda: refiner.encoder.encode_image(torch.zeros(1, 3, 224, 224, device=args.device)))
-        last = flops(lambda: refiner.encoder.encode_prompt(refiner.prompts.context, refiner.config.prompt_template))
+        last = flops(lambda: refiner.encoder.encode_prompt(refiner.prompts.context[:, 0], refiner.config.prompt_template))
         host = flops(lambda: data.host(data.img[:1]))
     per_step = (many - one) / (count - 1)
     ours = host * len(data.img) + view * pairs + per_step * steps + last
@@ -265,9 +265,9 @@ def report(args: argparse.Namespace) -> int:
 
     model = random_clip().to(args.device)
     refiner = make_refiner(random_clip(), args.classes, args.device)
-    reference = Reference(model, refiner.prompt_names, refiner.prompts.context.detach().clone())
+    reference = Reference(model, refiner.prompt_names, refiner.prompts.context[:, 0].detach().clone())
     rows, cost = stage_b(args, reference, refiner, batch, data)
-    reference.context = refiner.prompts.context.detach().clone()  # learned by the run above
+    reference.context = refiner.prompts.context[:, 0].detach().clone()  # learned by the run above
     rows = stage_c(args, reference, refiner, batch) + rows
     for stage in "cb":
         theirs, ours = peaks[f"reference-{stage}"], peaks[f"ours-{stage}"]

@@ -130,6 +130,9 @@ class RefinerConfig:
     """Layout of a background prompt; `{}` stands for its context vectors."""
     prompt_length: Annotated[int, _at_least(float("-inf"), whole=True)] = 30
     """L, context vectors per prompt; at most 71 with the default layout."""
+    prompts_per_class: Count = 1
+    """N, background prompts per class. With more than one, each learns from its own group of the class's backgrounds, and
+    L_refine is the mean over them (ours, not in the paper)."""
     lambda_t: Weight = 0.02
     """lambda_T, weight of T in L_prompt; tuned for `repel="log"`."""
     repel: Literal["log", "log1m"] = "log"
@@ -144,6 +147,9 @@ class RefinerConfig:
     """Images per optimization step of stage (b)."""
     weight_decay: Weight = 0.03
     """Of AdamW in stage (b)."""
+    prompt_restarts: Annotated[int, _at_least(0, whole=True)] = 2
+    """How often a prompt that failed is learned again from other initial values; the best attempt is kept. A prompt has failed
+    if it is no nearer to its backgrounds than a prompt without context vectors."""
     seed: Annotated[int, _at_least(0, whole=True)] = 0
     """Of the prompts' initial values and of the order of images in `fit_prompts`."""
 

@@ -5,6 +5,9 @@ the P positive (image, class) pairs, `u_f` the text feature of the pair's class,
 prompt; all (P, D), of any length, none normalized. c(a, b) = clamp(cos(a, b), 1e-4, 0.9999), < > = mean over the P pairs.
 Every term of no pairs (P = 0) is a zero that is still attached to the graph. With `reduction="none"` a term is (P,), one value
 per pair. Flow: `clip_encoder` -> **losses** -> `refiner`.
+
+The terms of prompt learning keep a gradient where a clamp would end learning: beyond the clamp they go on with slope 1, the
+smallest that -log has. The host's terms keep the clamp as it is.
 """
 
 from __future__ import annotations
@@ -39,9 +42,13 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (...), in [1e-4, 0.9999]; its gradient is zero where the clamp bites.
     """
+    return _cosine(a, b).clamp(COSINE_MIN, COSINE_MAX)
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
     a, b = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (a, b))
     # F.normalize, a product and a sum: no matrix product, so autocast leaves the precision alone.
-    return (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1).clamp(COSINE_MIN, COSINE_MAX)
+    return (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1)
 
 
 def reduce(values: Tensor, reduction: str = "mean", weights: Optional[Tensor] = None) -> Tensor:
@@ -96,22 +103,33 @@ def match_background(v_b: Tensor, u_f: Tensor, reduction: str = "mean") -> Tenso
     return reduce(-torch.log(1 - cosine(v_b, u_f)), reduction)
 
 
-def refine(v_f: Tensor, u_b: Tensor, reduction: str = "mean") -> Tensor:
+def refine(v_f: Tensor, u_b: Tensor, reduction: str = "mean", present: Optional[Tensor] = None) -> Tensor:
     """Prompt-guided semantic refinement: < -log(1 - c(v_f, u_b)) > (SemPLeS, L_refine).
 
-    The region that the CAM keeps should not look like what the class's background prompt describes.
+    The region that the CAM keeps should not look like what the class's background prompt describes. With several prompts per
+    class (ours, not in the paper) it is the mean over the prompts of the pair's class, then the mean over pairs.
 
     Args:
-        v_f, u_b: (P, D); u_b frozen.
+        v_f: (P, D).
+        u_b: (P, D), frozen; or (P, N, D) for N prompts per class.
+        present: (P, N), 1 where prompt n of the pair's class is in use; or None for all. A pair without a prompt counts as 0,
+            so that what one pair contributes does not depend on the prompts of other classes.
 
     Returns:
         Scalar, 0 with P = 0; or (P,), see `reduce`.
     """
-    return reduce(-torch.log(1 - cosine(v_f, u_b)), reduction)
+    if u_b.ndim == v_f.ndim:
+        u_b = u_b[:, None]
+    value = -torch.log(1 - cosine(v_f[:, None], u_b))  # (P, N)
+    weight = torch.ones_like(value) if present is None else present.to(value)
+    return reduce((weight * value).sum(1) / weight.sum(1).clamp(min=1), reduction)
 
 
 def prompt_background(v_b: Tensor, u_b: Tensor, reduction: str = "mean") -> Tensor:
     """Contrastive prompt learning, pull: < -log c(v_b, u_b) > (SemPLeS, L_prompt, first term).
+
+    Below the clamp, cos < 1e-4, the clamped form has no gradient, and a prompt that gets there never comes back. There the
+    value is -log(1e-4) + (1e-4 - cos) instead (ours); everywhere else it is the paper's.
 
     Args:
         v_b, u_b: (P, D); only the prompt behind u_b learns.
@@ -119,7 +137,9 @@ def prompt_background(v_b: Tensor, u_b: Tensor, reduction: str = "mean") -> Tens
     Returns:
         Scalar, 0 with P = 0; or (P,), see `reduce`.
     """
-    return reduce(-torch.log(cosine(v_b, u_b)), reduction)
+    cos = _cosine(v_b, u_b)
+    value = -torch.log(cos.clamp(COSINE_MIN, COSINE_MAX))
+    return reduce(torch.where(cos < COSINE_MIN, value + (COSINE_MIN - cos), value), reduction)
 
 
 def prompt_repel(u_f: Tensor, u_b: Tensor, repel: str = "log", reduction: str = "mean") -> Tensor:
@@ -127,6 +147,9 @@ def prompt_repel(u_f: Tensor, u_b: Tensor, repel: str = "log", reduction: str = 
 
     `"log"`: < log c(u_f, u_b) >, as in the reference recipe, which lambda_T is tuned for;
     `"log1m"`: < -log(1 - c(u_f, u_b)) >. Both push cos(u_f, u_b) down.
+
+    Above the clamp, cos > 0.9999, where the clamped form has no gradient, the value rises on with cos - 0.9999 (ours). Below it
+    there is nothing left to push and the paper's clamp stays.
 
     Args:
         u_f, u_b: (P, D).
@@ -138,7 +161,7 @@ def prompt_repel(u_f: Tensor, u_b: Tensor, repel: str = "log", reduction: str = 
     Raises:
         ValueError: for another value of `repel`.
     """
-    return reduce(_repulsion(cosine(u_f, u_b), repel), reduction)
+    return reduce(_repulsion(_cosine(u_f, u_b), repel), reduction)
 
 
 def prompt_repel_cluster(texts: Tensor, u_b: Tensor, related: Tensor, repel: str = "log", reduction: str = "mean") -> Tensor:
@@ -157,17 +180,18 @@ def prompt_repel_cluster(texts: Tensor, u_b: Tensor, related: Tensor, repel: str
     Returns:
         Scalar, 0 with P = 0; or (P,), see `reduce`.
     """
-    value = _repulsion(cosine(u_b[:, None], texts[None]), repel)  # (P, C)
+    value = _repulsion(_cosine(u_b[:, None], texts[None]), repel)  # (P, C)
     weight = related.to(value)
     return reduce((weight * value).sum(1) / weight.sum(1).clamp(min=1), reduction)
 
 
-def _repulsion(c: Tensor, repel: str) -> Tensor:
-    if repel == "log":
-        return torch.log(c)
-    if repel == "log1m":
-        return -torch.log(1 - c)
-    raise ValueError(f"`repel` must be 'log' or 'log1m'; got {repel!r}.")
+def _repulsion(cos: Tensor, repel: str) -> Tensor:
+    """T of a cosine that is not clamped yet."""
+    if repel not in ("log", "log1m"):
+        raise ValueError(f"`repel` must be 'log' or 'log1m'; got {repel!r}.")
+    c = cos.clamp(COSINE_MIN, COSINE_MAX)
+    value = torch.log(c) if repel == "log" else -torch.log(1 - c)
+    return torch.where(cos > COSINE_MAX, value + (cos - COSINE_MAX), value)
 
 
 def background_texts(v_f: Tensor, texts: Tensor, present: Tensor, threshold: float = 0.0, reduction: str = "mean") -> Tensor:

@@ -29,18 +29,26 @@ class RefinedMasks(NamedTuple):
     labels: Tensor
 
 
-def suppression(dense: Tensor, pairs: Tensor, text_features: Tensor, prompt_features: Optional[Tensor], scale: float) -> Tensor:
+def suppression(
+    dense: Tensor,
+    pairs: Tensor,
+    text_features: Tensor,
+    prompt_features: Optional[Tensor],
+    scale: float,
+    alive: Optional[Tensor] = None,
+) -> Tensor:
     """How much of each position CLIP assigns to the pair's class rather than to its rivals.
 
-    Rivals of class k are its background prompt (if learned) and the other classes present in the image. The weight is the
+    Rivals of class k are its background prompts (if learned) and the other classes present in the image. The weight is the
     softmax over class and rivals of `scale` times the cosine of the position's dense feature with each text feature.
 
     Args:
         dense: (B, D, g, g) dense image features (`ClipEncoder.encode_dense`).
         pairs: (P, 2).
         text_features: (C, D), u_f.
-        prompt_features: (C, D), u_b, or None.
+        prompt_features: (C, N, D), u_b, or None.
         scale: inverse temperature; CLIP's logit scale.
+        alive: (C, N) bool, which prompts are in use; None for all.
 
     Returns:
         (P, g, g) in [0, 1]; 1 for a pair without rivals.
@@ -53,9 +61,11 @@ def suppression(dense: Tensor, pairs: Tensor, text_features: Tensor, prompt_feat
         logits = to_class.masked_fill(~present[:, :, None, None], float("-inf"))[pairs[:, 0]]  # (P, C, g, g)
         own = logits[torch.arange(len(pairs), device=pairs.device), pairs[:, 1]]  # (P, g, g)
         if prompt_features is not None:
-            u_b = F.normalize(prompt_features, dim=-1)[pairs[:, 1]]  # (P, D)
-            rival = torch.einsum("pdhw,pd->phw", dense[pairs[:, 0]], u_b) * scale
-            logits = torch.cat([logits, rival[:, None]], dim=1)
+            u_b = F.normalize(prompt_features, dim=-1)[pairs[:, 1]]  # (P, N, D)
+            rivals = torch.einsum("pdhw,pnd->pnhw", dense[pairs[:, 0]], u_b) * scale
+            if alive is not None:
+                rivals = rivals.masked_fill(~alive[pairs[:, 1]][:, :, None, None], float("-inf"))
+            logits = torch.cat([logits, rivals], dim=1)
         return torch.exp(own - torch.logsumexp(logits, dim=1))
 
 

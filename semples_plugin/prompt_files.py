@@ -20,14 +20,15 @@ from .errors import PromptFileError
 __all__ = ["PromptFile", "check_fits", "read_file", "write_file"]
 
 FORMAT = "semples-plugin prompts"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class PromptFile(NamedTuple):
     """What a prompt file holds: everything that `PromptRefiner.load` needs but the CLIP weights.
 
     Attributes:
-        context: (C, L, Dt) context vectors.
+        context: (C, N, L, Dt) context vectors.
+        alive: C lists of N bool: which prompts are in use, see `prompt_learning.PromptFit`.
         classes: C class names.
         prompt_names: C names that CLIP is prompted with.
         clip: name of the CLIP, as it was asked for.
@@ -36,6 +37,7 @@ class PromptFile(NamedTuple):
     """
 
     context: Tensor
+    alive: List[List[bool]]
     classes: List[str]
     prompt_names: List[str]
     clip: str
@@ -81,11 +83,18 @@ def read_file(path: PathLike) -> PromptFile:
         content = PromptFile(context=context, **{**facts, "config": VOC.replace(**facts["config"])})
     except (KeyError, TypeError, ValueError) as error:
         raise PromptFileError(f"{name} lacks its class names or settings ({error}); it is damaged.") from error
-    shape_fits = context.ndim == 3 and context.shape[0] == len(content.classes) == len(content.prompt_names)
+    shape_fits = context.ndim == 4 and context.shape[0] == len(content.classes) == len(content.prompt_names)
     if not shape_fits or not bool(torch.isfinite(context).all()):
         raise PromptFileError(
             f"{name} is damaged: context {tuple(context.shape)} for {len(content.classes)} classes, or values "
             "that are not finite. Learn the prompts again."
+        )
+    per_class, alive = context.shape[1], content.alive
+    rows_fit = isinstance(alive, list) and [isinstance(row, list) and len(row) for row in alive] == [per_class] * len(context)
+    if not rows_fit or not all(isinstance(value, bool) for row in alive for value in row):
+        raise PromptFileError(
+            f"{name} is damaged: `alive` must hold {per_class} values of true or false for each of {len(context)} classes; got "
+            f"{str(alive):.80}. Learn the prompts again."
         )
     return content
 
@@ -107,7 +116,7 @@ def check_fits(path: PathLike, content: PromptFile, classes: List[str], prompt_n
     templates = [(c.text_template, c.prompt_template) for c in (config, there)]
     _same(path, "templates", *templates)
     _same(path, "image statistics for CLIP", (f"clip_stats={config.clip_stats}",), (f"clip_stats={there.clip_stats}",))
-    _same(path, "CLIP token size", (str(clip.context_dim),), (str(content.context.shape[2]),))
+    _same(path, "CLIP token size", (str(clip.context_dim),), (str(content.context.shape[3]),))
 
 
 def _same(path: PathLike, what: str, expected: Sequence[str], got: Sequence[str]) -> None:

@@ -1,225 +1,125 @@
-"""Learnable background prompts: one per class, learned on cached features, read as nearest words.
+"""Learnable background prompts: one or more per class, read as nearest words.
 
 A background prompt p_k describes what co-occurs with class k (SemPLeS, section 3.2). `BackgroundPrompts` holds the context
-vectors, `learn` is stage (b) on features that were collected once. Flow: `regions` -> `clip_encoder` -> **prompts** ->
-`refiner`.
+vectors; `prompt_learning` learns them. Flow: `regions` -> `clip_encoder` -> **prompts** -> `refiner`.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any, Callable, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import losses
-from ._checks import check_known, img_and_labels, partition_faults
+from ._checks import check_known, partition_faults
 from ._files import PathLike
 from ._torch import full_precision
 from .clip_encoder import ClipEncoder
-from .config import RefinerConfig
 from .errors import ClusterError
 
 __all__ = [
     "BackgroundPrompts",
     "NearestWords",
-    "PromptFit",
-    "broadcast_context",
-    "collect",
     "default_vocabulary",
-    "gather_pairs",
+    "encode_contexts",
     "hand_written_prompts",
-    "learn",
     "nearest_words",
+    "prompt_title",
     "read_vocabulary",
     "related_classes",
 ]
 
 
-class PromptFit(NamedTuple):
-    """What stage (b) did.
+class NearestWords(NamedTuple):
+    """A prompt in words.
 
     Attributes:
-        losses: mean L_prompt of every epoch.
-        similarity: cos(v_b, u_b), mean over all pairs, after the last epoch.
-        class_similarity: cos(u_f, u_b), mean over classes, after the last epoch.
-        num_pairs: number of positive (image, class) pairs that were encoded.
+        name: of the class.
+        class_similarity: cos(u_f, u_b).
+        words: the nearest vocabulary entries, each with its cosine to u_b.
+        alive: False for a prompt that failed or had nothing to learn from; its words mean nothing, and L_refine leaves it out.
+        number: from 1, where a class has several prompts; else None.
     """
-
-    losses: List[float]
-    similarity: float
-    class_similarity: float
-    num_pairs: int
-
-
-class NearestWords(NamedTuple):
-    """A prompt in words: the class, cos(u_f, u_b), and the nearest vocabulary entries with their cosine to u_b."""
 
     name: str
     class_similarity: float
     words: List[Tuple[str, float]]
+    alive: bool = True
+    number: Optional[int] = None
+
+    @property
+    def title(self) -> str:
+        """The class, with the prompt's number where it has several."""
+        return prompt_title(self.name, self.number)
 
     def __str__(self) -> str:
         words = ", ".join(f"{word} {similarity:.2f}" for word, similarity in self.words)
-        return f"{self.name} (cos to class {self.class_similarity:.2f}): {words}"
+        note = "" if self.alive else ", not in use: failed or without data"
+        return f"{self.title} (cos to class {self.class_similarity:.2f}{note}): {words}"
+
+
+def prompt_title(name: str, number: Optional[int]) -> str:
+    """A class name, with the number of its prompt where it has several."""
+    return name if number is None else f"{name} {number}"
 
 
 class BackgroundPrompts(nn.Module):
-    """The context vectors of all classes, and whether they were learned yet.
+    """The context vectors of all classes, and which of them were learned.
+
+    `context` (C, N, L, Dt); `learned` (), whether stage (b) has run; `alive` (C, N), which prompts it learned with success.
 
     Args:
         num_classes: C.
         length: L, context vectors per prompt.
         dim: Dt, size of a token embedding of the CLIP in use.
         seed: of the initial values, U[0, 1) as in the reference recipe; drawn on the CPU, so they are the same on every device.
+        per_class: N, prompts per class.
     """
 
-    def __init__(self, num_classes: int, length: int, dim: int, seed: int = 0):
+    learned: Tensor
+    alive: Tensor
+
+    def __init__(self, num_classes: int, length: int, dim: int, seed: int = 0, per_class: int = 1):
         super().__init__()
         self.seed = seed
-        self.context = nn.Parameter(torch.empty(num_classes, length, dim), requires_grad=False)  # (C, L, Dt)
+        self.context = nn.Parameter(torch.empty(num_classes, per_class, length, dim), requires_grad=False)
         self.register_buffer("learned", torch.zeros((), dtype=torch.bool))
-        self.learned: Tensor
+        self.register_buffer("alive", torch.zeros(num_classes, per_class, dtype=torch.bool))
         self.reset()
+
+    def initial(self, attempt: int = 0) -> Tensor:
+        """(C, N, L, Dt) initial values of an attempt, from 0: each takes the generator's next values."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(attempt):
+            torch.rand(self.context.shape, generator=generator)
+        return torch.rand(self.context.shape, generator=generator).to(self.context.device)
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Back to the initial values of the seed."""
-        generator = torch.Generator().manual_seed(self.seed)
-        self.context.copy_(torch.rand(self.context.shape, generator=generator))
+        """Back to the initial values of the seed; nothing is learned."""
+        self.context.copy_(self.initial())
         self.learned.fill_(False)
+        self.alive.fill_(False)
+
+    @torch.no_grad()
+    def take(self, context: Tensor, alive: Tensor) -> None:
+        """Learned values: context (C, N, L, Dt), also with another N or L than before, and alive (C, N)."""
+        device = self.context.device
+        if context.shape == self.context.shape:
+            self.context.copy_(context)
+        else:
+            self.context = nn.Parameter(context.to(device), requires_grad=False)
+        self.alive = alive.to(device, torch.bool)
+        self.learned.fill_(True)
 
 
-@torch.no_grad()
-def collect(
-    loader: Iterable[Any],
-    cam_of: Callable[[Tensor], Tensor],
-    encode: Callable[[Tensor, Tensor, Tensor], Tuple[Tensor, Tensor]],
-    num_classes: int,
-    *,
-    passes: int = 1,
-    progress: bool = True,
-) -> Tuple[Tensor, Tensor]:
-    """What stage (b) learns from: the background feature of every positive pair of the data.
-
-    Args:
-        loader, cam_of, passes, progress: as for `PromptRefiner.fit_prompts`.
-        encode: `PromptRefiner.encode_backgrounds`.
-        num_classes: C.
-
-    Returns:
-        v_b (P, D), and image number and class of each, (P, 2); both empty for data without labels.
-    """
-    from tqdm import tqdm
-
-    features: List[Tensor] = []
-    numbers: List[Tensor] = []
-    count = 0
-    for _ in range(passes):
-        batches = 0
-        for batch in tqdm(loader, desc="collecting background features", disable=not progress):
-            batches += 1
-            img, labels = img_and_labels(batch, num_classes)
-            cam = cam_of(img)
-            if isinstance(cam, Tensor) and isinstance(img, Tensor) and isinstance(labels, Tensor):
-                img, labels = img.to(cam.device), labels.to(cam.device)
-            found, pairs = encode(img, cam, labels)
-            features.append(found)
-            numbers.append(pairs + torch.tensor([count, 0]))
-            count += len(img)
-        if batches == 0 and count:
-            raise ValueError("With passes > 1 `loader` must start again each time; a generator is used up after one pass.")
-    if not features:
-        return torch.zeros(0, 0), torch.zeros(0, 2, dtype=torch.long)
-    return torch.cat(features), torch.cat(numbers)
-
-
-def learn(
-    prompts: BackgroundPrompts,
-    encoder: ClipEncoder,
-    config: RefinerConfig,
-    text_features: Tensor,
-    features: Tensor,
-    pairs: Tensor,
-    *,
-    related: Optional[Tensor] = None,
-    progress: bool = True,
-) -> PromptFit:
-    """Stage (b): L_prompt = < -log c(v_b, u_b) > + lambda_T T(u_f, u_b) (SemPLeS, L_prompt); only p is trained.
-
-    The host and the image encoder are frozen, so v_b is a constant per view and comes in as a table. Only the text encoder
-    runs in the loop: once per step for each class of the step's images, at the prompt's own length.
-
-    Args:
-        prompts: trained in place (AdamW, cosine schedule to 0 over all steps).
-        encoder: the frozen CLIP.
-        config: template, lambda_t, repel, epochs, prompt_batch_size (images), prompt_lr, weight_decay, seed are used.
-        text_features: (C, D), u_f.
-        features: (P, D), v_b of every positive pair of the data.
-        pairs: (P, 2) image number and class of each row of `features`.
-        related: (C, C) bool, see `related_classes`: T then holds every class of the cluster; or None.
-        progress: show a progress bar.
-
-    Returns:
-        `PromptFit`.
-
-    Raises:
-        FloatingPointError: if the loss is no longer finite.
-    """
-    from tqdm import tqdm
-
-    epochs, batch_size = config.epochs, config.prompt_batch_size
-    images, image_of = torch.unique(pairs[:, 0], return_inverse=True)
-    classes = pairs[:, 1].to(text_features.device)
-    steps_per_epoch = math.ceil(len(images) / batch_size)
-    history: List[float] = []
-    context = prompts.context
-    context.requires_grad_(True)
-    optimizer = torch.optim.AdamW([context], lr=config.prompt_lr, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * steps_per_epoch)
-    generator = torch.Generator().manual_seed(config.seed)
-    bar = tqdm(range(epochs), desc="learning prompts", disable=not progress)
-    try:
-        with torch.enable_grad():  # also when called under no_grad
-            for _ in bar:
-                order = torch.randperm(len(images), generator=generator)
-                rank = torch.empty_like(order)
-                rank[order] = torch.arange(len(order))
-                step_of = (rank[image_of.cpu()] // batch_size).to(features.device)  # (P,) step in which each pair is used
-                total = 0.0
-                for step in range(steps_per_epoch):
-                    chosen = (step_of == step).nonzero()[:, 0]
-                    present, index = torch.unique(classes[chosen], return_inverse=True)
-                    u_b = encoder.encode_prompt(context[present], config.prompt_template)[index]  # (P', D)
-                    loss = losses.prompt_background(features[chosen], u_b)
-                    if related is None:
-                        repel = losses.prompt_repel(text_features[classes[chosen]], u_b, config.repel)
-                    else:
-                        repel = losses.prompt_repel_cluster(text_features, u_b, related[classes[chosen]], config.repel)
-                    loss = loss + config.lambda_t * repel
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
-                    total += loss.item()
-                if not math.isfinite(total):
-                    raise FloatingPointError(
-                        f"The prompts diverged (loss {total}). Use a smaller `lr`, or clip_dtype=torch.float32."
-                    )
-                history.append(total / steps_per_epoch)
-                bar.set_postfix(loss=f"{history[-1]:.3f}")
-    finally:
-        context.requires_grad_(False)
-        context.grad = None
-    prompts.learned.fill_(True)
-    with torch.no_grad():
-        u_b = encoder.encode_prompt(context, config.prompt_template)
-        similarity = F.cosine_similarity(features, u_b[classes]).mean().item()
-        class_similarity = F.cosine_similarity(text_features, u_b).mean().item()
-    return PromptFit(history, similarity, class_similarity, len(features))
+def encode_contexts(encoder: ClipEncoder, context: Tensor, template: str) -> Tensor:
+    """Text features (..., D) of context vectors (..., L, Dt), at most 64 prompts at once."""
+    flat = context.flatten(0, -3)
+    features = torch.cat([encoder.encode_prompt(part, template) for part in flat.split(64)])
+    return features.view(*context.shape[:-2], features.shape[-1])
 
 
 def related_classes(clusters: Mapping[str, Sequence[str]], classes: Sequence[str]) -> Tensor:
@@ -272,33 +172,6 @@ def hand_written_prompts(
     return every, owner
 
 
-# -------------------------------------------------------------------------------------------------- several processes
-
-
-def gather_pairs(features: Tensor, pairs: Tensor) -> Tuple[Tensor, Tensor]:
-    """Features and pairs of all processes, images numbered through, in rank order; unchanged without `torch.distributed`."""
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return features, pairs
-    shares: List[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, (features, pairs))
-    start, numbered = 0, []
-    for _, share in shares:
-        numbered.append(share + torch.tensor([start, 0]))
-        start += int(share[:, 0].max()) + 1 if len(share) else 0
-    return torch.cat([f for f, _ in shares]), torch.cat(numbered)
-
-
-def broadcast_context(context: Tensor) -> None:
-    """Rank 0's prompts to all processes: the same data and seed give the same prompts up to the machines' rounding."""
-    dist = torch.distributed
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        shared = context.detach().cuda() if dist.get_backend() == "nccl" else context.detach().clone()
-        dist.broadcast(shared, 0)
-        with torch.no_grad():
-            context.copy_(shared)
-
-
 # -------------------------------------------------------------------------------------------------- in words
 
 
@@ -306,25 +179,34 @@ def nearest_words(
     classes: Sequence[str],
     text_features: Tensor,
     prompt_features: Tensor,
+    alive: Tensor,
     words: Sequence[str],
     word_features: Tensor,
     top: int,
 ) -> List[NearestWords]:
-    """The `top` words with the highest cosine to each background prompt.
+    """The `top` words with the highest cosine to each background prompt; one entry per prompt, class by class.
 
     Args:
         classes: C class names.
-        text_features, prompt_features: (C, D), u_f and u_b.
-        words: N words.
-        word_features: (N, D), their text features.
-        top: words per class.
+        text_features: (C, D), u_f.
+        prompt_features: (C, N, D), u_b.
+        alive: (C, N) bool, which prompts are in use.
+        words: V words.
+        word_features: (V, D), their text features.
+        top: words per prompt.
     """
+    per_class = prompt_features.shape[1]
     u_b = F.normalize(prompt_features, dim=-1)
-    own = F.cosine_similarity(text_features, u_b, dim=-1).tolist()
+    own = F.cosine_similarity(text_features[:, None], u_b, dim=-1).flatten().tolist()  # (C * N,)
     with full_precision(u_b.device):
-        nearest = (u_b @ F.normalize(word_features, dim=-1).T).topk(min(top, len(words)), dim=1)
-    rows = zip(classes, own, nearest.indices.tolist(), nearest.values.tolist())
-    return [NearestWords(name, cosine, [(words[i], c) for i, c in zip(*found)]) for name, cosine, *found in rows]
+        nearest = (u_b.flatten(0, 1) @ F.normalize(word_features, dim=-1).T).topk(min(top, len(words)), dim=1)
+    rows = zip(own, nearest.indices.tolist(), nearest.values.tolist(), alive.flatten().tolist())
+    found = []
+    for row, (cosine, indices, values, in_use) in enumerate(rows):
+        number = row % per_class + 1 if per_class > 1 else None
+        near = [(words[i], value) for i, value in zip(indices, values)]
+        found.append(NearestWords(classes[row // per_class], cosine, near, in_use, number))
+    return found
 
 
 def default_vocabulary() -> List[str]:

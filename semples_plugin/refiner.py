@@ -13,8 +13,8 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Opt
 import torch
 from torch import Tensor, nn
 
-from . import checking, losses, masks, prompts, regions
-from ._checks import check_batch, check_classes, check_known, check_number, check_stats
+from . import checking, losses, masks, prompt_learning, prompts, regions
+from ._checks import check_batch, check_classes, check_known, check_number, check_stats, warn
 from ._files import PathLike
 from .check_report import CheckReport
 from .clip_backends import load_clip
@@ -22,7 +22,8 @@ from .clip_encoder import ClipEncoder
 from .config import VOC, RefinerConfig
 from .errors import ClipError, DetachedCamError, PromptFileError
 from .prompt_files import PromptFile, check_fits, read_file, write_file
-from .prompts import BackgroundPrompts, NearestWords, PromptFit
+from .prompt_learning import PromptFit
+from .prompts import BackgroundPrompts, NearestWords
 
 __all__ = ["PromptRefiner", "RefinerOutput"]
 
@@ -116,7 +117,8 @@ class PromptRefiner(nn.Module):
                     f"the layout {config.prompt_template!r}; got {config.prompt_length}."
                 )
             context_dim = self._encoder.context_dim
-            self.prompts = BackgroundPrompts(len(self.classes), config.prompt_length, context_dim, config.seed)
+            per_class = config.prompts_per_class
+            self.prompts = BackgroundPrompts(len(self.classes), config.prompt_length, context_dim, config.seed, per_class)
             texts = [config.text_template.replace("{}", name) for name in self.prompt_names]
             self.register_buffer("text_features", self._encoder.encode_text(texts), persistent=False)  # (C, D)
             self.register_buffer("background_features", self._encoder.encode_text(background_texts), persistent=False)  # (K, D)
@@ -193,7 +195,8 @@ class PromptRefiner(nn.Module):
         }
         weights = {"match_foreground": 1.0, "match_background": config.lambda_b}
         if self.stage == "refine":
-            values["refine"] = losses.refine(v_f, self.prompt_features()[pairs[:, 1]], "none")
+            u_b, alive = self.prompt_features()[pairs[:, 1]], self.prompts.alive[pairs[:, 1]]  # (P, N, D), (P, N)
+            values["refine"] = losses.refine(v_f, u_b, "none", alive)
             weights["refine"] = config.lambda_refine
         if config.lambda_background_texts:
             present = self._background_owner[pairs[:, 1]]  # (P, K)
@@ -248,14 +251,15 @@ class PromptRefiner(nn.Module):
             progress: show progress bars.
 
         Returns:
-            `PromptFit`: losses per epoch and how near the prompts came to the backgrounds and to the class names.
+            `PromptFit`: losses per epoch, and for every prompt how near it came to its backgrounds and to its class name, and
+            whether it is alive. A prompt that failed is named in a warning and left out of L_refine.
 
         Raises:
             ValueError: if the data hold no positive label.
         """
         check_number("passes", passes, 1, whole=True)
         self._fit_config(epochs, batch_size, lr)  # wrong values are found before the work, not after it
-        features, pairs = prompts.collect(
+        features, pairs = prompt_learning.collect(
             loader, cam_of, self.encode_backgrounds, len(self.classes), passes=passes, progress=progress
         )
         return self.fit_prompts_on(features, pairs, epochs=epochs, batch_size=batch_size, lr=lr, progress=progress)
@@ -294,22 +298,18 @@ class PromptRefiner(nn.Module):
             epochs, batch_size, lr, progress: as for `fit_prompts`.
         """
         config = self._fit_config(epochs, batch_size, lr)
-        features, pairs = prompts.gather_pairs(features, pairs)
+        features, pairs = prompt_learning.gather_pairs(features, pairs)
         if len(pairs) == 0:
             raise ValueError("fit_prompts needs at least one positive label; the loader gave none. Check its labels.")
-        before = {name: value.clone() for name, value in self.prompts.state_dict().items()}
-        self.prompts.reset()
         related = None if self._related is None else self._related.to(self.device)
-        try:
-            fit = prompts.learn(
-                self.prompts, self._encoder, config, self.text_features, features.to(self.device), pairs,
-                related=related, progress=progress,
-            )  # fmt: skip
-        except BaseException:  # also an interrupt: half-learned prompts must not pass for learned ones
-            self.prompts.load_state_dict(before)
-            raise
-        prompts.broadcast_context(self.prompts.context)
+        fit = prompt_learning.learn(
+            self.prompts, self._encoder, config, self.classes, self.text_features, features.to(self.device), pairs,
+            related=related, progress=progress,
+        )  # fmt: skip
+        prompt_learning.broadcast_prompts(self.prompts)
         self._prompt_cache = None
+        if fit.failed:
+            warn(prompt_learning.failure_message(fit))
         return fit
 
     def _fit_config(self, epochs: Optional[int], batch_size: Optional[int], lr: Optional[float]) -> RefinerConfig:
@@ -355,7 +355,8 @@ class PromptRefiner(nn.Module):
             views = self._clip_images(img)
             dense = torch.cat([self._encoder.encode_dense(v) for v in views.split(self.config.max_views or len(views))])
             u_b = self.prompt_features() if self.stage == "refine" else None
-            weight = masks.suppression(dense, pairs, self.text_features, u_b, self._encoder.logit_scale)
+            alive, scale = self.prompts.alive, self._encoder.logit_scale
+            weight = masks.suppression(dense, pairs, self.text_features, u_b, scale, alive)
         plain = regions.change_stats(img.float(), self.image_stats, None).clamp(0, 1)
         result = masks.cam_to_masks(plain, cam, pairs, normalize=self.config.normalize, align=align, weight=weight)
         return masks.RefinedMasks(result, masks.pseudo_labels(result, threshold))
@@ -455,13 +456,16 @@ class PromptRefiner(nn.Module):
 
     @torch.no_grad()
     def prompt_features(self) -> Tensor:
-        """(C, D) u_b, the text features of the background prompts; encoded once and cached until the prompts change."""
+        """(C, N, D) u_b, the text features of the background prompts; encoded once and cached until the prompts change.
+
+        Features of prompts that are not in use, see `prompts.alive`, are there too.
+        """
         context = self.prompts.context
         cache = self._prompt_cache
         if cache is None or cache[0] is not context or cache[1:3] != (context._version, context.device):
             with torch.inference_mode(False):  # the cache may be used with gradients later
-                chunks = [self._encoder.encode_prompt(c, self.config.prompt_template) for c in context.split(64)]
-            cache = self._prompt_cache = (context, context._version, context.device, torch.cat(chunks))
+                features = prompts.encode_contexts(self._encoder, context, self.config.prompt_template)
+            cache = self._prompt_cache = (context, context._version, context.device, features)
         return cache[3]
 
     @torch.no_grad()
@@ -473,7 +477,8 @@ class PromptRefiner(nn.Module):
             top: words per class.
 
         Returns:
-            One `NearestWords` per class: name, cos(u_f, u_b), and (word, cosine) pairs, nearest first.
+            One `NearestWords` per prompt, class by class: name, cos(u_f, u_b), (word, cosine) pairs, nearest first, and whether
+            the prompt is in use.
 
         Raises:
             ValueError: if no prompts were learned or loaded yet, or the vocabulary is empty.
@@ -484,8 +489,8 @@ class PromptRefiner(nn.Module):
         if not words:
             raise ValueError("`vocabulary` must hold at least one word; got none.")
         texts = [self.config.prompt_template.replace("{}", word).replace(" .", ".") for word in words]
-        features = self._encoder.encode_text(texts)  # (N, D)
-        return prompts.nearest_words(self.classes, self.text_features, self.prompt_features(), words, features, top)
+        features, u_b = self._encoder.encode_text(texts), self.prompt_features()  # (V, D), (C, N, D)
+        return prompts.nearest_words(self.classes, self.text_features, u_b, self.prompts.alive, words, features, top)
 
     # ------------------------------------------------------------------------------------------------ files
 
@@ -494,8 +499,9 @@ class PromptRefiner(nn.Module):
         if self.stage != "refine":
             raise ValueError("There are no prompts to save yet. Call fit_prompts(...) first.")
         encoder, context = self._encoder, self.prompts.context
-        config = self.config.replace(prompt_length=context.shape[1])
-        content = PromptFile(context, self.classes, self.prompt_names, encoder.name, encoder.fingerprint, config)
+        config = self.config.replace(prompts_per_class=context.shape[1], prompt_length=context.shape[2])
+        alive = self.prompts.alive.tolist()
+        content = PromptFile(context, alive, self.classes, self.prompt_names, encoder.name, encoder.fingerprint, config)
         write_file(path, content)
 
     @classmethod
@@ -538,13 +544,7 @@ class PromptRefiner(nn.Module):
     def _take_over(self, content: PromptFile, path: PathLike) -> "PromptRefiner":
         """The prompts of a file that was read, if they fit; `path` is for the message."""
         check_fits(path, content, self.classes, self.prompt_names, self._encoder, self.config)
-        context = content.context
-        with torch.no_grad():
-            if context.shape == self.prompts.context.shape:
-                self.prompts.context.copy_(context)
-            else:  # another length; the prompts are one block, so the file's length counts
-                self.prompts.context = nn.Parameter(context.to(self.device), requires_grad=False)
-            self.prompts.learned.fill_(True)
+        self.prompts.take(content.context, torch.tensor(content.alive))  # the file's number and length of prompts count
         self._prompt_cache = None
         return self
 

@@ -86,13 +86,15 @@ def test_step_without_positive_label_encodes_nothing(make_refiner: Any, make_bat
 
 @pytest.mark.parametrize("epochs", [1, 7])
 def test_fit_prompts_encodes_one_image_per_pair_in_all(epochs: int, make_refiner: Any, make_batch: Any) -> None:
-    refiner = make_refiner()
+    refiner = make_refiner(prompt_restarts=0)
     data = [make_batch(seed=seed) for seed in range(3)]
     cams = iter([cam for _, cam, _ in data])
     with counting(refiner.encoder.model) as counts:
         fit = refiner.fit_prompts([(i, y) for i, _, y in data], lambda _: next(cams), epochs=epochs, progress=False)
     assert counts.images == 12 == fit.num_pairs
-    assert counts.text_batches == [3] * (epochs + 1)  # each class once per step, and once for the report
+    assert counts.text_batches == [1] + [3] * (
+        epochs + 1
+    )  # the empty prompt; each class once per step, and once for the report
     with counting(refiner.encoder.model) as counts:
         refiner.prompt_features(), refiner.nearest_words(["water"])
     assert counts.images == 0
@@ -194,7 +196,7 @@ def test_clip_takes_no_gradient_and_is_not_registered(make_refiner: Any, make_ba
     clip = list(refiner.encoder.model.parameters())
     assert clip and all(p.grad is None and not p.requires_grad for p in clip)
     assert not {id(p) for p in clip} & {id(p) for p in refiner.parameters()}
-    assert sorted(refiner.state_dict()) == ["prompts.context", "prompts.learned"]
+    assert sorted(refiner.state_dict()) == ["prompts.alive", "prompts.context", "prompts.learned"]
     assert [name for name, _ in refiner.named_parameters()] == ["prompts.context"]
     assert not any(p.requires_grad for p in refiner.parameters())
 

@@ -17,7 +17,7 @@ from examples import train_clip
 from examples.clusters import __main__ as clusters_command
 from examples.clusters import experiment as clusters
 from examples.controls import area_loss, random_clip
-from examples.demo import experiment, host, world
+from examples.demo import experiment, host, pairings, world
 from examples.demo.figure import draw_figure
 from examples.demo.seeds import summary
 from examples.recipe import COMPACT_CLIP
@@ -360,3 +360,26 @@ def test_summary_of_the_ablation_has_mean_deviation_and_paired_differences() -> 
     assert "aligned [+ SemPLeS] - [+ match]: +0.0 (95 % interval +0.0 to +0.0; 0.0 standard deviations)" in text
     assert "The text features gave the clusters of the file in 2 of 2 seeds." in text
     assert len([line for line in text.splitlines() if line.startswith("all ")]) == 2
+
+
+def test_other_homes_move_every_thing() -> None:
+    own, other = pairings.HOMES["own"], pairings.HOMES["other"]
+    assert set(other.home) == set(own.home) == set(world.THINGS)
+    assert all(other.home[name] != own.home[name] for name in world.THINGS)
+    assert not set(other.home.values()) & set(other.neutral) and len(set(other.home.values())) == 6
+    scenes = world.draw("weak", 200, 0, other)
+    boats = [s for s in scenes if s.labels[0]]
+    at_home = [(s.stuff[s.things == 1] == world.STUFF.index("road")).mean() > 0.5 for s in boats]
+    assert len(boats) > 10 and np.mean(at_home) > 0.8
+
+
+@pytest.mark.filterwarnings("ignore:.*background prompts failed")
+def test_pairings_report_every_prompt() -> None:
+    few = experiment.Settings(train=60, host_steps=2, stage_steps=2, config=COMPACT_CLIP.replace(epochs=1, prompt_restarts=0))
+    record = pairings.run_seed(1, pairings.HOMES["other"], few)
+    assert [row["name"] for row in record["prompts"]] == list(world.THINGS)
+    assert {row["stuff"] for row in record["prompts"]} == set(pairings.OTHER_HOME.values())
+    lines = pairings.summary({"other": {1: record}}).splitlines()
+    alive = sum(row["alive"] for row in record["prompts"])
+    assert len(lines) == 9 and lines[1].startswith("other     1  boat on road")
+    assert lines[-1].startswith(f"6 pairings: {alive} prompts alive")

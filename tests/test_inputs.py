@@ -177,7 +177,7 @@ def test_warnings_point_to_the_callers_line(make_refiner: Any, make_batch: Any) 
         refiner(img, cam, labels)
         refiner.compute(img, cam, labels)
         refiner.refine_masks(img, cam, labels)
-        refiner.fit_prompts([(img, labels)], lambda _: cam, epochs=1, progress=False)
+        refiner.fit_prompts([(img, labels)], lambda _: cam, epochs=20, progress=False)
     assert [(w.filename, w.lineno - first) for w in caught] == [(__file__, i) for i in (1, 2, 3, 4)]
 
 
@@ -436,7 +436,7 @@ def test_background_texts_without_their_weight(make_refiner: Any) -> None:
 
 def test_numbers_of_numpy_are_numbers(make_refiner: Any) -> None:
     refiner = make_refiner(prompt_length=np.int64(4), lambda_b=np.float32(0.5))
-    assert refiner.prompts.context.shape[1] == 4 and refiner.config.as_dict()["lambda_b"] == 0.5
+    assert refiner.prompts.context.shape[2] == 4 and refiner.config.as_dict()["lambda_b"] == 0.5
     assert [type(refiner.config.as_dict()[name]) for name in ("prompt_length", "lambda_b")] == [int, float]
 
 

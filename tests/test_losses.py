@@ -18,13 +18,16 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 TWO_FEATURES: Dict[str, Tuple[Callable[..., Tensor], Callable[[Any], Any]]] = {
-    # name -> the function of the package, and its summand as a function of the clamped cosine
-    "match_foreground": (losses.match_foreground, lambda c: -log(c)),
-    "match_background": (losses.match_background, lambda c: -log(1 - c)),
-    "refine": (losses.refine, lambda c: -log(1 - c)),
-    "prompt_background": (losses.prompt_background, lambda c: -log(c)),
-    "prompt_repel_log": (losses.prompt_repel, lambda c: log(c)),
-    "prompt_repel_log1m": (lambda a, b: losses.prompt_repel(a, b, "log1m"), lambda c: -log(1 - c)),
+    # name -> the function of the package, and its summand as a function of the cosine
+    "match_foreground": (losses.match_foreground, lambda c: -log(clamped(c))),
+    "match_background": (losses.match_background, lambda c: -log(1 - clamped(c))),
+    "refine": (losses.refine, lambda c: -log(1 - clamped(c))),
+    "prompt_background": (losses.prompt_background, lambda c: -log(clamped(c)) + (LOW - c if c < LOW else 0)),
+    "prompt_repel_log": (losses.prompt_repel, lambda c: log(clamped(c)) + (c - HIGH if c > HIGH else 0)),
+    "prompt_repel_log1m": (
+        lambda a, b: losses.prompt_repel(a, b, "log1m"),
+        lambda c: -log(1 - clamped(c)) + (c - HIGH if c > HIGH else 0),
+    ),
 }
 
 
@@ -32,10 +35,18 @@ def log(x: Any) -> Any:
     return x.log() if isinstance(x, Tensor) else math.log(x)
 
 
-def clamped_cosine(a: Tensor, b: Tensor) -> Any:
-    """c(a, b) of two vectors; a plain number without gradient where the clamp bites."""
-    c = sum(x * y for x, y in zip(a, b)) / (sum(x * x for x in a) ** 0.5 * sum(y * y for y in b) ** 0.5)
+def plain_cosine(a: Tensor, b: Tensor) -> Any:
+    return sum(x * y for x, y in zip(a, b)) / (sum(x * x for x in a) ** 0.5 * sum(y * y for y in b) ** 0.5)
+
+
+def clamped(c: Any) -> Any:
+    """A plain number without gradient where the clamp bites."""
     return min(max(c, LOW), HIGH)
+
+
+def clamped_cosine(a: Tensor, b: Tensor) -> Any:
+    """c(a, b) of two vectors."""
+    return clamped(plain_cosine(a, b))
 
 
 def assert_close(got: Tensor, expected: Any, tolerance: float = 1e-5) -> None:
@@ -65,7 +76,7 @@ def test_term_equals_double_loop(name: str, seed: int) -> None:
     for b in range(3):
         for k in range(4):
             if labels[b][k]:
-                total = total + summand(clamped_cosine(image[b, k].double(), text[b, k].double()))
+                total = total + summand(plain_cosine(image[b, k].double(), text[b, k].double()))
                 count += 1
     expected = total / count
     assert_close(got, expected)
@@ -125,9 +136,9 @@ def test_area_passes_gradcheck() -> None:
 
 @pytest.mark.parametrize("name", TWO_FEATURES)
 @pytest.mark.parametrize(
-    ("relation", "c"), [("identical", HIGH), ("scaled", HIGH), ("orthogonal", LOW), ("opposite", LOW), ("zero", LOW)]
+    ("relation", "cos"), [("identical", 1), ("scaled", 1), ("orthogonal", 0), ("opposite", -1), ("zero", 0)]
 )
-def test_closed_form(name: str, relation: str, c: float) -> None:
+def test_closed_form(name: str, relation: str, cos: float) -> None:
     function, summand = TWO_FEATURES[name]
     a = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 2.0]], dtype=torch.float64, requires_grad=True)
     b = {
@@ -138,8 +149,79 @@ def test_closed_form(name: str, relation: str, c: float) -> None:
         "zero": torch.zeros(2, 3, dtype=torch.float64),
     }[relation]
     got = function(a, b)
-    assert got.item() == pytest.approx(summand(c), rel=1e-9)
-    assert torch.autograd.grad(got, a)[0].abs().max() == 0  # the clamp bites
+    assert got.item() == pytest.approx(summand(cos), rel=1e-9)
+    if not (name == "prompt_background" and relation == "orthogonal"):
+        assert torch.autograd.grad(got, a)[0].abs().max() < 1e-12  # the clamp bites, or the cosine is at an end
+
+
+@pytest.mark.parametrize("cos", [-1 + 1e-6, -0.55, -1e-3, 0.0, 9e-5])
+def test_a_prompt_below_the_clamp_is_pulled_towards_its_background(cos: float) -> None:
+    v_b = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    u_b = torch.tensor([[cos, math.sqrt(1 - cos**2)]], dtype=torch.float64, requires_grad=True)
+    loss = losses.prompt_background(v_b, u_b)
+    assert loss.item() == pytest.approx(-math.log(LOW) + LOW - cos, rel=1e-12)
+    gradient = torch.autograd.grad(loss, u_b)[0]
+    assert gradient.norm().item() == pytest.approx(math.sqrt(1 - cos**2), rel=1e-6)  # slope 1 in the cosine
+    step = u_b - 0.01 * gradient
+    assert torch.nn.functional.cosine_similarity(step, v_b) > cos
+
+
+@pytest.mark.parametrize("cos", [1.0001e-4, 0.01, 0.5, 0.9998])
+def test_the_terms_of_prompt_learning_are_the_papers_within_the_clamp(cos: float) -> None:
+    v = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    values, slopes = [], []
+    for ours in (True, False):
+        u = torch.tensor([[cos, math.sqrt(1 - cos**2)]], dtype=torch.float64, requires_grad=True)
+        c = losses.cosine(v, u)
+        paper = -torch.log(c) + torch.log(c) - torch.log(1 - c)
+        terms = losses.prompt_background(v, u) + losses.prompt_repel(v, u) + losses.prompt_repel(v, u, "log1m")
+        total = terms if ours else paper.sum()
+        values.append(total.item())
+        slopes.append(torch.autograd.grad(total, u)[0])
+    assert values[0] == pytest.approx(values[1], rel=1e-12)
+    assert torch.allclose(*slopes, rtol=1e-9, atol=1e-12)
+
+
+def test_the_terms_of_prompt_learning_go_on_where_their_clamps_begin() -> None:
+    v = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+
+    def value(term: Callable[..., Tensor], cos: float) -> float:
+        return term(v, torch.tensor([[cos, math.sqrt(1 - cos**2)]], dtype=torch.float64)).item()
+
+    for name, edge in (("prompt_background", LOW), ("prompt_repel_log", HIGH), ("prompt_repel_log1m", HIGH)):
+        term = TWO_FEATURES[name][0]
+        assert value(term, edge - 1e-9) == pytest.approx(value(term, edge + 1e-9), abs=3e-5), name
+
+
+@pytest.mark.parametrize("form", ["log", "log1m"])
+def test_a_prompt_that_says_its_class_is_pushed_away(form: str) -> None:
+    cos = 0.99995
+    u_f = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    u_b = torch.tensor([[cos, math.sqrt(1 - cos**2)]], dtype=torch.float64, requires_grad=True)
+    gradient = torch.autograd.grad(losses.prompt_repel(u_f, u_b, form), u_b)[0]
+    assert gradient.norm().item() == pytest.approx(math.sqrt(1 - cos**2), rel=1e-6)
+    gradient = torch.autograd.grad(losses.prompt_repel_cluster(u_f, u_b, torch.ones(1, 1), form), u_b)[0]
+    assert gradient.norm().item() == pytest.approx(math.sqrt(1 - cos**2), rel=1e-6)
+
+
+def test_refine_with_several_prompts_equals_a_loop() -> None:
+    v_f, u_b = features(4, 8), features(4, 3, 8, seed=1)
+    present = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 0], [0, 1, 0]], dtype=torch.bool)
+    got = losses.refine(v_f, u_b, "none", present)
+    expected = [0 * v_f.sum().double() for _ in range(4)]
+    for p in range(4):
+        for n in range(3):
+            if present[p, n]:
+                own = -log(1 - clamped_cosine(v_f[p].double(), u_b[p, n].double()))
+                expected[p] = expected[p] + own / int(present[p].sum())
+    assert_close(got, torch.stack(expected))
+    assert got[2] == 0  # a pair without a prompt
+    mean = losses.refine(v_f, u_b, present=present)
+    assert mean.item() == pytest.approx(sum(float(value) for value in expected) / 4, rel=1e-5)
+    for mine, reference in zip(torch.autograd.grad(mean, (v_f, u_b)), torch.autograd.grad(sum(expected) / 4, (v_f, u_b))):
+        assert_close(mine, reference)
+    one = losses.refine(v_f, u_b[:, 0], "none")
+    assert torch.equal(one, losses.refine(v_f, u_b[:, :1], "none", torch.ones(4, 1)))
 
 
 def test_closed_form_at_sixty_degrees() -> None:
@@ -172,7 +254,10 @@ def test_terms_are_means_over_pairs_and_bounded(seed: int, name: str) -> None:
     function = TWO_FEATURES[name][0]
     single = [function(a[i : i + 1], b[i : i + 1]).item() for i in range(4)]
     assert function(a, b).item() == pytest.approx(sum(single) / 4, rel=1e-5, abs=1e-6)
-    assert all(0 <= abs(value) <= -math.log(LOW) * 1.0003 for value in single)
+    beyond = (
+        0 if name in ("match_foreground", "match_background", "refine") else 1 + LOW
+    )  # the learning terms go on past the clamp
+    assert all(0 <= abs(value) <= -math.log(LOW) * 1.0003 + beyond for value in single)
 
 
 @pytest.mark.parametrize("name", [*TWO_FEATURES, "background_texts", "area"])
@@ -390,7 +475,7 @@ def test_step_equals_literal_step(name: str, make_refiner: Any, make_batch: Any,
         mean, std = (s.float() for s in stats_tensors(arguments["host_stats"]))
         img = (img - mean) / std
     if learned:
-        arguments = {**arguments, "contexts": refiner.prompts.context.detach()}
+        arguments = {**arguments, "contexts": refiner.prompts.context[:, 0].detach()}
     expected, means = literal.step(img, cam, labels, **arguments)
     out = refiner.compute(img, cam, labels)
     assert_close(out.loss, expected)
@@ -445,7 +530,7 @@ def test_prompt_learning_equals_literal_loop(
     img, cam, labels = make_batch()
     lambda_t = {"log": 0.02 if recipe is VOC else 0.01, "log1m": 0.5}[form]
     rate, epochs = 2.5e-2 if recipe is VOC else 2.5e-3, 4
-    context = refiner.prompts.context.detach().clone().requires_grad_(True)
+    context = refiner.prompts.context[:, 0].detach().clone().requires_grad_(True)
     optimizer = torch.optim.AdamW([context], lr=rate, weight_decay=0.03)
     expected = []
     with torch.no_grad():

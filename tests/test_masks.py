@@ -30,16 +30,17 @@ def cosine(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("scale", [1.0, 20.0])
 @pytest.mark.parametrize("with_prompts", [False, True])
 def test_suppression_equals_loop(with_prompts: bool, scale: float) -> None:
-    dense, u_f, u_b = random(2, 6, 3, 3), random(4, 6, seed=1), random(4, 6, seed=2)
+    dense, u_f, u_b = random(2, 6, 3, 3), random(4, 6, seed=1), random(4, 2, 6, seed=2)
+    alive = torch.tensor([[True, True], [True, False], [False, False], [False, True]])
     labels = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]])
     pairs = labels.nonzero()
-    got = masks.suppression(dense, pairs, u_f, u_b if with_prompts else None, scale)
+    got = masks.suppression(dense, pairs, u_f, u_b if with_prompts else None, scale, alive)
     assert got.shape == (4, 3, 3)
     for p, (b, k) in enumerate(pairs.tolist()):
         for y in range(3):
             for x in range(3):
                 rivals = [cosine(dense[b, :, y, x], u_f[j]) for j in range(4) if labels[b, j]]
-                rivals += [cosine(dense[b, :, y, x], u_b[k])] if with_prompts else []
+                rivals += [cosine(dense[b, :, y, x], u_b[k, n]) for n in range(2) if with_prompts and alive[k, n]]
                 own = math.exp(scale * cosine(dense[b, :, y, x], u_f[k]))
                 expected = own / sum(math.exp(scale * c) for c in rivals)
                 assert got[p, y, x].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
@@ -51,14 +52,14 @@ def test_suppression_is_one_without_rivals() -> None:
 
 
 def test_suppression_separates_class_from_background() -> None:
-    u_f, u_b = torch.eye(3)[:1], torch.eye(3)[1:2]
-    dense = torch.stack([u_f[0], u_b[0]], dim=1).reshape(1, 3, 1, 2)  # left looks like the class, right like its prompt
+    u_f, u_b = torch.eye(3)[:1], torch.eye(3)[1:2][None]
+    dense = torch.stack([u_f[0], u_b[0, 0]], dim=1).reshape(1, 3, 1, 2)  # left looks like the class, right like its prompt
     got = masks.suppression(dense, torch.tensor([[0, 0]]), u_f, u_b, 100.0)
     assert got[0, 0, 0] > 0.999 and got[0, 0, 1] < 1e-3
 
 
 def test_suppression_is_exact_under_autocast() -> None:
-    arguments = random(2, 6, 3, 3), torch.tensor([[0, 0], [0, 2], [1, 1]]), random(4, 6, seed=1), random(4, 6, seed=2), 100.0
+    arguments = random(2, 6, 3, 3), torch.tensor([[0, 0], [0, 2], [1, 1]]), random(4, 6, seed=1), random(4, 1, 6, seed=2), 100.0
     expected = masks.suppression(*arguments)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = masks.suppression(*arguments)

@@ -70,7 +70,7 @@ def test_round_trip(as_text: bool, make_refiner: Any, make_batch: Any, tmp_path:
 def test_load_builds_the_refiner(saved: Path, aligned_clip: nn.Module, make_refiner: Any, make_batch: Any) -> None:
     refiner = PromptRefiner.load(saved, clip=aligned_clip, image_stats=None)
     assert refiner.classes == ["boat", "train", "bird"] and refiner.stage == "refine"
-    assert refiner.prompts.context.shape == (3, 4, 64)
+    assert refiner.prompts.context.shape == (3, 1, 4, 64)
     batch = make_batch()
     assert refiner(*batch).item() == make_refiner().load_prompts(saved)(*batch).item()
 
@@ -88,7 +88,7 @@ def test_load_restores_prompt_names_and_templates(make_refiner: Any, aligned_cli
 
 def test_a_file_of_another_length_counts(saved: Path, make_refiner: Any) -> None:
     refiner = make_refiner(prompt_length=7).load_prompts(saved)
-    assert refiner.prompts.context.shape == (3, 4, 64)
+    assert refiner.prompts.context.shape == (3, 1, 4, 64)
     assert torch.equal(refiner.prompt_features(), make_refiner().load_prompts(saved).prompt_features())
     assert not refiner.prompts.context.requires_grad
 
@@ -98,6 +98,7 @@ def test_file_holds_prompts_and_facts_but_no_clip_weight(saved: Path, make_refin
         assert list(file.keys()) == ["context"]
         facts = json.loads(file.metadata()["facts"])
     assert facts == {
+        "alive": [[True], [True], [True]],
         "classes": ["boat", "train", "bird"],
         "prompt_names": ["boat", "train", "bird"],
         "clip": "CLIP",
@@ -198,7 +199,7 @@ DAMAGE = {
         lambda path: save_file({"context": torch.rand(3, 4, 64)}, str(path), metadata={"format": "pt"}),
         "not one of prompts: .* got format 'pt'",
     ),
-    "an earlier format": (lambda path: rewrite(path, version="1"), "has prompt format '1'; this version reads 2"),
+    "an earlier format": (lambda path: rewrite(path, version="1"), "has prompt format '1'; this version reads 3"),
     "facts missing": (lambda path: rewrite(path, facts=None), "lacks its class names or settings"),
     "facts unreadable": (lambda path: rewrite(path, facts="{"), "lacks its class names or settings"),
     "classes missing": (lambda path: rewrite(path, classes=None), "lacks its class names or settings"),
@@ -208,10 +209,17 @@ DAMAGE = {
         lambda path: rewrite(path, config={"eps": -1}),
         "lacks its class names or settings .*`eps` must be at least",
     ),
-    "a class too few": (lambda path: rewrite(path, context=lambda c: c[:2]), r"context \(2, 4, 64\) for 3 classes"),
-    "wrong rank": (lambda path: rewrite(path, context=lambda c: c[:, 0]), r"context \(3, 64\) for 3 classes"),
-    "NaN": (lambda path: rewrite(path, context=lambda c: c.index_fill(1, torch.tensor(1), float("nan"))), "not finite"),
+    "a class too few": (lambda path: rewrite(path, context=lambda c: c[:2]), r"context \(2, 1, 4, 64\) for 3 classes"),
+    "wrong rank": (lambda path: rewrite(path, context=lambda c: c[:, 0]), r"context \(3, 4, 64\) for 3 classes"),
+    "NaN": (lambda path: rewrite(path, context=lambda c: c.index_fill(2, torch.tensor(1), float("nan"))), "not finite"),
     "inf": (lambda path: rewrite(path, context=lambda c: c / 0), "not finite"),
+    "prompt flags missing": (lambda path: rewrite(path, alive=None), "lacks its class names or settings"),
+    "prompt flags of another number": (
+        lambda path: rewrite(path, alive=[[True, True]] * 3),
+        r"damaged: `alive` must hold 1 values of true or false for each of 3 classes; got \[\[True, True\]",
+    ),
+    "prompt flags of another kind": (lambda path: rewrite(path, alive=[[1], [1], [0]]), r"`alive` must hold 1 values"),
+    "prompt flags no table": (lambda path: rewrite(path, alive=True), r"`alive` must hold 1 values .* got True"),
     "other token size": (lambda path: rewrite(path, context=lambda c: c[..., :32]), "other CLIP token size: .*'32'.*'64'"),
 }
 
@@ -250,7 +258,7 @@ def test_features_follow_every_change_of_the_prompts(saved: Path, make_refiner: 
 
     def check() -> None:
         context = refiner.prompts.context
-        expected = torch.stack([padded_prompt(refiner.encoder.model, c) for c in context])
+        expected = torch.stack([padded_prompt(refiner.encoder.model, c) for c in context[:, 0]])[:, None]
         assert torch.allclose(refiner.prompt_features(), expected, rtol=1e-5, atol=1e-5)
 
     check()
@@ -311,7 +319,7 @@ def test_reading_equals_direct_computation(make_refiner: Any, padded_text: Calla
     readings = refiner.nearest_words(words, top=4)
     assert [r.name for r in readings] == ["boat", "train", "bird"]
     for k, reading in enumerate(readings):
-        u_b = padded_prompt(model, refiner.prompts.context[k]).detach()
+        u_b = padded_prompt(model, refiner.prompts.context[k, 0]).detach()
         direct = {w: F.cosine_similarity(padded_text(model, f"a photo of {w}."), u_b, dim=0).item() for w in words}
         nearest = sorted(words, key=lambda w: -direct[w])[:4]
         assert [word for word, _ in reading.words] == nearest

@@ -181,7 +181,7 @@ def test_published_recipes() -> None:
 def test_configuration_sets_the_numbers(config: RefinerConfig, aligned_clip: nn.Module) -> None:
     refiner = PromptRefiner(["boat"], aligned_clip, config)
     assert refiner.config == config
-    assert refiner.prompts.context.shape == (1, 30, 64)
+    assert refiner.prompts.context.shape == (1, 1, 30, 64)
     assert refiner.prompts.context.min() >= 0 and refiner.prompts.context.max() < 1
 
 
@@ -189,7 +189,7 @@ def test_arguments_override_the_configuration(aligned_clip: nn.Module) -> None:
     numbers = {"lambda_b": 0.0, "lambda_t": 1.0, "lambda_refine": 0.0, "eps": 0.5, "prompt_length": 3}
     refiner = PromptRefiner(["boat"], clip=aligned_clip, config=COCO, **numbers)
     assert refiner.config == COCO.replace(**numbers)
-    assert refiner.prompts.context.shape == (1, 3, 64)
+    assert refiner.prompts.context.shape == (1, 1, 3, 64)
 
 
 def test_mapping_of_classes(make_refiner: Any, make_batch: Any) -> None:
@@ -222,7 +222,7 @@ def test_three_hundred_classes(make_refiner: Any, make_batch: Any, padded_text: 
     img, cam, target = make_batch(labels.tolist(), num_classes=300)
     refiner.fit_prompts([(img, target)], lambda _: cam, epochs=1, progress=False)
     refiner(img, cam, target).backward()
-    assert refiner.prompt_features().shape == (300, 32)
+    assert refiner.prompt_features().shape == (300, 1, 32)
     assert cam.grad[0].abs().amax((1, 2)).nonzero().flatten().tolist() == [3, 299]
 
 
@@ -402,7 +402,7 @@ def test_batch_size_counts_images(make_refiner: Any, make_batch: Any) -> None:
     calls: List[int] = []
     refiner.encoder.model.ln_final.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     refiner.fit_prompts(data, host, epochs=2, batch_size=4, progress=False)  # 6 images: two steps per epoch
-    assert len(calls) == 2 * 2 + 1 and all(1 <= n <= 3 for n in calls)
+    assert len(calls) == 1 + 2 * 2 + 1 and all(1 <= n <= 3 for n in calls)
 
 
 @pytest.mark.parametrize("action", ["build", "step", "fit", "fit in chunks", "refine"])

@@ -113,7 +113,7 @@ def test_first_epoch_equals_the_formula(
 ) -> None:
     refiner = make_refiner(clusters=GROUPS, repel=repel, lambda_t=lambda_t)
     loader, cam_of = data(make_batch)
-    contexts = refiner.prompts.context.clone()
+    contexts = refiner.prompts.context[:, 0].clone()
     with torch.no_grad():
         total, pairs = 0.0, 0
         texts = {name: padded_text(aligned_clip, f"a photo of a {name}.") for name in classes}
@@ -146,7 +146,7 @@ def test_first_step_follows_the_gradient_of_the_formula(
     """AdamW's first step is rate x sign(gradient), after its weight decay."""
     refiner = make_refiner(clusters=GROUPS, lambda_t=1.0)
     loader, cam_of = data(make_batch)
-    context = refiner.prompts.context.clone().requires_grad_(True)
+    context = refiner.prompts.context[:, 0].clone().requires_grad_(True)
     texts = [padded_text(aligned_clip, f"a photo of a {name}.").detach() for name in classes]
     total: Any = 0
     for img, labels in loader:
@@ -157,10 +157,10 @@ def test_first_step_follows_the_gradient_of_the_formula(
             repulsion = sum(log(clamped_cosine(texts[j], u_b)) for j in members) / len(members)
             total = total + (repulsion - log(clamped_cosine(v_b, u_b))) / 7
     gradient = torch.autograd.grad(total, context)[0]
-    before = refiner.prompts.context.clone()
+    before = refiner.prompts.context[:, 0].clone()
     rate, decay = 0.01, refiner.config.weight_decay
     fit(refiner, make_batch, epochs=1, batch_size=100, lr=rate)
-    step = (before * (1 - rate * decay) - refiner.prompts.context) / rate
+    step = (before * (1 - rate * decay) - refiner.prompts.context[:, 0]) / rate
     clear = gradient.abs() > 0.01 * gradient.abs().max()
     assert clear.float().mean() > 0.5
     assert torch.allclose(step[clear], gradient[clear].sign(), atol=1e-2)
@@ -171,7 +171,7 @@ def test_prompts_are_pushed_from_the_whole_cluster(make_refiner: Any, make_batch
     for name, given in (("none", None), ("clusters", GROUPS)):
         refiner = make_refiner(clusters=given, lambda_t=2.0)
         fit(refiner, make_batch, epochs=15)
-        cosines[name] = F.cosine_similarity(refiner.prompt_features()[:, None], refiner.text_features[None], dim=-1)
+        cosines[name] = F.cosine_similarity(refiner.prompt_features(), refiner.text_features[None], dim=-1)
     for k, j in ((0, 1), (1, 0)):  # boat's prompt from train, train's from boat
         assert cosines["clusters"][k, j] < cosines["none"][k, j] - 1e-3
     assert torch.equal(cosines["clusters"][2], cosines["none"][2])  # bird is alone
@@ -249,6 +249,7 @@ def test_a_prompt_file_has_exactly_these_bytes(make_refiner: Any, make_batch: An
     fit(refiner, make_batch)
     refiner.save(tmp_path / "p.safetensors")
     facts = {
+        "alive": refiner.prompts.alive.tolist(),
         "classes": ["boat", "train", "bird"],
         "prompt_names": ["boat", "train", "bird"],
         "clip": refiner.encoder.name,
@@ -256,7 +257,7 @@ def test_a_prompt_file_has_exactly_these_bytes(make_refiner: Any, make_batch: An
         "config": refiner.config.as_dict(),
     }
     context = refiner.prompts.context
-    metadata = {"facts": json.dumps(facts), "format": "semples-plugin prompts", "version": "2"}
+    metadata = {"facts": json.dumps(facts), "format": "semples-plugin prompts", "version": "3"}
     tensor = {"data_offsets": [0, 4 * context.numel()], "dtype": "F32", "shape": list(context.shape)}
     text = json.dumps({"__metadata__": metadata, "context": tensor}, separators=(",", ":"))
     text += " " * (-len(text) % 8)

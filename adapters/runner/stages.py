@@ -210,13 +210,16 @@ def _prompt(job: Job) -> Dict[str, Any]:
     print(f"semples: learning prompts from {len(pairs)} pairs of {collector.images} images", file=sys.stderr)
     fit = refiner.fit_prompts_on(features, pairs, epochs=job.prompt_epochs, progress=is_main())
     seen = {refiner.classes[k] for k in pairs[:, 1].unique().tolist()}  # prompts of other classes learned nothing
-    words = {found.name: [word for word, _ in found.words] for found in refiner.nearest_words() if found.name in seen}
+    readings = [found for found in refiner.nearest_words() if found.name in seen]
     if is_main():
         job.prompts.parent.mkdir(parents=True, exist_ok=True)
         refiner.save(job.prompts)
-        for name, nearest in words.items():
-            print(f"semples: background of {name}: {', '.join(nearest)}", file=sys.stderr)
-    return {"images": collector.images, "pairs": fit.num_pairs, "nearest_words": words, "shims": notes}
+        for found in readings:
+            note = "" if found.alive else " (failed, not used)"
+            print(f"semples: background of {found.title}{note}: {', '.join(word for word, _ in found.words)}", file=sys.stderr)
+    words = {found.title: [word for word, _ in found.words] for found in readings}
+    failed = [prompt.title for prompt in fit.failed]
+    return {"images": collector.images, "pairs": fit.num_pairs, "nearest_words": words, "failed": failed, "shims": notes}
 
 
 def _load_weights(path: Path, model: nn.Module) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from semples_plugin import PromptRefiner
 from semples_plugin.clip_backends import load_clip
 from semples_plugin.config import RefinerConfig
-from semples_plugin.prompts import NearestWords, PromptFit
+from semples_plugin.prompt_learning import PromptFit
+from semples_plugin.prompts import NearestWords
 
 from ..controls import area_only, random_clip
 from ..recipe import COMPACT_CLIP

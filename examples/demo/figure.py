@@ -80,7 +80,7 @@ def draw_figure(result: Result, path: Path) -> None:
     axis.axis("off")
     lines = ["Learned background prompts, nearest words (cosine)", ""]
     for prompt in result.nearest_words:
-        lines.append(f"{prompt.name}:  " + ",  ".join(f"{word} {value:.2f}" for word, value in prompt.words[:3]))
+        lines.append(f"{prompt.title}:  " + ",  ".join(f"{word} {value:.2f}" for word, value in prompt.words[:3]))
         lines.append(f"      cosine to the class name {prompt.class_similarity:.2f}")
     lines += ["", "mIoU on held-out scenes"]
     lines += [f"{100 * row.miou:5.1f}   {name}" for name, row in result.rows.items()]

@@ -15,8 +15,8 @@ classifier believes of an image or of a part of it. It never sees a pixel mask. 
 - with `--cut`, the same loss on what a class activation map of a linear classifier on the frozen features keeps (the class is
   there) and leaves out (it is not).
 
-What OpenAI's CLIP never had: the image-level labels of these photos, parts of images as training data, and, with `--cut`, regions
-of the very photos whose maps it is to judge later. What it had and this one lacks: four hundred million images.
+What OpenAI's CLIP never had: the image-level labels of these photos, parts of images as training data, and, with `--cut`,
+regions of the very photos whose maps it is to judge later. What it had and this one lacks: four hundred million images.
 
 All views are encoded once by the frozen features and kept in memory (about 4 GB at 224 pixels).
 """
@@ -27,7 +27,7 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -149,12 +149,13 @@ def linear_classifier(features: Tensor, labels: Tensor, steps: int = 300) -> Ten
 
 
 @torch.no_grad()
-def encode(tower: nn.Module, images: np.ndarray, masks: Tensor = torch.ones(())) -> Tensor:
-    """Frozen features (N, C, h, h), half precision, of images (N, S, S, 3) uint8 times masks (N, 1, S, S)."""
+def encode(tower: nn.Module, images: np.ndarray, masks: Optional[Tensor] = None) -> Tensor:
+    """Frozen features (N, C, h, h), half precision, of images (N, S, S, 3) uint8, times masks (N, 1, S, S)."""
     rows = []
     for start in range(0, len(images), 32):
-        part = masks[start : start + 32] if masks.ndim else masks
-        rows.append(tower.features(normalize(images[start : start + 32]) * part).half())
+        x = normalize(images[start : start + 32])
+        x = x if masks is None else x * masks[start : start + 32]
+        rows.append(tower.features(x).half())
     return torch.cat(rows)
 
 

@@ -37,11 +37,17 @@ def run(options: argparse.Namespace) -> int:
         shown: Dict[str, Any] = {**found._asdict(), "config": found.config.as_dict(), "vectors": list(found.context.shape)}
         del shown["context"]
         if words is not None:
-            shown["nearest_words"] = {w.name: {"class_similarity": w.class_similarity, "words": w.words} for w in words}
+            shown["nearest_words"] = {
+                w.title: {"class_similarity": w.class_similarity, "words": w.words, "alive": w.alive} for w in words
+            }
         print(json.dumps(shown, ensure_ascii=False))
         return 0
-    print(f"{options.file}: {found.context.shape[0]} prompts of {found.context.shape[1]} vectors, CLIP {found.clip}")
+    classes, per_class, length = found.context.shape[:3]
+    print(f"{options.file}: {classes * per_class} prompts of {length} vectors, CLIP {found.clip}")
     print(f"classes: {', '.join(found.classes)}")
+    lost = [name for name, alive in zip(found.classes, found.alive) if not any(alive)]
+    if lost:
+        print(f"without a prompt in use (failed or without data): {', '.join(lost)}")
     print(f"layout: {found.config.prompt_template!r}, class text: {found.config.text_template!r}")
     if words is None:
         print("Give --clip to see the nearest words.")
@@ -51,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def nearest_words(file: Path, clip: Optional[str], vocabulary: Optional[Path] = None, top: int = 5) -> List[Any]:
-    """The prompts of a file in words: a `NearestWords` per class.
+    """The prompts of a file in words: a `NearestWords` per prompt.
 
     Args:
         file: prompt file.

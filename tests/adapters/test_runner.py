@@ -307,7 +307,7 @@ def test_log_of_terms(stage: str, complete: Complete) -> None:
 def test_prompt_file_is_one_of_the_package(complete: Complete) -> None:
     path = complete.run.out / "prompts.safetensors"
     refiner = PromptRefiner.load(path, clip=complete.run.clip, image_stats=None)
-    assert refiner.classes == CLASSES and refiner.stage == "refine" and refiner.prompts.context.shape == (3, 4, 64)
+    assert refiner.classes == CLASSES and refiner.stage == "refine" and refiner.prompts.context.shape == (3, 1, 4, 64)
 
 
 def test_weights_are_those_of_the_script(complete: Complete) -> None:

@@ -28,7 +28,7 @@ def test_prompts_show_without_clip(prompt_file: Path, capsys: pytest.CaptureFixt
     ]
     status, out, _ = run(capsys, "prompts", "show", prompt_file, "--json")
     shown = json.loads(out)
-    assert status == 0 and shown["classes"] == ["boat", "train", "bird"] and shown["vectors"] == [3, 4, 64]
+    assert status == 0 and shown["classes"] == ["boat", "train", "bird"] and shown["vectors"] == [3, 1, 4, 64]
     assert shown["prompt_names"] == ["ship", "train", "bird"] and "nearest_words" not in shown and out.count("\n") == 1
 
 
