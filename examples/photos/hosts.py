@@ -58,8 +58,8 @@ class PhotoHost(nn.Module):
 def load_backbone(name: str, weights: Path) -> Tuple[nn.Module, nn.Module, int]:
     """The frozen lower layers, images in [0, 1] -> features, the pretrained upper layers, and the channels of the latter.
 
-    SqueezeNet 1.1: the last four blocks are trained, at an eighth of the image's size; MobileNetV2: the last block and the last convolution, at a
-    sixteenth.
+    SqueezeNet 1.1: the last four blocks are trained, at an eighth of the image's size; MobileNetV2: the last block and the last
+    convolution, at a sixteenth.
     """
     if name == "squeezenet":
         network = load_squeezenet(str(weights), PLAIN)
