@@ -1,8 +1,7 @@
 """MobileNetV2 features (Sandler et al., CVPR 2018), pretrained on ImageNet: 1280 channels at a 32nd of the image's size.
 
 The weights, a safetensors file, have the names `features.0`, `features.1..17.{expand,depth,project}` and `features.18`, with
-batch norm folded in, as they come out of a TensorFlow model: images in [-1, 1], convolutions of stride 2 padded below and to the
-right.
+batch norm folded in, as they come out of a TensorFlow model: images in [-1, 1], stride 2 padded below and to the right.
 """
 
 from __future__ import annotations
