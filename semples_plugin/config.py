@@ -81,6 +81,9 @@ class RefinerConfig:
 
     # -------------------------------------------------------------------------------------------- loss terms
 
+    match_form: Literal["log", "linear"] = "log"
+    """Form of L_match and L_refine: `"log"` as in SemPLeS, -log c and -log(1 - c); or `"linear"`, 1 - cos and max(cos, 0), in
+    which no pair outweighs the others. The gradient of -log c is large exactly where CLIP does not recognize a region."""
     lambda_b: Weight = 2.4
     """Weight of the background half of L_match."""
     lambda_refine: Weight = 0.05

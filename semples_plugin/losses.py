@@ -75,7 +75,21 @@ def reduce(values: Tensor, reduction: str = "mean", weights: Optional[Tensor] = 
     return values.mean() if values.numel() else values.sum()  # the sum of nothing is 0 and keeps the graph
 
 
-def match_foreground(v_f: Tensor, u_f: Tensor, reduction: str = "mean") -> Tensor:
+def _attract(a: Tensor, b: Tensor, form: str) -> Tensor:
+    """-log c(a, b), or 1 - cos(a, b)."""
+    if form == "log":
+        return -torch.log(cosine(a, b))
+    return 1 - _cosine(a, b)
+
+
+def _repel_from(a: Tensor, b: Tensor, form: str) -> Tensor:
+    """-log(1 - c(a, b)), or max(cos(a, b), 0)."""
+    if form == "log":
+        return -torch.log(1 - cosine(a, b))
+    return _cosine(a, b).clamp(min=0)
+
+
+def match_foreground(v_f: Tensor, u_f: Tensor, reduction: str = "mean", form: str = "log") -> Tensor:
     """Segment-label matching, foreground: < -log c(v_f, u_f) > (SemPLeS, L_match, first term).
 
     The region that the CAM keeps should look like its class.
@@ -83,13 +97,15 @@ def match_foreground(v_f: Tensor, u_f: Tensor, reduction: str = "mean") -> Tenso
     Args:
         v_f, u_f: (P, D).
 
+    With `form="linear"` it is < 1 - cos(v_f, u_f) >, see `RefinerConfig.match_form`.
+
     Returns:
         Scalar, 0 with P = 0; or (P,), see `reduce`.
     """
-    return reduce(-torch.log(cosine(v_f, u_f)), reduction)
+    return reduce(_attract(v_f, u_f, form), reduction)
 
 
-def match_background(v_b: Tensor, u_f: Tensor, reduction: str = "mean") -> Tensor:
+def match_background(v_b: Tensor, u_f: Tensor, reduction: str = "mean", form: str = "log") -> Tensor:
     """Segment-label matching, background: < -log(1 - c(v_b, u_f)) > (SemPLeS, L_match, second term, before lambda_b).
 
     What the CAM leaves out should not look like the class.
@@ -97,13 +113,15 @@ def match_background(v_b: Tensor, u_f: Tensor, reduction: str = "mean") -> Tenso
     Args:
         v_b, u_f: (P, D).
 
+    With `form="linear"` it is < max(cos(v_b, u_f), 0) >, see `RefinerConfig.match_form`.
+
     Returns:
         Scalar, 0 with P = 0; or (P,), see `reduce`.
     """
-    return reduce(-torch.log(1 - cosine(v_b, u_f)), reduction)
+    return reduce(_repel_from(v_b, u_f, form), reduction)
 
 
-def refine(v_f: Tensor, u_b: Tensor, reduction: str = "mean", present: Optional[Tensor] = None) -> Tensor:
+def refine(v_f: Tensor, u_b: Tensor, reduction: str = "mean", present: Optional[Tensor] = None, form: str = "log") -> Tensor:
     """Prompt-guided semantic refinement: < -log(1 - c(v_f, u_b)) > (SemPLeS, L_refine).
 
     The region that the CAM keeps should not look like what the class's background prompt describes. With several prompts per
@@ -115,12 +133,14 @@ def refine(v_f: Tensor, u_b: Tensor, reduction: str = "mean", present: Optional[
         present: (P, N), 1 where prompt n of the pair's class is in use; or None for all. A pair without a prompt counts as 0,
             so that what one pair contributes does not depend on the prompts of other classes.
 
+    With `form="linear"` it is < max(cos(v_f, u_b), 0) >, see `RefinerConfig.match_form`.
+
     Returns:
         Scalar, 0 with P = 0; or (P,), see `reduce`.
     """
     if u_b.ndim == v_f.ndim:
         u_b = u_b[:, None]
-    value = -torch.log(1 - cosine(v_f[:, None], u_b))  # (P, N)
+    value = _repel_from(v_f[:, None], u_b, form)  # (P, N)
     weight = torch.ones_like(value) if present is None else present.to(value)
     return reduce((weight * value).sum(1) / weight.sum(1).clamp(min=1), reduction)
 

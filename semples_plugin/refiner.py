@@ -190,13 +190,13 @@ class PromptRefiner(nn.Module):
         v_f, v_b = features[: len(pairs)], features[len(pairs) :]  # (P, D) each
         u_f = self.text_features[pairs[:, 1]]  # (P, D)
         values = {
-            "match_foreground": losses.match_foreground(v_f, u_f, "none"),
-            "match_background": losses.match_background(v_b, u_f, "none"),
+            "match_foreground": losses.match_foreground(v_f, u_f, "none", config.match_form),
+            "match_background": losses.match_background(v_b, u_f, "none", config.match_form),
         }
         weights = {"match_foreground": 1.0, "match_background": config.lambda_b}
         if self.stage == "refine":
             u_b, alive = self.prompt_features()[pairs[:, 1]], self.prompts.alive[pairs[:, 1]]  # (P, N, D), (P, N)
-            values["refine"] = losses.refine(v_f, u_b, "none", alive)
+            values["refine"] = losses.refine(v_f, u_b, "none", alive, config.match_form)
             weights["refine"] = config.lambda_refine
         if config.lambda_background_texts:
             present = self._background_owner[pairs[:, 1]]  # (P, K)
