@@ -59,6 +59,7 @@ class Settings(NamedTuple):
         pool: of the host's CAM, see `hosts.POOLS`.
         area_weight: the best weight of the area term alone, of each host.
         score_size: side of the masks that are scored, in pixels.
+        weight: of the refiner's loss, and of the area term alone, beside the host's.
         config: of the refiner.
         paper: of the row with SemPLeS's form of the loss.
     """
@@ -71,6 +72,7 @@ class Settings(NamedTuple):
     pool: str = "mean"
     area_weight: Dict[str, float] = {"squeezenet": 1.0, "mobilenet": 0.5}
     score_size: int = 112
+    weight: float = 3.0
     config: RefinerConfig = PHOTOS
     paper: RefinerConfig = COMPACT_CLIP
 
@@ -199,8 +201,8 @@ def run(backbone: Tuple[nn.Module, int], clip: nn.Module, data: Data, settings: 
             path.with_suffix(".part").replace(path)
         return host.eval()
 
-    def with_refiner(refiner: PromptRefiner) -> Extra:
-        return lambda img, cam, labels: refiner(img, rectified(cam), labels)
+    def with_refiner(refiner: PromptRefiner, weight: float = settings.weight) -> Extra:
+        return lambda img, cam, labels: weight * refiner(img, rectified(cam), labels)
 
     def with_area(weight: float) -> Extra:
         config, size = settings.config.replace(lambda_area=weight), settings.size[host_name]
@@ -218,9 +220,9 @@ def run(backbone: Tuple[nn.Module, int], clip: nn.Module, data: Data, settings: 
     hand = {"background_texts": BACKGROUND_TEXTS, "lambda_background_texts": config.lambda_refine * 2}
     extras: Dict[str, Tuple[str, Optional[Callable[[], Extra]]]] = {
         ALONE: ("alone", None),
-        AREA: ("area", lambda: with_area(config.lambda_area)),
+        AREA: ("area", lambda: with_area(settings.weight * config.lambda_area)),
         BEST_AREA: ("best_area", lambda: with_area(settings.area_weight[host_name])),
-        PAPER: ("paper", lambda: with_refiner(new_refiner(clip, settings.paper, seed))),
+        PAPER: ("paper", lambda: with_refiner(new_refiner(clip, settings.paper, seed), 1.0)),
         RANDOM: ("random", lambda: with_refiner(new_refiner(random_clip(clip, seed), config, seed))),
         MATCH: ("match", lambda: with_refiner(new_refiner(clip, config, seed))),
         LEARNED: ("refine", with_prompts),
