@@ -66,13 +66,13 @@ class Settings(NamedTuple):
 
     size: Dict[str, int] = {"squeezenet": 192, "mobilenet": 224}
     host_steps: int = 100
-    stage_steps: int = 80
+    stage_steps: int = 60
     lr: float = 3e-4
     batch_size: int = 12
     pool: str = "mean"
     area_weight: Dict[str, float] = {"squeezenet": 1.0, "mobilenet": 0.5}
     score_size: int = 112
-    weight: float = 3.0
+    weight: float = 5.0
     config: RefinerConfig = PHOTOS
     paper: RefinerConfig = COMPACT_CLIP
 
