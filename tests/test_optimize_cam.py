@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 import torch
@@ -47,7 +47,8 @@ def test_the_result_is_a_weighed_normalized_cam(make_refiner: Callable[..., Any]
 def test_a_learning_rate_of_zero_gives_the_normalized_cam(make_refiner: Callable[..., Any]) -> None:
     img, cam, labels = scene()
     result = make_refiner().optimize_cam(img, cam, labels, steps=2, lr=0.0)
-    expected = make_refiner().refine_masks(img, torch.nn.functional.interpolate(cam, size=40), labels, align=None).masks
+    large = torch.nn.functional.interpolate(cam, size=40)
+    expected = make_refiner().refine_masks(img, large, labels, align=None, clip_steps=0).masks
     for b, k in labels.nonzero().tolist():
         assert torch.allclose(result[b, k], expected[b, k][2::5, 2::5], atol=1e-4)
 
@@ -62,6 +63,33 @@ def test_pairs_do_not_influence_one_another(options: Dict[str, Any], make_refine
         assert (together[b] - alone[0]).abs().max() < 1e-4
     one_class = torch.tensor([[1, 0, 0], [0, 0, 0]])
     assert (refiner.optimize_cam(img, cam, one_class, steps=8)[0, 0] - together[0, 0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("max_views", [1, 2, 5, 7])
+def test_chunks_bound_the_views_and_do_not_change_the_result(max_views: int, make_refiner: Callable[..., Any]) -> None:
+    img, cam, labels = scene()
+    whole = make_refiner(learned=True, max_views=None).optimize_cam(img, cam, labels, steps=4)
+    refiner = make_refiner(learned=True, max_views=max_views)
+    views: List[int] = []
+    handle = refiner.encoder.model.visual.register_forward_pre_hook(lambda module, args: views.append(len(args[0])))
+    try:
+        chunked = refiner.optimize_cam(img, cam, labels, steps=4)
+    finally:
+        handle.remove()
+    assert (chunked - whole).abs().max() < 1e-4
+    assert max(views) <= max_views
+    if max_views > 1:  # nothing is encoded twice
+        assert sum(views) == 2 * int(labels.sum()) * 4
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_inference_mode_gives_the_same(learned: bool, make_refiner: Callable[..., Any]) -> None:
+    refiner = make_refiner(learned=learned)
+    expected = refiner.optimize_cam(*scene(), steps=3)
+    with torch.inference_mode():
+        got = refiner.optimize_cam(*scene(), steps=3)
+        built_inside = make_refiner(["boat", "train", "bird"]).optimize_cam(*scene(), steps=3)
+    assert torch.equal(got, expected) and torch.isfinite(built_inside).all()
 
 
 def test_background_channel_and_other_statistics(make_refiner: Callable[..., Any]) -> None:

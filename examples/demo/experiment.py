@@ -14,6 +14,7 @@ from torch import Tensor
 
 from semples_plugin import PromptRefiner
 from semples_plugin.config import RefinerConfig
+from semples_plugin.masks import CLIP_STEPS
 from semples_plugin.prompts import NearestWords, PromptFit
 
 from ..recipe import COMPACT_CLIP
@@ -32,8 +33,9 @@ MATCH_ALIGNED = "+ match, aligned to edges"
 ALIGNED = "+ match + refine, learned, aligned to edges"
 SUPPRESSED = "+ match + refine, learned, suppressed, aligned"
 HOST_SUPPRESSED = "host alone, suppressed, aligned (no training)"
-HOST_OPTIMIZED = "host alone, optimised, aligned (no training)"
-ROWS = (HOST, MATCH, HAND, LEARNED, HOST_ALIGNED, MATCH_ALIGNED, ALIGNED, SUPPRESSED, HOST_SUPPRESSED, HOST_OPTIMIZED)
+HOST_REFINED = "host alone, refine_masks (no training)"
+REFINED = "+ match + refine, learned, refine_masks"
+ROWS = (HOST, MATCH, HAND, LEARNED, HOST_ALIGNED, MATCH_ALIGNED, ALIGNED, SUPPRESSED, HOST_SUPPRESSED, HOST_REFINED, REFINED)
 
 
 class Settings(NamedTuple):
@@ -51,7 +53,7 @@ class Settings(NamedTuple):
     config: RefinerConfig = COMPACT_CLIP
     lambda_background_texts: float = 4.0
     background_threshold: float = 0.25
-    optimize_steps: int = 10
+    clip_steps: int = CLIP_STEPS
 
 
 class Result(NamedTuple):
@@ -121,25 +123,19 @@ def run(settings: Settings, seed: int) -> Result:
     table: Dict[str, Row] = {}
     masks: Dict[str, Tensor] = {}
     cams = {name: [(s, cams_of(trained, s)) for s in (val, test)] for name, trained in hosts.items()}
-    for name, source, align, suppress in (
-        *((name, name, None, False) for name in hosts),
-        (HOST_ALIGNED, HOST, "pamr", False),
-        (MATCH_ALIGNED, MATCH, "pamr", False),
-        (ALIGNED, LEARNED, "pamr", False),
-        (SUPPRESSED, LEARNED, "pamr", True),
-        (HOST_SUPPRESSED, HOST, "pamr", True),  # as `semples refine --suppress --prompts FILE` does with CAM files
+    for name, source, align, suppress, clip_steps in (
+        *((name, name, None, False, 0) for name in hosts),
+        (HOST_ALIGNED, HOST, "pamr", False, 0),
+        (MATCH_ALIGNED, MATCH, "pamr", False, 0),
+        (ALIGNED, LEARNED, "pamr", False, 0),
+        (SUPPRESSED, LEARNED, "pamr", True, 0),
+        (HOST_SUPPRESSED, HOST, "pamr", True, 0),
+        (HOST_REFINED, HOST, "pamr", False, settings.clip_steps),  # as `semples refine --prompts FILE` does with CAM files
+        (REFINED, LEARNED, "pamr", False, settings.clip_steps),
     ):
-        val_masks, masks[name] = (
-            refiner.refine_masks(s.images, cam, s.labels, align=align, suppress=suppress).masks for s, cam in cams[source]
-        )
+        options = {"align": align, "suppress": suppress, "clip_steps": clip_steps}
+        val_masks, masks[name] = (refiner.refine_masks(s.images, cam, s.labels, **options).masks for s, cam in cams[source])
         table[name] = best_row(val_masks, val, masks[name], test)
-    optimized = []
-    for s, cam in cams[HOST]:  # as `semples refine --optimize N --prompts FILE` does with CAM files
-        parts = zip(s.images.split(50), cam.split(50), s.labels.split(50))
-        better = torch.cat([refiner.optimize_cam(*part, steps=settings.optimize_steps) for part in parts])
-        optimized.append(refiner.refine_masks(s.images, better, s.labels, align="pamr").masks)
-    masks[HOST_OPTIMIZED] = optimized[1]
-    table[HOST_OPTIMIZED] = best_row(optimized[0], val, optimized[1], test)
     return Result(table, masks, test, histories, fit, refiner.nearest_words(world_vocabulary(), top=3))
 
 

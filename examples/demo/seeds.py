@@ -22,11 +22,12 @@ from .experiment import (
     HAND,
     HOST,
     HOST_ALIGNED,
-    HOST_OPTIMIZED,
+    HOST_REFINED,
     HOST_SUPPRESSED,
     LEARNED,
     MATCH,
     MATCH_ALIGNED,
+    REFINED,
     SUPPRESSED,
 )
 from .world import THINGS
@@ -52,7 +53,7 @@ def summary(records: List[Dict[str, Any]]) -> str:
     lines.append("")
     compared = ((LEARNED, HOST), (LEARNED, MATCH), (LEARNED, HAND))
     compared += ((ALIGNED, HOST_ALIGNED), (ALIGNED, MATCH_ALIGNED), (SUPPRESSED, ALIGNED))
-    compared += ((HOST_SUPPRESSED, HOST_ALIGNED), (HOST_OPTIMIZED, HOST_ALIGNED), (ALIGNED, HOST_OPTIMIZED))
+    compared += ((HOST_SUPPRESSED, HOST_ALIGNED), (HOST_REFINED, HOST_ALIGNED), (ALIGNED, HOST_REFINED), (REFINED, ALIGNED))
     for better, worse in compared:
         for title, values in (("mIoU", miou), ("share", share)):
             lines.append(f"{title:5s} [{better}] - [{worse}]: {paired_difference(values[better], values[worse])}")
