@@ -1,4 +1,4 @@
-"""Refined masks and pseudo labels from a CAM, without training: CLIP-guided suppression, edge alignment, background, argmax.
+"""Refined masks and pseudo labels from a CAM, without training: CLIP steps, suppression, edge alignment, background, argmax.
 
 `cam_to_masks` is the one way from a CAM to masks; `PromptRefiner.refine_masks` and `files.refine_folder` call it. Each further
 step is a function of its own and can be left out. Flow: `regions` -> **masks** -> `refiner`, files.
