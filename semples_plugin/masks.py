@@ -19,6 +19,7 @@ __all__ = [
     "CLIP_GRID",
     "CLIP_LR",
     "CLIP_STEPS",
+    "LOGIT_EPS",
     "MASK_EPS",
     "RefinedMasks",
     "align_masks",
@@ -30,7 +31,8 @@ __all__ = [
 ]
 
 MASK_EPS = 1e-6  # of the normalization here: masks must not depend on the scale of the CAM
-CLIP_STEPS, CLIP_LR, CLIP_GRID = 10, 0.1, 16  # of `optimize`, where nothing else is asked for
+CLIP_STEPS, CLIP_LR, CLIP_GRID = 10, 0.3, 16  # of `optimize`, where nothing else is asked for
+LOGIT_EPS = 0.02  # masks are clamped to [0.02, 0.98] before their logit: how far d must go to fill an empty place
 
 Align = Callable[[Tensor, Tensor], Tensor]
 
@@ -177,8 +179,9 @@ def optimize(
 ) -> Tensor:
     """Masks after gradient steps on a loss of their own, the rest being constant.
 
-    m' = min(1, 2 sigmoid(d) m), d a map per mask on a coarse grid that starts at 0 and is learned with Adam. Masks do not
-    influence one another.
+    m' = sigmoid(logit(m) + d), m clamped to [0.02, 0.98], d a map per mask on a coarse grid that starts at 0 and is learned
+    with Adam. So a region can grow where m is 0 and go where it is 1, while the detail of m stays. Masks do not influence one
+    another.
 
     Args:
         masks: (P, h, w) in [0, 1].
@@ -197,7 +200,7 @@ def optimize(
         return F.interpolate(maps[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
 
     def moved(masks: Tensor, d: Tensor) -> Tensor:
-        return (masks * 2 * torch.sigmoid(resized(d, masks.shape[1:]))).clamp(max=1)
+        return torch.sigmoid(torch.logit(masks, LOGIT_EPS) + resized(d, masks.shape[1:]))
 
     results = [masks[:0]]
     for part, own in zip(masks.split(at_once), pairs.split(at_once)):

@@ -367,9 +367,10 @@ class PromptRefiner(nn.Module):
     ) -> Tensor:
         """The CAM after gradient steps on the refiner's own loss, per image; for hosts that cannot be retrained.
 
-        The normalized CAM is multiplied by 2 sigmoid(d), d a map per pair on a coarse grid that starts at 0 and is learned
-        with Adam, so that the CAM's own detail stays and no single pixel is free. Pairs do not influence one another;
-        `config.max_views` bounds how many are worked on at once, and so the memory.
+        The logit of the normalized CAM gets d added, a map per pair on a coarse grid that starts at 0 and is learned with Adam,
+        so that the CAM's own detail stays and no single pixel is free (see `masks.optimize`). Pairs do not influence one
+        another; `config.max_views` bounds how many are worked on at once, and so the memory. The result can only be as good as
+        the CLIP.
 
         Args:
             img, cam, labels: as for `forward`; the CAM is a constant.
