@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 MASK_EPS = 1e-6  # of the normalization here: masks must not depend on the scale of the CAM
-CLIP_STEPS, CLIP_LR, CLIP_GRID = 10, 0.3, 16  # of `optimize`, where nothing else is asked for
+CLIP_STEPS, CLIP_LR, CLIP_GRID = 5, 0.3, 16  # of `optimize`, where nothing else is asked for
 LOGIT_EPS = 0.02  # masks are clamped to [0.02, 0.98] before their logit: how far d must go to fill an empty place
 
 Align = Callable[[Tensor, Tensor], Tensor]
