@@ -13,3 +13,6 @@ COMPACT_CLIP = VOC.replace(lambda_refine=2.0, lambda_t=0.1, lambda_area=1.0, pro
 PHOTOS = COMPACT_CLIP.replace(
     match_form="linear", view_sharpness=8.0, lambda_b=4.0, lambda_area=1.0, lambda_refine=1.0, lambda_t=1.0, repel="log1m"
 )
+
+# The demo world and the kin world.
+PLUS = COMPACT_CLIP.replace(view_sharpness=8.0, lambda_b=1.0, lambda_area=0.75)

@@ -1,4 +1,4 @@
-"""Refined masks and pseudo labels from a CAM, without training: CLIP-guided suppression, edge alignment, background, argmax.
+"""Refined masks and pseudo labels from a CAM, without training: CLIP steps, suppression, edge alignment, background, argmax.
 
 `cam_to_masks` is the one way from a CAM to masks; `PromptRefiner.refine_masks` and `files.refine_folder` call it. Each further
 step is a function of its own and can be left out. Flow: `regions` -> **masks** -> `refiner`, files.
@@ -15,9 +15,24 @@ from torch import Tensor
 from . import regions
 from ._torch import full_precision
 
-__all__ = ["MASK_EPS", "RefinedMasks", "align_masks", "cam_to_masks", "optimize", "pamr", "pseudo_labels", "suppression"]
+__all__ = [
+    "CLIP_GRID",
+    "CLIP_LR",
+    "CLIP_STEPS",
+    "LOGIT_EPS",
+    "MASK_EPS",
+    "RefinedMasks",
+    "align_masks",
+    "cam_to_masks",
+    "optimize",
+    "pamr",
+    "pseudo_labels",
+    "suppression",
+]
 
 MASK_EPS = 1e-6  # of the normalization here: masks must not depend on the scale of the CAM
+CLIP_STEPS, CLIP_LR, CLIP_GRID = 5, 0.3, 16  # of `optimize`, where nothing else is asked for
+LOGIT_EPS = 0.02  # masks are clamped to [0.02, 0.98] before their logit: how far d must go to fill an empty place
 
 Align = Callable[[Tensor, Tensor], Tensor]
 
@@ -162,36 +177,55 @@ def cam_to_masks(
 
 
 def optimize(
-    masks: Tensor, loss_of: Callable[[Tensor], Tensor], size: Sequence[int], *, steps: int, lr: float, grid: int
+    masks: Tensor,
+    pairs: Tensor,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    size: Sequence[int],
+    *,
+    steps: int,
+    lr: float,
+    grid: int,
+    at_once: int,
 ) -> Tensor:
     """Masks after gradient steps on a loss of their own, the rest being constant.
 
-    m' = min(1, 2 sigmoid(d) m), d a map per mask on a coarse grid that starts at 0 and is learned with Adam.
+    m' = sigmoid(logit(m) + d), m clamped to [0.02, 0.98], d a map per mask on a coarse grid that starts at 0 and is learned
+    with Adam. So a region can grow where m is 0 and go where it is 1, while the detail of m stays. Masks do not influence one
+    another.
 
     Args:
         masks: (P, h, w) in [0, 1].
-        loss_of: masks (P, *size), attached -> scalar, a mean over the P masks.
+        pairs: (P, 2) image and class of each mask.
+        loss_of: masks (p, *size), attached, and their pairs (p, 2) -> scalar, a mean over the p masks.
         size: (height, width) at which the loss looks at the masks.
         steps, lr: of Adam.
         grid: side of the grid of d.
+        at_once: p, masks that are worked on at once.
 
     Returns:
-        (P, h, w) in [0, 1], detached.
+        (P, h, w) in [0, 1], detached; (0, h, w) for no masks.
     """
 
-    def scaled(d: Tensor) -> Tensor:
-        factor = F.interpolate(d[:, None], size=masks.shape[1:], mode="bilinear", align_corners=False)[:, 0]
-        return (masks * 2 * torch.sigmoid(factor)).clamp(max=1)
+    def resized(maps: Tensor, size: Sequence[int]) -> Tensor:  # (p, a, b) -> (p, *size)
+        return F.interpolate(maps[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
 
-    with torch.enable_grad():
-        d = torch.zeros(len(masks), grid, grid, device=masks.device, requires_grad=True)
-        optimizer = torch.optim.Adam([d], lr=lr)
-        for _ in range(steps):
-            loss = loss_of(F.interpolate(scaled(d)[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0])
-            optimizer.zero_grad()
-            (loss * len(masks)).backward()  # the loss is a mean over pairs
-            optimizer.step()
-        return scaled(d).detach()
+    def moved(masks: Tensor, d: Tensor) -> Tensor:
+        return torch.sigmoid(torch.logit(masks, LOGIT_EPS) + resized(d, masks.shape[1:]))
+
+    results = [masks[:0]]
+    for part, own in zip(masks.split(at_once), pairs.split(at_once)):
+        if not len(part):  # interpolate refuses empty batches
+            continue
+        with torch.enable_grad():
+            d = torch.zeros(len(part), grid, grid, device=masks.device, requires_grad=True)
+            optimizer = torch.optim.Adam([d], lr=lr)
+            for _ in range(steps):
+                loss = loss_of(resized(moved(part, d), size), own)
+                optimizer.zero_grad()
+                (loss * len(part)).backward()  # the loss is a mean over pairs
+                optimizer.step()
+            results.append(moved(part, d).detach())
+    return torch.cat(results)
 
 
 def pseudo_labels(masks: Tensor, threshold: float) -> Tensor:

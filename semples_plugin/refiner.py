@@ -330,25 +330,33 @@ class PromptRefiner(nn.Module):
         threshold: float = 0.4,
         suppress: bool = False,
         align: Union[None, str, masks.Align] = "pamr",
+        clip_steps: int = masks.CLIP_STEPS,
+        clip_lr: float = masks.CLIP_LR,
+        clip_grid: int = masks.CLIP_GRID,
     ) -> masks.RefinedMasks:
         """Refined masks and pseudo labels at image size, without training.
 
-        Steps: normalize the CAM; with `suppress`, weigh down what CLIP's dense features assign to the background prompt or
-        to another present class; `align` to image edges; background threshold and argmax. The defaults are what measured
-        best in the demo world, whose small CLIP is poor at dense features; try `suppress=True` with a larger one.
+        Steps: `optimize_cam`, which moves each map to what CLIP takes for the class; with `suppress`, weigh down what CLIP's
+        dense features assign to the background prompt or to another present class; `align` to image edges; background
+        threshold and argmax. Every CLIP step encodes two views per positive pair, forward and backward.
 
         Args:
             img, cam, labels: as for `forward`; no gradient is needed.
             threshold: background score; a class needs more than this.
-            suppress: weigh the masks with CLIP's dense features.
+            suppress: weigh the masks with CLIP's dense features. It did harm with the demo world's small CLIP.
             align: `"pamr"`, None, or a callable (img (3, H, W) in [0, 1], masks (K, H, W)) -> (K, H, W) such as a CRF.
+            clip_steps: gradient steps of `optimize_cam`; 0 leaves them out.
+            clip_lr, clip_grid: `lr` and `grid` of `optimize_cam`.
 
         Returns:
             `RefinedMasks`: masks (B, C, H, W), zero for absent classes, and labels (B, H, W).
         """
         if align not in (None, "pamr") and not callable(align):
             raise ValueError(f"`align` must be 'pamr', None or a callable; got {align!r}.")
+        check_number("clip_steps", clip_steps, 0, whole=True)
         img, cam, labels = self._check(img, cam, labels)
+        if clip_steps:
+            cam = self.optimize_cam(img, cam, labels, steps=clip_steps, lr=clip_lr, grid=clip_grid)
         pairs = regions.positive_pairs(labels)
         weight = None
         if suppress and len(pairs):
@@ -362,17 +370,26 @@ class PromptRefiner(nn.Module):
         return masks.RefinedMasks(result, masks.pseudo_labels(result, threshold))
 
     def optimize_cam(
-        self, img: Tensor, cam: Tensor, labels: Tensor, *, steps: int = 20, lr: float = 0.1, grid: int = 16
+        self,
+        img: Tensor,
+        cam: Tensor,
+        labels: Tensor,
+        *,
+        steps: int = masks.CLIP_STEPS,
+        lr: float = masks.CLIP_LR,
+        grid: int = masks.CLIP_GRID,
     ) -> Tensor:
-        """A better CAM for images whose host cannot be retrained: gradient steps on the refiner's own loss, per image.
+        """The CAM after gradient steps on the refiner's own loss, per image; for hosts that cannot be retrained.
 
-        The CAM is multiplied by 2 sigmoid(d), d a map per pair on a coarse grid that starts at 0 and is learned with Adam, so
-        that the CAM's own detail stays and no single pixel is free. Pairs do not influence one another. A class of weight 0
-        in `class_weights` keeps its CAM; other weights hardly matter, since Adam's steps do not depend on the loss's scale.
+        The logit of the normalized CAM gets d added, a map per pair on a coarse grid that starts at 0 and is learned with Adam,
+        so that the CAM's own detail stays and no single pixel is free (see `masks.optimize`). Pairs do not influence one
+        another; `config.max_views` bounds how many are worked on at once, and so the memory. The result can only be as good as
+        the CLIP. A class of weight 0 in `class_weights` keeps its CAM; other weights hardly matter, since Adam's steps do
+        not depend on the loss's scale.
 
         Args:
             img, cam, labels: as for `forward`; the CAM is a constant.
-            steps: gradient steps; two image encodes per pair each.
+            steps: gradient steps; two image encodes per pair each, forward and backward.
             lr: Adam's learning rate for d.
             grid: side of the coarse grid.
 
@@ -383,22 +400,22 @@ class PromptRefiner(nn.Module):
             check_number(name, value, 1, whole=True)
         check_number("lr", lr, 0)
         img, cam, labels = self._check(img, cam, labels)
-        pairs = regions.positive_pairs(labels)
-        height, width = cam.shape[2:]
-        result = torch.zeros(len(img), len(self.classes), height, width, device=cam.device)
-        if not len(pairs):
-            return result
-        base = regions.pair_masks(cam.detach(), pairs, (height, width), self.config.normalize, masks.MASK_EPS)  # (P, h, w)
-        clip_images = self._clip_images(img)
+        size, at_once = (self._encoder.image_size,) * 2, max(1, (self.config.max_views or 2 * labels.numel()) // 2)
+        with torch.inference_mode(False), torch.no_grad():  # tensors that gradients can pass, also under inference mode
+            cam, pairs = cam.detach().clone(), regions.positive_pairs(labels).clone()
+            clip_images = self._clip_images(img).clone()
+            base = regions.pair_masks(cam, pairs, cam.shape[2:], self.config.normalize, masks.MASK_EPS)  # (P, h, w)
 
-        seen = itertools.count()
+            calls = itertools.count()
 
-        def loss_of(pair_masks: Tensor) -> Tensor:
-            views = torch.cat(self._views_of(clip_images, pair_masks, pairs, next(seen) * len(pairs)))
-            return self._terms(views, pair_masks, pairs)[0]
+            def loss_of(pair_masks: Tensor, pairs: Tensor) -> Tensor:
+                levels = regions.cut_levels(next(calls) % steps, 1).expand(len(pairs))  # one level for all pairs of a step
+                views = torch.cat(self._views_of(clip_images, pair_masks, pairs, levels))
+                return self._terms(views, pair_masks, pairs)[0]
 
-        size = (self._encoder.image_size,) * 2
-        result[pairs[:, 0], pairs[:, 1]] = masks.optimize(base, loss_of, size, steps=steps, lr=lr, grid=grid)
+            result = torch.zeros(len(img), len(self.classes), *cam.shape[2:], device=cam.device)
+            better = masks.optimize(base, pairs, loss_of, size, steps=steps, lr=lr, grid=grid, at_once=at_once)
+            result[pairs[:, 0], pairs[:, 1]] = better.float()
         return result
 
     # ------------------------------------------------------------------------------------------------ check
@@ -586,12 +603,14 @@ class PromptRefiner(nn.Module):
         """Masks (P, S, S), and foreground and background views (P, 3, S, S) of the pairs."""
         size = self._encoder.image_size
         pair_masks = regions.pair_masks(cam, pairs, (size, size), self.config.normalize, eps)
-        return pair_masks, self._views_of(self._clip_images(img), pair_masks, pairs, start)
+        return pair_masks, self._views_of(self._clip_images(img), pair_masks, pairs, regions.cut_levels(start, len(pairs)))
 
-    def _views_of(self, images: Tensor, pair_masks: Tensor, pairs: Tensor, start: int = 0) -> Tuple[Tensor, Tensor]:
-        """Foreground and background views (P, 3, S, S) of images at CLIP's size; `start` numbers the pairs' cut levels."""
+    def _views_of(
+        self, images: Tensor, pair_masks: Tensor, pairs: Tensor, levels: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Tensor]:
+        """Foreground and background views (P, 3, S, S) of images at CLIP's size; masks are cut at `levels` (P,), if at all."""
         config = self.config
-        levels = regions.cut_levels(start, len(pairs))
+        levels = regions.cut_levels(0, len(pairs)) if levels is None else levels
         cut = regions.sharpen(pair_masks, config.view_sharpness, levels)
         return regions.split(images, cut, pairs, config.view_fill)
 

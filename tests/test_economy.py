@@ -108,14 +108,16 @@ def test_each_pass_encodes_every_pair_once(make_refiner: Any, make_batch: Any) -
     assert counts.images == 12 == fit.num_pairs
 
 
-def test_refined_masks_encode_every_image_once(make_refiner: Any, make_batch: Any) -> None:
-    refiner = make_refiner()
+def test_refined_masks_encode_two_views_per_pair_and_step(make_refiner: Any, make_batch: Any) -> None:
+    refiner = make_refiner(learned=True)
     img, cam, labels = make_batch()
     with counting(refiner.encoder.model) as counts:
-        refiner.refine_masks(img, cam, labels, align=None, suppress=True)
+        refiner.refine_masks(img, cam, labels, align=None, clip_steps=0)
+        assert counts.images == 0
+        refiner.refine_masks(img, cam, labels, align=None, clip_steps=0, suppress=True)
         assert counts.images == len(img)
-        refiner.refine_masks(img, cam, labels, align=None, suppress=False)
-    assert counts.images == len(img)
+        refiner.refine_masks(img, cam, labels, align=None, clip_steps=3)
+    assert counts.images == len(img) + 2 * int(labels.sum()) * 3
 
 
 # ------------------------------------------------------------------------------------------------ texts

@@ -140,7 +140,7 @@ def test_the_demo_gives_the_same_rows_twice_and_draws_its_figure(tmp_path: Path)
         host_steps=3,
         stage_steps=9,
         batch_size=4,
-        optimize_steps=2,
+        clip_steps=2,
         config=COMPACT_CLIP.replace(epochs=2, prompt_length=2),
     )
     result = experiment.run(settings, seed=0)

@@ -178,7 +178,7 @@ def test_refine_shapes_and_absent_classes(options: Dict[str, Any], learned: bool
 
 def test_refine_without_steps_is_the_normalized_cam(make_refiner: Any, make_batch: Any) -> None:
     img, cam, labels = make_batch(LABELS)
-    got = make_refiner().refine_masks(img, cam, labels, suppress=False, align=None)
+    got = make_refiner().refine_masks(img, cam, labels, suppress=False, align=None, clip_steps=0)
     for b, k in labels.nonzero().tolist():
         up = F.interpolate(cam[b, k][None, None], size=(40, 40), mode="bilinear", align_corners=True)[0, 0]
         assert torch.allclose(got.masks[b, k], (up - up.min()) / (up.max() - up.min() + 1e-6), atol=1e-6)
@@ -188,8 +188,8 @@ def test_refine_without_steps_is_the_normalized_cam(make_refiner: Any, make_batc
 def test_refine_suppresses_with_dense_features(learned: bool, make_refiner: Any, make_batch: Any) -> None:
     refiner = make_refiner(learned=learned)
     img, cam, labels = make_batch(LABELS)
-    plain = refiner.refine_masks(img, cam, labels, suppress=False, align=None).masks
-    got = refiner.refine_masks(img, cam, labels, suppress=True, align=None).masks
+    plain = refiner.refine_masks(img, cam, labels, suppress=False, align=None, clip_steps=0).masks
+    got = refiner.refine_masks(img, cam, labels, suppress=True, align=None, clip_steps=0).masks
     mean, std = (torch.tensor(s).reshape(3, 1, 1) for s in (refiner.encoder.mean, refiner.encoder.std))
     small = F.interpolate(img, size=(32, 32), mode="bilinear", antialias=True)
     dense = refiner.encoder.encode_dense((small - mean) / std)
@@ -245,8 +245,52 @@ def test_refine_of_a_batch_without_labels(make_refiner: Any, make_batch: Any) ->
 
 def test_refine_in_chunks(make_refiner: Any, make_batch: Any) -> None:
     batch = make_batch(LABELS)
-    whole, chunked = (make_refiner(max_views=n).refine_masks(*batch).masks for n in (None, 1))
-    assert torch.allclose(whole, chunked, atol=1e-5)
+    for options in ({"clip_steps": 0}, {"clip_steps": 0, "suppress": True}):
+        whole, chunked = (make_refiner(max_views=n).refine_masks(*batch, **options).masks for n in (None, 1))
+        assert torch.allclose(whole, chunked, atol=1e-5)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_refine_is_optimize_cam_then_cam_to_masks(learned: bool, make_refiner: Any, make_batch: Any) -> None:
+    refiner, (img, cam, labels) = make_refiner(learned=learned), make_batch(LABELS)
+    pairs = labels.nonzero()
+    got = refiner.refine_masks(img, cam, labels)
+    assert torch.equal(got.masks, masks.cam_to_masks(img, refiner.optimize_cam(img, cam, labels), pairs))
+    assert torch.equal(got.labels, masks.pseudo_labels(got.masks, 0.4))
+    without = refiner.refine_masks(img, cam, labels, clip_steps=0)
+    assert torch.equal(without.masks, masks.cam_to_masks(img, cam, pairs))
+    assert (got.masks - without.masks).abs().max() > 0.02
+    options = {"clip_steps": 2, "clip_lr": 0.3, "clip_grid": 4}
+    better = refiner.optimize_cam(img, cam, labels, steps=2, lr=0.3, grid=4)
+    assert torch.equal(refiner.refine_masks(img, cam, labels, **options).masks, masks.cam_to_masks(img, better, pairs))
+
+
+def test_refine_with_a_background_channel_and_without_normalization(make_refiner: Any, make_batch: Any) -> None:
+    img, cam, labels = make_batch(LABELS)
+    with_background = torch.cat([torch.rand(3, 1, 8, 8), cam], dim=1)
+    expected = make_refiner().refine_masks(img, cam, labels, clip_steps=2).masks
+    got = make_refiner(background_channel=True).refine_masks(img, with_background, labels, clip_steps=2).masks
+    assert torch.equal(got, expected)
+    plain = make_refiner(normalize=None).refine_masks(img, cam.sigmoid(), labels, clip_steps=2).masks
+    assert plain.min() >= 0 and plain.max() <= 1 + 1e-5
+
+
+def test_refine_leaves_no_gradient_and_needs_none(make_refiner: Any, make_batch: Any, aligned_clip: nn.Module) -> None:
+    refiner, (img, cam, labels) = make_refiner(learned=True), make_batch(LABELS)
+    aligned_clip.zero_grad(set_to_none=True)  # shared by all tests
+    expected = refiner.refine_masks(img, cam, labels)
+    with torch.inference_mode():
+        assert torch.equal(refiner.refine_masks(img, cam, labels).masks, expected.masks)
+    with torch.no_grad():
+        assert torch.equal(refiner.refine_masks(img, cam, labels).masks, expected.masks)
+    assert cam.grad is None and not expected.masks.requires_grad
+    assert all(p.grad is None for p in (*refiner.parameters(), *refiner.encoder.model.parameters()))
+
+
+@pytest.mark.parametrize("value, error", [(-1, ValueError), (1.5, TypeError)])
+def test_refine_refuses_wrong_clip_steps(value: Any, error: Any, make_refiner: Any, make_batch: Any) -> None:
+    with pytest.raises(error, match="`clip_steps` must be"):
+        make_refiner().refine_masks(*make_batch(LABELS), clip_steps=value)
 
 
 def test_refine_takes_detached_cams_and_unknown_align_is_an_error(make_refiner: Any, make_batch: Any) -> None:

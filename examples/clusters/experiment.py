@@ -213,7 +213,7 @@ def score(trained: Trained, refiner: PromptRefiner, val: Split, test: Split, kin
 
     def row(val_cam: Tensor, test_cam: Tensor, align: Optional[str]) -> Tuple[Row, Tensor]:
         val_masks, test_masks = (
-            refiner.refine_masks(split.images, cam, split.labels, align=align).masks
+            refiner.refine_masks(split.images, cam, split.labels, align=align, clip_steps=0).masks
             for split, cam in ((val, val_cam), (test, test_cam))
         )
         return best_row(val_masks, val, test_masks, test, KIN), test_masks

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from semples_plugin import PromptRefiner
 from semples_plugin.clip_backends import load_clip
 from semples_plugin.config import RefinerConfig
+from semples_plugin.masks import CLIP_STEPS
 from semples_plugin.prompt_learning import PromptFit
 from semples_plugin.prompts import NearestWords
 
@@ -39,16 +40,17 @@ MATCH_ALIGNED = "+ match, aligned to edges"
 ALIGNED = "+ match + refine, learned, aligned to edges"
 SUPPRESSED = "+ match + refine, learned, suppressed, aligned"
 HOST_SUPPRESSED = "host alone, suppressed, aligned (no training)"
-HOST_OPTIMIZED = "host alone, optimised, aligned (no training)"
+HOST_REFINED = "host alone, refine_masks (no training)"
+REFINED = "+ match + refine, learned, refine_masks"
 ROWS = (HOST, AREA, RANDOM, NO_AREA, MATCH, HAND, LEARNED, HOST_ALIGNED, AREA_ALIGNED, MATCH_ALIGNED, ALIGNED, SUPPRESSED,
-        HOST_SUPPRESSED, HOST_OPTIMIZED)  # fmt: skip
+        HOST_SUPPRESSED, HOST_REFINED, REFINED)  # fmt: skip
 CONTROLS = (AREA, RANDOM, NO_AREA, AREA_ALIGNED)
 ONE_SEED = tuple(row for row in ROWS if row not in CONTROLS)  # without them the demo takes less time
 TRAINED = (HOST, AREA, RANDOM, NO_AREA, MATCH, HAND, LEARNED)
 # The trained row whose host the other rows show.
 SOURCE = {HOST_ALIGNED: HOST, AREA_ALIGNED: AREA, MATCH_ALIGNED: MATCH, ALIGNED: LEARNED, SUPPRESSED: LEARNED,
-          HOST_SUPPRESSED: HOST, HOST_OPTIMIZED: HOST}  # fmt: skip
-PROMPTED = (LEARNED, ALIGNED, SUPPRESSED, HOST_SUPPRESSED, HOST_OPTIMIZED)  # rows that need learned prompts
+          HOST_SUPPRESSED: HOST, HOST_REFINED: HOST, REFINED: LEARNED}  # fmt: skip
+PROMPTED = (LEARNED, ALIGNED, SUPPRESSED, HOST_SUPPRESSED, HOST_REFINED, REFINED)  # rows that need learned prompts
 
 
 class Settings(NamedTuple):
@@ -66,7 +68,7 @@ class Settings(NamedTuple):
     config: RefinerConfig = COMPACT_CLIP
     lambda_background_texts: float = 4.0
     background_threshold: float = 0.25
-    optimize_steps: int = 10
+    clip_steps: int = CLIP_STEPS
 
 
 class Result(NamedTuple):
@@ -162,23 +164,19 @@ def score(
     table: Dict[str, Row] = {}
     masks: Dict[str, Tensor] = {}
     cams = {name: [(s, cams_of(trained, s)) for s in (val, test)] for name, trained in hosts.items()}
-    for name in (name for name in ROWS if name in rows and name != HOST_OPTIMIZED):
-        align = "pamr" if name in SOURCE else None
-        suppress = name in (SUPPRESSED, HOST_SUPPRESSED)  # as `semples refine --suppress --prompts FILE` does with CAM files
+    for name in (name for name in ROWS if name in rows):
         val_masks, masks[name] = (
-            refiner.refine_masks(s.images, cam, s.labels, align=align, suppress=suppress).masks
+            refiner.refine_masks(
+                s.images,
+                cam,
+                s.labels,
+                align="pamr" if name in SOURCE else None,
+                suppress=name in (SUPPRESSED, HOST_SUPPRESSED),
+                clip_steps=settings.clip_steps if name in (HOST_REFINED, REFINED) else 0,  # as `semples refine --prompts FILE`
+            ).masks
             for s, cam in cams[SOURCE.get(name, name)]
         )
         table[name] = best_row(val_masks, val, masks[name], test)
-    if HOST_OPTIMIZED not in rows:
-        return table, masks
-    optimized = []
-    for s, cam in cams[HOST]:  # as `semples refine --optimize N --prompts FILE` does with CAM files
-        parts = zip(s.images.split(50), cam.split(50), s.labels.split(50))
-        better = torch.cat([refiner.optimize_cam(*part, steps=settings.optimize_steps) for part in parts])
-        optimized.append(refiner.refine_masks(s.images, better, s.labels, align="pamr").masks)
-    masks[HOST_OPTIMIZED] = optimized[1]
-    table[HOST_OPTIMIZED] = best_row(optimized[0], val, optimized[1], test)
     return table, masks
 
 

@@ -10,6 +10,7 @@ from typing import Any, Dict, Mapping, Optional
 
 from ..class_names import read_class_names
 from ..config import parse_assignments
+from ..masks import CLIP_STEPS
 from .arguments import add_classes, build_refiner
 from .printing import print_failed
 
@@ -20,7 +21,9 @@ Reads the CAM files of MCTformer, WeakTr, TransCAM, SEAM and IRN (.npy), plain a
 layout), OUT/labels (palette PNGs, 0 background, 1 + class index) and OUT/summary.json.
 The same command resumes an interrupted run; under torchrun the processes share the work.
 
---suppress and --optimize N use CLIP. With --prompts, the configuration in that file counts, and --set overrides it."""
+Without a CLIP the CAMs are aligned to the edges of the images. With one (--clip, --prompts or --suppress) they are first
+aligned to CLIP, by --clip-steps gradient steps on the refiner's losses; each step encodes two views per image and class. With
+--prompts, the configuration in that file counts, and --set overrides it."""
 
 
 def add_parser(commands: Any) -> None:
@@ -38,13 +41,14 @@ def add_parser(commands: Any) -> None:
     add("--labels", type=Path, metavar="FILE", help="image-level labels: cls_labels.npy, .npz, .json, .csv, COCO instances, "
         "or a folder of VOC XML (default: the classes in each CAM file)")  # fmt: skip
     add_classes(parser)
-    add("--prompts", type=Path, metavar="FILE", help="learned background prompts, for --suppress and --optimize")
-    add("--clip", metavar="NAME", help="CLIP model or weights file (default: that of the prompts, else ViT-B/32)")
+    add("--prompts", type=Path, metavar="FILE", help="learned background prompts; CLIP is used")
+    add("--clip", metavar="NAME", help="CLIP model or weights file; CLIP is used (default: that of the prompts, else ViT-B/32)")
     add("--threshold", type=float, default=0.4, help="background score (default: %(default)s)")
     add("--align", choices=["pamr", "none"], default="pamr",
         help="how masks follow the edges of the image (default: %(default)s)")  # fmt: skip
     add("--suppress", action="store_true", help="weight the CAMs by CLIP's dense features")
-    add("--optimize", type=int, default=0, metavar="N", help="gradient steps on the refiner's losses (default: %(default)s)")
+    add("--clip-steps", type=int, metavar="N",
+        help=f"gradient steps on the refiner's losses, 0 for none (default: {CLIP_STEPS} where CLIP is used)")  # fmt: skip
     add("--set", action="append", default=[], metavar="NAME=VALUE",
         help="option of RefinerConfig, such as lambda_area=1; may be given several times")  # fmt: skip
     add("--batch-size", type=int, default=8, metavar="N", help="images at once (default: %(default)s)")
@@ -64,7 +68,10 @@ def run(options: argparse.Namespace) -> int:
 
     classes = read_class_names(options.classes)
     overrides = parse_assignments("--set", options.set)
-    uses_clip = options.suppress or options.optimize > 0
+    clip_steps = options.clip_steps
+    if clip_steps is None:
+        clip_steps = CLIP_STEPS if options.clip or options.prompts or options.suppress else 0
+    uses_clip = options.suppress or clip_steps > 0
     _check(options, overrides, uses_clip)
     labels = None if options.labels is None else read_labels(options.labels, list(classes))
     refiner = build_refiner(options, classes, overrides) if uses_clip else None
@@ -72,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         threshold=options.threshold,
         align=None if options.align == "none" else options.align,
         suppress=options.suppress,
-        optimize=options.optimize,
+        clip_steps=clip_steps,
         batch_size=options.batch_size,
         max_pixels=options.max_pixels,
         soft_masks=options.soft_masks,
@@ -105,6 +112,8 @@ def run(options: argparse.Namespace) -> int:
         speed = f", {summary.refined / summary.seconds:.1f} images/s" if summary.refined else ""
         counts = f"{summary.refined} refined, {summary.skipped} done before, {len(summary.failed)} failed"
         print(f"{counts}{speed}: {options.out}")
+        if refiner is not None:
+            print(f"CLIP: {refiner.encoder.name}, {how.clip_steps} steps{', suppression' if how.suppress else ''}")
         print(f"labels: background threshold {how.threshold:g}")
         if summary.empty:
             print(f"{summary.empty} images have no positive label; their pseudo labels are all background")
@@ -113,8 +122,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace, overrides: Mapping[str, Any], uses_clip: bool) -> None:
-    if options.optimize < 0 or options.batch_size < 1 or options.max_pixels < 1:
-        raise ValueError("--optimize must be at least 0, --batch-size and --max-pixels at least 1.")
+    if (options.clip_steps or 0) < 0 or options.batch_size < 1 or options.max_pixels < 1:
+        raise ValueError("--clip-steps must be at least 0, --batch-size and --max-pixels at least 1.")
     if not 0 <= options.threshold <= 1:
         raise ValueError(f"--threshold must be from 0 to 1; got {options.threshold}.")
     for name in ("images", "cams"):
@@ -123,7 +132,8 @@ def _check(options: argparse.Namespace, overrides: Mapping[str, Any], uses_clip:
             raise ValueError(f"--out {options.out} is inside --{name} {outer}; choose a folder of its own.")
     if not uses_clip and (options.prompts or options.clip or overrides or options.device != "cpu"):
         raise ValueError(
-            "--prompts, --clip, --set and --device matter only with --suppress or --optimize N; without them CLIP is not used."
+            "--prompts, --clip, --set and --device matter only where CLIP is used: give --clip NAME, --prompts FILE or "
+            "--suppress, and no --clip-steps 0 without --suppress."
         )
 
 

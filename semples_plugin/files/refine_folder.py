@@ -35,7 +35,7 @@ class Options(NamedTuple):
         threshold: background score of the pseudo labels.
         align: `"pamr"` to align the masks to the edges of the image, or None.
         suppress: weight the CAMs by CLIP's dense features; needs a refiner.
-        optimize: gradient steps on the refiner's losses; needs a refiner.
+        clip_steps: gradient steps on the refiner's losses; needs a refiner.
         batch_size: images per chunk.
         max_pixels: images with more pixels are refined at a smaller size, and their masks are enlarged again.
         soft_masks: whether to write the refined masks also as 8-bit `.npz` files.
@@ -44,7 +44,7 @@ class Options(NamedTuple):
     threshold: float = 0.4
     align: Optional[str] = "pamr"
     suppress: bool = False
-    optimize: int = 0
+    clip_steps: int = 0
     batch_size: int = 8
     max_pixels: int = 1_000_000
     soft_masks: bool = False
@@ -90,7 +90,7 @@ def refine_folder(
         num_classes: C.
         options: how to refine.
         labels: image id -> (C,) multi-hot; by default the classes that each CAM file holds.
-        refiner: a `PromptRefiner` built with `image_stats=None`; needed for `suppress` and `optimize`.
+        refiner: a `PromptRefiner` built with `image_stats=None`; needed for `suppress` and `clip_steps`.
         shard: (index, number) of this process among those that share the work.
         progress: whether to show a progress bar.
         settings: everything else that decides the result (prompts, CLIP), as JSON can hold it. `out/settings.json` records it.
@@ -101,8 +101,8 @@ def refine_folder(
     """
     from tqdm import tqdm
 
-    if (options.suppress or options.optimize) and refiner is None:
-        raise ValueError("`suppress` and `optimize` use CLIP, so they need a refiner; got none.")
+    if (options.suppress or options.clip_steps) and refiner is None:
+        raise ValueError("`suppress` and `clip_steps` use CLIP, so they need a refiner; got none.")
     start = time.monotonic()
     items, failed = plan(cams, images)
     _remember(out, {**options._asdict(), **(settings or {})})
@@ -177,12 +177,12 @@ def _refine_chunk(
     img = torch.stack([one.img for one in loaded]).to(device)  # (B, 3, h, w)
     present = torch.from_numpy(np.stack([one.labels for one in loaded])).to(device)  # (B, C)
     cam = torch.stack([cam_tensor(one.content, img.shape[2:], num_classes) for one in loaded]).to(device)  # (B, C, h, w)
-    if options.optimize:
-        cam = refiner.optimize_cam(img, cam, present, steps=options.optimize)  # type: ignore[union-attr]
-    if refiner is not None and options.suppress:
-        result = refiner.refine_masks(img, cam, present, suppress=True, align=options.align).masks
-    else:
+    if refiner is None:
         result = masks.cam_to_masks(img, cam, regions.positive_pairs(present), align=options.align)
+    else:
+        result = refiner.refine_masks(
+            img, cam, present, suppress=options.suppress, align=options.align, clip_steps=options.clip_steps
+        ).masks
     count = 0
     for i, one in enumerate(loaded):
         if one.item.name in wanted:

@@ -31,7 +31,7 @@ def commands() -> Dict[str, argparse.ArgumentParser]:
         ("", ["refine", "evaluate", "report", "prompts", "clusters", "Exit status", "semples refine --images",
               "pseudo labels"]),
         ("refine", ["--images", "--cams", "--out", "--labels", "cls_labels.npy", "COCO", "VOC XML", "--classes", "--suppress",
-                    "--optimize", "MCTformer", "IRN", "1 + class index", "torchrun", "interrupted", "0.4"]),
+                    "--clip-steps", "MCTformer", "IRN", "1 + class index", "torchrun", "interrupted", "0.4"]),
         ("evaluate", ["--pred", "--gt", "--list", "255", "--threshold", "chosen on ground truth", "--csv", "--json", "0:100"]),
         ("report", ["--before", "--after", "--gt", "--out", "--prompts", "--rows", "--images", "ground-truth"]),
         ("check", ["--images", "--cams", "--labels", "--prompts", "--clip", "--list", "--limit", "--out", "--json",

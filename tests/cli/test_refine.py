@@ -12,6 +12,7 @@ import torch
 
 from semples_plugin import cli
 from semples_plugin.files.cams import read_cam_file
+from semples_plugin.masks import CLIP_STEPS
 from tests.files.refine_world import World, results
 
 CLASSES = ["boat", "train", "bird"]
@@ -113,7 +114,7 @@ def test_images_without_a_positive_label_are_counted(some: World, capsys: pytest
     assert "9 images have no positive label; their pseudo labels are all background" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------- --suppress, --optimize
+# ---------------------------------------------------------------------------------------------------- --suppress, --clip-steps
 
 
 @pytest.fixture
@@ -141,7 +142,7 @@ def made(out: Path) -> Dict[str, bytes]:
     return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*.np*")) + sorted(out.rglob("*.png"))}
 
 
-@pytest.mark.parametrize("how", [["--optimize", "3"], ["--suppress"], ["--suppress", "--optimize", "2"]])
+@pytest.mark.parametrize("how", [["--clip-steps", "3"], ["--suppress", "--clip-steps", "0"], ["--suppress"]])
 def test_clip_changes_the_cams_and_two_runs_write_the_same_bytes(how: List[str], folder: Path, clip_file: Path) -> None:
     clip = ["--clip", clip_file, "--prompts", folder / "prompts.safetensors"]
     assert refine(folder, "plain", "--align", "none") == 0
@@ -157,9 +158,30 @@ def test_clip_changes_the_cams_and_two_runs_write_the_same_bytes(how: List[str],
     assert len(facts["prompts"]) == 64 and facts["clip"].startswith("clip.pt [") and facts["classes"] == CLASSES
 
 
+def test_clip_steps_are_the_default_where_there_is_a_clip(
+    folder: Path, clip_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def steps(out: str) -> int:
+        return int(json.loads((folder / out / "settings.json").read_text())["clip_steps"])
+
+    assert refine(folder, "without") == 0 and steps("without") == 0
+    assert refine(folder, "none", "--clip-steps", 0) == 0 and steps("none") == 0
+    assert made(folder / "none") == made(folder / "without") and "CLIP" not in capsys.readouterr().out
+    assert refine(folder, "clip", "--clip", clip_file) == 0 and steps("clip") == CLIP_STEPS
+    assert f"CLIP: clip.pt, {CLIP_STEPS} steps\n" in capsys.readouterr().out
+    assert refine(folder, "said", "--clip", clip_file, "--clip-steps", CLIP_STEPS) == 0
+    assert made(folder / "said") == made(folder / "clip") != made(folder / "without")
+    prompts = ["--clip", clip_file, "--prompts", folder / "prompts.safetensors"]
+    assert refine(folder, "prompts", *prompts) == 0 and steps("prompts") == CLIP_STEPS
+    assert made(folder / "prompts") != made(folder / "clip")
+
+
 def test_prompts_and_clip_belong_to_the_settings(folder: Path, clip_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    clip = ["--clip", clip_file, "--optimize", 1]
+    clip = ["--clip", clip_file, "--clip-steps", 1]
     assert refine(folder, "a", *clip) == 0
+    assert refine(folder, "a", "--clip", clip_file, "--clip-steps", 2) == 2
+    assert "holds results of other settings (clip_steps: 1 there, 2 now)" in capsys.readouterr().err
+    assert refine(folder, "a", *clip) == 0  # goes on
     assert refine(folder, "a", *clip, "--prompts", folder / "prompts.safetensors") == 2
     assert refine(folder, "a", *clip, "--set", "lambda_b=1") == 2
     assert capsys.readouterr().err.count("holds results of other settings") == 2
@@ -170,10 +192,11 @@ def test_prompts_and_clip_belong_to_the_settings(folder: Path, clip_file: Path, 
 @pytest.mark.parametrize(
     "extra, reason",
     [
-        (["--prompts", "prompts.safetensors"], "matter only with --suppress or --optimize"),
-        (["--clip", "clip.pt"], "matter only with --suppress or --optimize"),
-        (["--set", "lambda_b=1"], "matter only with --suppress or --optimize"),
-        (["--optimize", "-1"], "--optimize must be at least 0"),
+        (["--clip-steps", "0", "--prompts", "prompts.safetensors"], "matter only where CLIP is used"),
+        (["--clip-steps", "0", "--clip", "clip.pt"], "matter only where CLIP is used"),
+        (["--set", "lambda_b=1"], "matter only where CLIP is used"),
+        (["--device", "cuda"], "matter only where CLIP is used"),
+        (["--clip-steps", "-1"], "--clip-steps must be at least 0"),
         (["--suppress", "--set", "lambda_b"], "--set takes NAME=VALUE; got 'lambda_b'"),
         (["--suppress", "--clip", "CLIP", "--set", "unknown=1"], "unknown"),
         (["--suppress", "--clip", "CLIP", "--set", "lambda_b=-1"], "`lambda_b` must be at least 0"),
@@ -202,15 +225,15 @@ def test_wrong_options(
 
 def test_set_takes_the_names_of_the_configuration(folder: Path, clip_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for clip in (["--clip", clip_file], ["--clip", clip_file, "--prompts", folder / "prompts.safetensors"]):
-        assert refine(folder, "out", "--optimize", 1, *clip, "--set", "lambda_aera=1") == 2
+        assert refine(folder, "out", "--clip-steps", 1, *clip, "--set", "lambda_aera=1") == 2
         expected = "error: PromptRefiner has no option 'lambda_aera'; did you mean 'lambda_area'?\n"
         assert capsys.readouterr() == ("", expected)
 
 
 def test_the_image_statistics_cannot_be_set(folder: Path, clip_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert refine(folder, "out", "--optimize", 1, "--clip", clip_file, "--set", "image_stats=imagenet") == 2
+    assert refine(folder, "out", "--clip-steps", 1, "--clip", clip_file, "--set", "image_stats=imagenet") == 2
     assert capsys.readouterr().err.startswith("error: --set image_stats is not possible: images are read as values from 0 to 1")
-    assert refine(folder, "out", "--optimize", 1, "--clip", clip_file, "--set", "image_stats=None") == 0
+    assert refine(folder, "out", "--clip-steps", 1, "--clip", clip_file, "--set", "image_stats=None") == 0
 
 
 def test_the_configuration_in_the_prompt_file_counts_and_set_overrides_it(
@@ -219,7 +242,7 @@ def test_the_configuration_in_the_prompt_file_counts_and_set_overrides_it(
     usual, other = folder / "prompts.safetensors", folder / "other.safetensors"
     refiner = make_refiner(lambda_b=9.0, lambda_area=2.0, image_stats="imagenet", background_channel=True)
     refiner.load_prompts(usual).save(other)
-    how = ["--optimize", 3, "--align", "none", "--clip", clip_file, "--prompts"]
+    how = ["--clip-steps", 3, "--align", "none", "--clip", clip_file, "--prompts"]
     assert refine(folder, "usual", *how, usual) == 0
     assert refine(folder, "from_the_file", *how, other) == 0
     assert refine(folder, "set", *how, usual, "--set", "lambda_b=9", "--set", "lambda_area=2") == 0

@@ -29,12 +29,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("align", ["pamr", "none"])
-def test_refined_folders_equal_refine_masks(align: str, some: World, make_refiner: Callable[..., Any]) -> None:
+def test_without_clip_folders_equal_refine_masks(align: str, some: World, make_refiner: Callable[..., Any]) -> None:
     assert some.refine("--align", align, "--threshold", 0.35, "--batch-size", 2) == 0
     refiner = make_refiner()
     for name in cam_paths(some.cams):
         img, cam, labels = tensors(some, [name])
-        expected = refiner.refine_masks(img, cam, labels, threshold=0.35, align=None if align == "none" else align)
+        how = None if align == "none" else align
+        expected = refiner.refine_masks(img, cam, labels, threshold=0.35, align=how, clip_steps=0)
         content = read_cam_file(some.out / "cams" / f"{name}.npy", 3)
         assert list(content.cams) == labels[0].nonzero()[:, 0].tolist()
         for k, value in content.cams.items():
@@ -42,19 +43,20 @@ def test_refined_folders_equal_refine_masks(align: str, some: World, make_refine
         assert (some.labels(name) == expected.labels[0].numpy()).mean() > 0.999
 
 
-def test_suppress_equals_refine_masks(some: World, make_refiner: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("how", [{"suppress": True}, {"clip_steps": 3}, {"clip_steps": 2, "suppress": True}])
+def test_clip_in_folders_equals_refine_masks(how: Dict[str, Any], some: World, make_refiner: Callable[..., Any]) -> None:
     refiner = make_refiner(learned=True)
-    options = Options(suppress=True, batch_size=4)
+    options = Options(batch_size=4, **how)
     summary = refine_folder(some.cams, some.images, some.out, 3, options, refiner=refiner, progress=False)
     assert summary.refined == 9 and not summary.failed
     names = [name for name in cam_paths(some.cams) if Image.open(some.images / f"{name}.jpg").size == (32, 24)][:4]
-    expected = refiner.refine_masks(*tensors(some, names), suppress=True).masks
+    expected = refiner.refine_masks(*tensors(some, names), **{"clip_steps": 0, **how}).masks
     for i, name in enumerate(names):
         for k, value in read_cam_file(some.out / "cams" / f"{name}.npy", 3).cams.items():
             assert np.abs(value - expected[i, k].numpy()).max() < 1e-5
 
 
-@pytest.mark.parametrize("options", [Options(suppress=True), Options(optimize=1)])
+@pytest.mark.parametrize("options", [Options(suppress=True), Options(clip_steps=1)])
 def test_using_clip_needs_a_refiner(options: Options, some: World) -> None:
     with pytest.raises(ValueError, match="need a refiner"):
         refine_folder(some.cams, some.images, some.out, 3, options, progress=False)
