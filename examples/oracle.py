@@ -44,8 +44,8 @@ class Pairs(NamedTuple):
 
 
 def variants(masks: Tensor) -> Dict[str, Tensor]:
-    """The true mask and what it is compared with, (P, S, S) each: all ones, 0.5 everywhere, its inverse, and the mask dilated and
-    eroded by squares of a seventh and a fourteenth of the side."""
+    """The true mask and what it is compared with, (P, S, S) each: all ones, 0.5 everywhere, its inverse, and the mask dilated
+    and eroded by squares of a seventh and a fourteenth of the side."""
     side = masks.shape[-1]
 
     def change(operation: Callable[..., np.ndarray], reach: int) -> Tensor:
