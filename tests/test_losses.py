@@ -22,6 +22,9 @@ TWO_FEATURES: Dict[str, Tuple[Callable[..., Tensor], Callable[[Any], Any]]] = {
     "match_foreground": (losses.match_foreground, lambda c: -log(clamped(c))),
     "match_background": (losses.match_background, lambda c: -log(1 - clamped(c))),
     "refine": (losses.refine, lambda c: -log(1 - clamped(c))),
+    "match_foreground_linear": (lambda a, b: losses.match_foreground(a, b, form="linear"), lambda c: 1 - c),
+    "match_background_linear": (lambda a, b: losses.match_background(a, b, form="linear"), lambda c: c if c > 0 else 0 * c),
+    "refine_linear": (lambda a, b: losses.refine(a, b, form="linear"), lambda c: c if c > 0 else 0 * c),
     "prompt_background": (losses.prompt_background, lambda c: -log(clamped(c)) + (LOW - c if c < LOW else 0)),
     "prompt_repel_log": (losses.prompt_repel, lambda c: log(clamped(c)) + (c - HIGH if c > HIGH else 0)),
     "prompt_repel_log1m": (
@@ -150,7 +153,7 @@ def test_closed_form(name: str, relation: str, cos: float) -> None:
     }[relation]
     got = function(a, b)
     assert got.item() == pytest.approx(summand(cos), rel=1e-9)
-    if not (name == "prompt_background" and relation == "orthogonal"):
+    if not (relation == "orthogonal" and (name == "prompt_background" or name.endswith("_linear"))):  # no clamp there
         assert torch.autograd.grad(got, a)[0].abs().max() < 1e-12  # the clamp bites, or the cosine is at an end
 
 

@@ -620,3 +620,45 @@ def test_diverged_prompts_do_not_pass_for_learned(make_refiner: Any, make_batch:
     with pytest.raises(FloatingPointError, match="The prompts diverged .* smaller `lr`"):
         refiner.fit_prompts([(img, labels)], lambda _: cam.detach(), epochs=3, lr=1e30, progress=False)
     assert torch.equal(refiner.prompts.context, before) and refiner.stage == "refine"
+
+
+# ------------------------------------------------------------------------------------------------ views that masks are cut for
+
+
+def test_every_step_cuts_the_masks_at_other_levels_and_a_new_refiner_at_the_same(make_refiner: Any, make_batch: Any) -> None:
+    img, cam, labels = make_batch()
+    runs = []
+    for _ in range(2):
+        refiner = make_refiner(view_sharpness=8.0)
+        runs.append([refiner.compute(img, cam, labels).loss.item() for _ in range(3)])
+    assert runs[0] == runs[1] and len(set(runs[0])) == 3
+    plain = make_refiner()
+    assert plain.compute(img, cam, labels).loss.item() == plain.compute(img, cam, labels).loss.item()
+
+
+def test_the_masks_that_are_returned_are_not_cut(make_refiner: Any, make_batch: Any) -> None:
+    img, cam, labels = make_batch()
+    cut, plain = (make_refiner(view_sharpness=sharpness, lambda_area=1.0).compute(img, cam, labels) for sharpness in (8.0, 0.0))
+    assert torch.equal(cut.masks, plain.masks) and torch.equal(cut.terms["area"], plain.terms["area"])
+    assert cut.terms["match_foreground"] != plain.terms["match_foreground"]
+
+
+@pytest.mark.parametrize("options", [{"view_sharpness": 8.0}, {"view_fill": "blur"}, {"match_form": "linear"}])
+def test_every_form_of_the_views_trains_the_host(options: Any, make_refiner: Any, make_batch: Any) -> None:
+    img, cam, labels = make_batch()
+    cam = cam.detach().requires_grad_(True)
+    make_refiner(learned=True, **options)(img, cam, labels).backward()
+    assert cam.grad is not None and cam.grad.isfinite().all() and cam.grad[labels.bool()].abs().amax() > 0
+
+
+def test_the_linear_form_is_one_minus_the_cosine_and_the_positive_cosine(make_refiner: Any, make_batch: Any) -> None:
+    img, cam, labels = make_batch()
+    refiner = make_refiner(match_form="linear", lambda_b=4.0)
+    out = refiner.compute(img, cam, labels)
+    views = refiner._views(*refiner._check(img, cam, labels)[:2], out.pairs, refiner.config.eps)[1]
+    v_f, v_b = (refiner.encoder.encode_image(view) for view in views)
+    u_f = refiner.text_features[out.pairs[:, 1]]
+    foreground, background = (torch.nn.functional.cosine_similarity(v, u_f) for v in (v_f, v_b))
+    assert torch.allclose(out.terms["match_foreground"], (1 - foreground).mean(), atol=1e-6)
+    assert torch.allclose(out.terms["match_background"], background.clamp(min=0).mean(), atol=1e-6)
+    assert torch.allclose(out.loss, (1 - foreground).mean() + 4 * background.clamp(min=0).mean(), atol=1e-5)

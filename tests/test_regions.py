@@ -207,3 +207,43 @@ def test_split_sums_to_the_image(seed: int, size: int) -> None:
 def test_split_passes_gradcheck() -> None:
     img, mask = random(1, 3, 3, 3).double(), torch.rand(2, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda m: regions.split(img, m, torch.tensor([[0, 0], [0, 1]])), (mask,))
+
+
+def test_sharpen_cuts_at_the_level_and_keeps_zero_and_one() -> None:
+    masks = torch.tensor([[[0.0, 0.29, 0.31, 1.0]], [[0.0, 0.29, 0.31, 1.0]]])
+    cut = regions.sharpen(masks, 500.0, torch.tensor([0.3, 0.6]))
+    assert torch.allclose(cut, torch.tensor([[[0.0, 0.0067, 0.9933, 1.0]], [[0.0, 0.0, 0.0, 1.0]]]), atol=1e-3)
+    assert torch.equal(regions.sharpen(masks, 0.0, torch.tensor([0.3, 0.6])), masks)
+    soft = regions.sharpen(masks, 8.0, torch.tensor([0.3, 0.6]))
+    assert soft[:, 0, 0].abs().max() < 1e-6 and (soft[:, 0, 3] - 1).abs().max() < 1e-6 and (soft.diff(dim=2) > 0).all()
+
+
+def test_sharpen_passes_gradcheck() -> None:
+    masks = torch.rand(2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda m: regions.sharpen(m, 8.0, torch.tensor([0.3, 0.6])), (masks,))
+
+
+def test_a_half_mask_belongs_to_one_side_once_it_is_cut() -> None:
+    half = torch.full((40, 2, 2), 0.5)
+    cut = regions.sharpen(half, 200.0, regions.cut_levels(0, 40))
+    assert ((cut < 0.05) | (cut > 0.95)).float().mean() > 0.9 and 0.4 < cut.mean() < 0.6
+
+
+@given(st.integers(0, 10_000), st.integers(1, 50))
+def test_cut_levels_cover_their_interval_and_go_on_where_they_ended(start: int, count: int) -> None:
+    levels = regions.cut_levels(start, count)
+    assert levels.shape == (count,) and 0.2 <= levels.min() and levels.max() <= 0.8
+    assert torch.equal(regions.cut_levels(start, count + 7)[count:], regions.cut_levels(start + count, 7))
+    assert regions.cut_levels(start, 50).sort().values.diff().max() < 0.06
+
+
+def test_split_with_a_blurred_fill_shows_the_blurred_image_where_something_is_taken_away() -> None:
+    img, mask = random(2, 3, 16, 16), torch.zeros(2, 16, 16)
+    mask[:, :, 8:] = 1
+    pairs = torch.tensor([[1, 0], [0, 2]])
+    foreground, background = regions.split(img, mask, pairs, "blur")
+    assert torch.allclose(foreground[..., 8:], img[[1, 0]][..., 8:]) and torch.allclose(
+        background[..., :8], img[[1, 0]][..., :8]
+    )
+    assert torch.allclose(foreground[..., :8], regions.blur(img)[[1, 0]][..., :8], atol=1e-6)
+    assert torch.allclose(regions.blur(torch.ones(1, 3, 16, 16)), torch.ones(1, 3, 16, 16))
