@@ -20,7 +20,7 @@ from semples_plugin.prompt_learning import PromptFit
 from semples_plugin.prompts import NearestWords
 
 from ..controls import area_only, random_clip
-from ..recipe import COMPACT_CLIP
+from ..recipe import COMPACT_CLIP, PLUS, PLUS_WEIGHT
 from .host import ExtraLoss, HostCam, Split, make_split, train_host
 from .scores import Row, best_row
 from .world import HOME, STUFF, THINGS
@@ -31,25 +31,27 @@ HOST = "host alone"
 AREA = "+ area term alone, no CLIP"
 RANDOM = "+ match, CLIP with random weights"
 NO_AREA = "+ match without the area term"
+LINEAR = "+ match, plus"
 MATCH = "+ match"
 HAND = "+ match + refine, hand-written prompts"
 LEARNED = "+ match + refine, learned prompts"
 HOST_ALIGNED = "host alone, aligned to edges"
 AREA_ALIGNED = "+ area term alone, aligned to edges"
+LINEAR_ALIGNED = "+ match, plus, aligned to edges"
 MATCH_ALIGNED = "+ match, aligned to edges"
 ALIGNED = "+ match + refine, learned, aligned to edges"
 SUPPRESSED = "+ match + refine, learned, suppressed, aligned"
 HOST_SUPPRESSED = "host alone, suppressed, aligned (no training)"
 HOST_REFINED = "host alone, refine_masks (no training)"
 REFINED = "+ match + refine, learned, refine_masks"
-ROWS = (HOST, AREA, RANDOM, NO_AREA, MATCH, HAND, LEARNED, HOST_ALIGNED, AREA_ALIGNED, MATCH_ALIGNED, ALIGNED, SUPPRESSED,
-        HOST_SUPPRESSED, HOST_REFINED, REFINED)  # fmt: skip
-CONTROLS = (AREA, RANDOM, NO_AREA, AREA_ALIGNED)
+ROWS = (HOST, AREA, RANDOM, NO_AREA, MATCH, LINEAR, HAND, LEARNED, HOST_ALIGNED, AREA_ALIGNED, MATCH_ALIGNED, LINEAR_ALIGNED,
+        ALIGNED, SUPPRESSED, HOST_SUPPRESSED, HOST_REFINED, REFINED)  # fmt: skip
+CONTROLS = (AREA, RANDOM, NO_AREA, AREA_ALIGNED, LINEAR, LINEAR_ALIGNED)
 ONE_SEED = tuple(row for row in ROWS if row not in CONTROLS)  # without them the demo takes less time
-TRAINED = (HOST, AREA, RANDOM, NO_AREA, MATCH, HAND, LEARNED)
+TRAINED = (HOST, AREA, RANDOM, NO_AREA, MATCH, LINEAR, HAND, LEARNED)
 # The trained row whose host the other rows show.
-SOURCE = {HOST_ALIGNED: HOST, AREA_ALIGNED: AREA, MATCH_ALIGNED: MATCH, ALIGNED: LEARNED, SUPPRESSED: LEARNED,
-          HOST_SUPPRESSED: HOST, HOST_REFINED: HOST, REFINED: LEARNED}  # fmt: skip
+SOURCE = {HOST_ALIGNED: HOST, AREA_ALIGNED: AREA, MATCH_ALIGNED: MATCH, LINEAR_ALIGNED: LINEAR, ALIGNED: LEARNED,
+          SUPPRESSED: LEARNED, HOST_SUPPRESSED: HOST, HOST_REFINED: HOST, REFINED: LEARNED}  # fmt: skip
 PROMPTED = (LEARNED, ALIGNED, SUPPRESSED, HOST_SUPPRESSED, HOST_REFINED, REFINED)  # rows that need learned prompts
 
 
@@ -92,12 +94,12 @@ def new_refiner(settings: Settings, seed: int, clip: Union[Path, nn.Module] = CL
     return PromptRefiner(list(THINGS), clip=clip, config=settings.config, seed=seed, **options)
 
 
-def refiner_loss(refiner: PromptRefiner) -> ExtraLoss:
-    """The refiner's loss and terms, for `train_host`."""
+def refiner_loss(refiner: PromptRefiner, weight: float = 1.0) -> ExtraLoss:
+    """The refiner's loss with a weight, and its terms, for `train_host`."""
 
     def extra(img: Tensor, cam: Tensor, labels: Tensor) -> Tuple[Tensor, Dict[str, Tensor]]:
         out = refiner.compute(img, cam, labels)
-        return out.loss, out.terms
+        return weight * out.loss, out.terms
 
     return extra
 
@@ -112,6 +114,8 @@ def row_loss(row: str, settings: Settings, seed: int) -> Optional[ExtraLoss]:
         return refiner_loss(new_refiner(settings, seed, random_clip(load_clip(CLIP_FILE).model, seed)))
     if row == NO_AREA:
         return refiner_loss(new_refiner(settings, seed, lambda_area=0.0))
+    if row == LINEAR:
+        return refiner_loss(PromptRefiner(list(THINGS), clip=CLIP_FILE, config=PLUS, seed=seed), PLUS_WEIGHT)
     if row == HAND:
         texts = [f"a photo of {name}." for name in STUFF]  # the same for all classes; which stuff is whose is not given
         return refiner_loss(

@@ -28,7 +28,7 @@ from semples_plugin.metrics import confusion_matrix, iou_per_class, mean_iou
 from semples_plugin.regions import change_stats, pair_masks, positive_pairs, resize_image
 
 from ..controls import area_loss, random_clip
-from ..recipe import COMPACT_CLIP, PHOTOS
+from ..recipe import COMPACT_CLIP, PHOTOS, PLUS_WEIGHT
 from .hosts import CLASSES, Extra, PhotoHost, Photos, cams_of, train
 
 THRESHOLDS = [round(0.02 * i, 2) for i in range(1, 50)]
@@ -72,7 +72,7 @@ class Settings(NamedTuple):
     pool: str = "mean"
     area_weight: Dict[str, float] = {"squeezenet": 1.0, "mobilenet": 0.5}
     score_size: int = 112
-    weight: float = 5.0
+    weight: float = PLUS_WEIGHT
     config: RefinerConfig = PHOTOS
     paper: RefinerConfig = COMPACT_CLIP
 
