@@ -82,6 +82,7 @@ class Result(NamedTuple):
     histories: Dict[str, List[Dict[str, float]]]
     fit: Optional[PromptFit]
     nearest_words: List[NearestWords]
+    hosts: Dict[str, HostCam]
 
 
 @torch.no_grad()
@@ -158,7 +159,7 @@ def run(settings: Settings, seed: int, rows: Sequence[str] = ROWS) -> Result:
         histories[HOST] = first + histories[HOST]
     table, masks = score(hosts, refiner, val, test, settings, rows)
     words = refiner.nearest_words(world_vocabulary(), top=3) if fit is not None else []
-    return Result(table, masks, test, histories, fit, words)
+    return Result(table, masks, test, histories, fit, words, hosts)
 
 
 def score(

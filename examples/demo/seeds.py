@@ -16,6 +16,7 @@ from typing import Any, Dict, List, Sequence
 
 import numpy as np
 
+from ..controls import random_clip
 from ..seeds import cached_rows, paired_difference, select_rows, source_hash, spread
 from . import experiment
 from .experiment import (
@@ -37,7 +38,11 @@ from .experiment import (
     REFINED,
     ROWS,
     SUPPRESSED,
+    Result,
+    Settings,
+    new_refiner,
 )
+from .host import make_split
 from .world import THINGS
 
 COMPARED = (
@@ -53,13 +58,35 @@ COMPARED = (
 
 def run_seed(seed: int, rows: Sequence[str]) -> Dict[str, Any]:
     """Rows of one seed as plain numbers."""
-    result = experiment.run(experiment.Settings(), seed, rows)
+    result = experiment.run(Settings(), seed, rows)
     record: Dict[str, Any] = {
-        "rows": {name: {"miou": row.miou, "share": row.share, "threshold": row.threshold} for name, row in result.rows.items()}
+        "rows": {
+            name: {
+                "miou": row.miou,
+                "iou": row.iou,
+                "share": row.share,
+                "threshold": row.threshold,
+                **checked(name, result, seed),
+            }
+            for name, row in result.rows.items()
+        }
     }
     if result.nearest_words:
         record["words"] = {prompt.name: prompt.words for prompt in result.nearest_words}
     return record
+
+
+def checked(row: str, result: Result, seed: int) -> Dict[str, Any]:
+    """What `PromptRefiner.check` says of a row's loss beforehand, on the CAMs of the host alone: figures per class."""
+    if row not in (MATCH, RANDOM) or HOST not in result.hosts:
+        return {}
+    settings = Settings()
+    refiner = new_refiner(settings, seed)
+    if row == RANDOM:
+        refiner = new_refiner(settings, seed, random_clip(refiner.encoder.model, seed))
+    loader = make_split(150, 10_000 + seed).batches(50)  # the first scenes of the training split
+    report = refiner.check(loader, result.hosts[HOST].cam, progress=False)
+    return {"check": [figures.as_dict() for figures in report.classes], "lambda_area": report.lambda_area}
 
 
 def summary(records: List[Dict[str, Any]]) -> str:
