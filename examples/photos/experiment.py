@@ -165,6 +165,15 @@ def learn_prompts(refiner: PromptRefiner, host: PhotoHost, photos: Photos) -> No
     refiner.fit_prompts_on(torch.cat([f for f, _ in rows]), pairs)
 
 
+def checked(refiner: PromptRefiner, host: PhotoHost, photos: Photos, count: int = 100) -> List[Dict[str, Any]]:
+    """What `PromptRefiner.check` says beforehand, per class, of the CAMs of the first train photos; no mask is looked at."""
+    few = Photos(photos.ids[:count], photos.images[:count], photos.labels[:count], photos.low[:, :count])
+    cams = iter(rectified(cams_of(host, few)).split(20))
+    loader = zip(few.images.split(20), few.labels.split(20))
+    report = refiner.check(loader, lambda img: next(cams), progress=False)
+    return [figures.as_dict() for figures in report.classes]
+
+
 def run(backbone: Tuple[nn.Module, int], clip: nn.Module, data: Data, settings: Settings, host_name: str, seed: int,
         out: Path, rows: Tuple[str, ...] = ROWS) -> Dict[str, Any]:  # fmt: skip
     """Train the host, then on from there once per row; score the CAMs of val.
@@ -244,6 +253,9 @@ def run(backbone: Tuple[nn.Module, int], clip: nn.Module, data: Data, settings: 
             cams = rectified(cams_of(row_host(row), data.val))
         masks = normalized(cams, data.val, size)
         found[row] = score(masks, data.val, data.truth)._asdict()
+        if row in (MATCH, RANDOM):
+            model = random_clip(clip, seed) if row == RANDOM else clip
+            found[row]["check"] = checked(new_refiner(model, config, seed), row_host(ALONE), data.train)
         if row in ALIGNED:
             found[f"{row}, aligned"] = score(aligned(masks, data.val, size), data.val, data.truth)._asdict()
     return found
