@@ -8,9 +8,9 @@ The true masks serve as an oracle, for measurement alone. A row is a configurati
 mask: its mean loss, and the share of pairs in which the true mask has the lower loss. The first column is the share of pairs in
 which no variant has a lower loss than the true mask.
 
-With `--cams DIR`, CAM files of a host, the CAM is one more variant, and a last column tells where the gradient at the CAM points:
-the area under the ROC curve of the negative gradient, smoothed over 5 x 5 of 14 x 14 cells, of cells inside the object against
-cells outside, mean over pairs; 0.5 knows nothing.
+With `--cams DIR`, CAM files of a host, the CAM is one more variant, and a last column tells where the gradient at the CAM
+points: the area under the ROC curve of the negative gradient, smoothed over 5 x 5 of 14 x 14 cells, of cells inside the object
+against cells outside, mean over pairs; 0.5 knows nothing.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def losses_of(refiner: PromptRefiner, data: Pairs, masks: Tensor) -> Tensor:
 
 
 def gradient_auc(refiner: PromptRefiner, data: Pairs, cams: Tensor) -> float:
-    """How well the negative gradient at the CAMs (P, S, S) tells cells inside the object from cells outside; mean over pairs."""
+    """How well the negative gradient at the CAMs (P, S, S) tells cells inside the object from those outside; mean of pairs."""
     inside = F.interpolate(data.masks[:, None], size=(CELLS, CELLS), mode="area")[:, 0]
     coarse = F.interpolate(cams[:, None], size=(CELLS, CELLS), mode="area")[:, 0]
     found = []
