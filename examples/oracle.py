@@ -37,6 +37,7 @@ CONFIGS: Dict[str, RefinerConfig] = {
     "SemPLeS's form, no area term": COMPACT_CLIP.replace(lambda_area=0.0),
     "SemPLeS's form, area weight 1": COMPACT_CLIP,
     "plus": PLUS,
+    "plus, lambda_b 1, area 0.5": PLUS.replace(lambda_b=1.0, lambda_area=0.5),
     "photos": PHOTOS,
 }
 CELLS = 14
