@@ -191,7 +191,7 @@ def optimize(
 
     m' = sigmoid(logit(m) + d), m clamped to [0.02, 0.98], d a map per mask on a coarse grid that starts at 0 and is learned
     with Adam. So a region can grow where m is 0 and go where it is 1, while the detail of m stays. Masks do not influence one
-    another.
+    another; one that gets no gradient stays exactly as it is.
 
     Args:
         masks: (P, h, w) in [0, 1].
@@ -224,7 +224,8 @@ def optimize(
                 optimizer.zero_grad()
                 (loss * len(part)).backward()  # the loss is a mean over pairs
                 optimizer.step()
-            results.append(moved(part, d).detach())
+            still = (d == 0).all(2).all(1)[:, None, None]  # no gradient reached it, as with a class of weight 0
+            results.append(torch.where(still, part, moved(part, d)).detach())
     return torch.cat(results)
 
 

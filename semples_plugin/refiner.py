@@ -356,7 +356,7 @@ class PromptRefiner(nn.Module):
         check_number("clip_steps", clip_steps, 0, whole=True)
         img, cam, labels = self._check(img, cam, labels)
         if clip_steps:
-            cam = self.optimize_cam(img, cam, labels, steps=clip_steps, lr=clip_lr, grid=clip_grid)
+            cam = self._optimize(img, cam, labels, clip_steps, clip_lr, clip_grid)
         pairs = regions.positive_pairs(labels)
         weight = None
         if suppress and len(pairs):
@@ -396,10 +396,13 @@ class PromptRefiner(nn.Module):
         Returns:
             (B, C, h, w) in [0, 1]: the normalized CAM of present classes after the steps, 0 for absent ones.
         """
+        return self._optimize(*self._check(img, cam, labels), steps, lr, grid)
+
+    def _optimize(self, img: Tensor, cam: Tensor, labels: Tensor, steps: int, lr: float, grid: int) -> Tensor:
+        """`optimize_cam` of a batch that was checked."""
         for name, value in (("steps", steps), ("grid", grid)):
             check_number(name, value, 1, whole=True)
         check_number("lr", lr, 0)
-        img, cam, labels = self._check(img, cam, labels)
         size, at_once = (self._encoder.image_size,) * 2, max(1, (self.config.max_views or 2 * labels.numel()) // 2)
         with torch.inference_mode(False), torch.no_grad():  # tensors that gradients can pass, also under inference mode
             cam, pairs = cam.detach().clone(), regions.positive_pairs(labels).clone()

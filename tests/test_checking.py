@@ -94,7 +94,7 @@ def test_the_area_weight_is_the_smallest_that_lets_the_cam_win(seed: int, count:
         assert max(others) < 0.5 + 1e-9
         return
     weight, reached = found
-    assert holding(weight, values, areas) == pytest.approx(reached) and reached >= 0.5
+    assert holding(weight, values, areas) == pytest.approx(reached) and reached >= min(share, 0.5)
     assert reached >= min(share, max(others)) - 1e-9
     smaller = [one for i, one in enumerate(others) if i * 31 / 1000 < weight - 1e-3]
     assert all(one < min(share, reached) + 1e-9 for one in smaller)

@@ -67,7 +67,8 @@ def test_optimize_cam_leaves_a_class_of_weight_0_as_it_is(make_refiner: Any, mak
     found = make_refiner(class_weights={"train": 0}).optimize_cam(img, cam, labels, steps=3)
     free = make_refiner().optimize_cam(img, cam, labels, steps=3)
     assert torch.equal(found[:, 1], start[:, 1])
-    assert torch.allclose(found[:, [0, 2]], free[:, [0, 2]], atol=1e-4) and not torch.equal(found, start)
+    # Adam's epsilon makes steps depend a little on the scale of the loss, which the weighted mean changes.
+    assert torch.allclose(found[:, [0, 2]], free[:, [0, 2]], atol=1e-3) and not torch.equal(found, start)
 
 
 def test_class_weights_are_saved_with_the_prompts(make_refiner: Any, aligned_clip: Any, tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ ARGUMENTS: Dict[str, Tuple[Dict[str, Any], type, str]] = {
         TypeError,
         "PromptRefiner has no option 'lambda_aera'; did you mean 'lambda_area'?",
     ),
-    "unlike any option": ({"zzz": 1.0}, TypeError, "PromptRefiner has no option 'zzz'; its options are lambda_b, .*, seed"),
+    "unlike any option": ({"zzz": 1.0}, TypeError, "PromptRefiner has no option 'zzz'; its options are match_form, .*, seed"),
     "a name as configuration": (
         {"config": "voc"},
         TypeError,

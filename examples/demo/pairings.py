@@ -17,7 +17,7 @@ from typing import Any, Dict, List, Optional
 import torch
 
 from ..seeds import cached_record, source_hash
-from .experiment import Settings, new_refiner, train_with_refiner, world_vocabulary
+from .experiment import Settings, new_refiner, refiner_loss, world_vocabulary
 from .host import HostCam, make_split, train_host
 from .world import WORLD, World
 
@@ -36,8 +36,9 @@ def run_seed(seed: int, world: World = WORLD, settings: Optional[Settings] = Non
     host = HostCam()
     train_host(host, train, settings.host_steps, settings.host_lr, settings.host_batch_size, seed, "host: classification only")
     refiner = new_refiner(settings, seed)
-    matched, _ = train_with_refiner(host, refiner, train, settings, seed, "stage a: match")
-    fit = refiner.fit_prompts(train.batches(50), matched.cam)
+    loss = refiner_loss(refiner)
+    train_host(host, train, settings.stage_steps, settings.stage_lr, settings.batch_size, seed, "stage a: match", loss)
+    fit = refiner.fit_prompts(train.batches(50), host.cam)
     rows = []
     for prompt, reading in zip(fit.prompts, refiner.nearest_words(world_vocabulary(), top=1)):
         ((word, cosine),) = reading.words
