@@ -10,9 +10,11 @@ start with L_match + lambda L_refine); `all` runs the three, each in a process o
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -25,7 +27,8 @@ from ..config import config_for, parse_assignments
 from ..errors import SemplesError
 from ..refiner import PromptRefiner
 from .registry import make_source, names
-from .runner.job import STAGES, Job
+from .runner.dry_run import dry_run
+from .runner.job import STAGES, Job, Target
 from .runner.record import forget
 from .runner.stages import run_all, run_stage
 from .sources import CamSource
@@ -43,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     assignments: Dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
-    add("host", metavar="HOST", choices=names(), help=", ".join(names()))
+    add("host", metavar="HOST", help=f"{', '.join(names())}; with --source any name")
     add("--repo", type=Path, required=True, metavar="DIR", help="folder of the host; the runner changes nothing in it")
     add("--stage", choices=["all", *STAGES, "plain"], default="all", help="default: %(default)s")
     add("--out", type=Path, metavar="DIR", help="folder for prompts, weights, logs and record; default: runs/HOST")
@@ -57,7 +60,21 @@ def make_parser() -> argparse.ArgumentParser:
         "default: what the script starts from")  # fmt: skip
     add("--mode", choices=["add", "replace"], default="add", help="add to the host's label loss, or replace it; "
         "default: %(default)s")  # fmt: skip
-    add("--passes", type=int, default=1, metavar="N", help="forward passes of the host per label loss; default: %(default)s")
+    add("--network", metavar="CLASS", help="class name of the network; default: the first that fits the adapter")
+    add("--label-loss", metavar="NAME", help="loss of torch.nn.functional that the refiner's is added to, or backward; default: "
+        "the multi-label losses over the classes")  # fmt: skip
+    add("--labels", metavar="WHERE", help="loader, loader:KEY, forward:NAME or package.module:function; default: the targets of "
+        "the label loss")  # fmt: skip
+    add("--forward-pass", default="first", metavar="first|last|N", help="which forward pass of a step gives the CAM; default: "
+        "%(default)s of those in the label loss")  # fmt: skip
+    add("--first-step", type=int, default=1, metavar="N", help="the first step with the refiner's loss; default: %(default)s")
+    add("--last-step", type=int, metavar="N", help="the last one; default: that of the script")
+    add("--source", metavar="PACKAGE.MODULE:CLASS", help="a CamSource of your own; --host-option gives its arguments")
+    add("--attach", action="append", default=[], metavar="'HOST NAME=VALUE ...'", help="a further network of the script, with "
+        "options of its adapter and network, label_loss, labels, forward_pass, first_step, last_step")  # fmt: skip
+    add("--allow-others", action="store_true", help="the script may train further networks without the refiner")
+    add("--dry-run", type=int, nargs="?", const=3, metavar="STEPS", help="run a few steps, print what was attached to what, and "
+        "write no weights; default: %(const)s steps")  # fmt: skip
     add("--weight", type=float, default=1.0, help="factor on the refiner's loss; default: %(default)s")
     add("--set", help="option of RefinerConfig, such as lambda_area=1", **assignments)
     add("--host-option", help="option of the host's adapter, such as cam=patch", **assignments)
@@ -106,6 +123,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     if options.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
+        if options.dry_run is not None:
+            return dry_run(job)
         if options.stage != "all":
             run_stage(job, options.stage)
             return 0
@@ -150,7 +169,7 @@ def _check(options: argparse.Namespace, script: List[str]) -> None:
             raise ValueError(f"--{name}: there is no file {path}.")
     if options.cwd is not None and not options.cwd.is_dir():
         raise ValueError(f"--cwd: there is no folder {options.cwd}.")
-    for name in ("log-every", "passes", "prompt-epochs"):
+    for name in ("log-every", "prompt-epochs", "dry-run"):
         value = getattr(options, name.replace("-", "_"))
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1; got {value}.")
@@ -178,6 +197,54 @@ def _out(options: argparse.Namespace) -> Path:
     return (options.out or Path("runs") / options.host).resolve()
 
 
+OF_ATTACH = ("network", "label_loss", "labels", "forward_pass", "first_step", "last_step")
+
+
+def _targets(options: argparse.Namespace) -> List[Tuple[Target, Dict[str, Any]]]:
+    """The networks to attach to, each with the options of its adapter, for the record."""
+    given = parse_assignments("--host-option", options.host_option)
+    if options.stage == "plain":
+        return [(Target(options.host, CamSource(), {}), given)]
+    if options.source is not None:
+        source = _loaded("--source", options.source)(**given)
+        if not isinstance(source, CamSource):
+            raise ValueError(f"--source must name a CamSource; {options.source} gives {type(source).__name__}.")
+    else:
+        source = make_source(options.host, **given)
+    common = {"mode": options.mode, "weight": options.weight}
+    first = _for_attach({name: getattr(options, name) for name in OF_ATTACH if getattr(options, name) is not None})
+    found = [(Target(options.host, source, {**common, **first}), {**given, **({"source": options.source} if options.source else {})})]
+    for text in options.attach:
+        host, *assignments = shlex.split(text)
+        values = parse_assignments("--attach", assignments)
+        own = {name: values.pop(name) for name in OF_ATTACH if name in values}
+        found.append((Target(host, make_source(host, **values), {**common, **_for_attach(own)}), values))
+    return found
+
+
+def _for_attach(options: Dict[str, Any]) -> Dict[str, Any]:
+    """Options of `attach` as they are, from what a command line can say."""
+    labels, which = options.get("labels"), options.get("forward_pass")
+    if isinstance(labels, str) and ":" in labels and labels.partition(":")[0] not in ("loader", "forward"):
+        options["labels"] = _loaded("--labels", labels)
+    if isinstance(which, str) and which.isdigit():
+        options["forward_pass"] = int(which)
+    return options
+
+
+def _loaded(option: str, text: str) -> Any:
+    """`package.module:name` of the user's own code."""
+    module, _, name = text.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{option} must be package.module:name that Python can import from here; got {text!r} ({error}).") from error
+
+
+def _name_of(value: Any) -> str:
+    return f"{value.__module__}:{value.__qualname__}"
+
+
 def _job(options: argparse.Namespace, script: List[str]) -> Job:
     _check(options, script)
     repo, out = options.repo.resolve(), _out(options)
@@ -199,9 +266,11 @@ def _job(options: argparse.Namespace, script: List[str]) -> Job:
         if options.cluster_prompts:
             overrides["clusters"] = clusters.as_dict()
     config = config_for(options.classes).replace(**overrides)
-    adapter_options = parse_assignments("--host-option", options.host_option)
+    targets = _targets(options)
+    described = [{"host": target.host, "adapter": given, **target.options} for target, given in targets]
     facts = {
-        "host": options.host,
+        **described[0],
+        "attach": described[1:],
         "script": script,
         "repo": str(repo),
         "cwd": str(cwd),
@@ -210,10 +279,7 @@ def _job(options: argparse.Namespace, script: List[str]) -> Job:
         "checkpoint": checkpoint and str(checkpoint),
         "clip": clip,
         "refiner": config.as_dict(),
-        "adapter": adapter_options,
-        "mode": options.mode,
-        "weight": options.weight,
-        "passes": options.passes,
+        "allow_others": options.allow_others,
         "prompt_epochs": options.prompt_epochs,
         "seed": options.seed,
         "cpu": options.cpu,
@@ -221,10 +287,9 @@ def _job(options: argparse.Namespace, script: List[str]) -> Job:
     if clusters is not None:  # the record of a run without clusters does not mention them
         as_json = {key: str(value) if value == float("-inf") else value for key, value in branch_options.items()}
         facts["clusters"] = {"members": clusters.as_dict(), "options": as_json, "lr": options.branch_lr}
-    facts = json.loads(json.dumps(facts, allow_nan=False))  # as they will be read from the record: a tuple becomes a list
+    facts = json.loads(json.dumps(facts, allow_nan=False, default=_name_of))  # as they will be read from the record: a tuple becomes a list
     return Job(
-        host=options.host,
-        source=CamSource() if options.stage == "plain" else make_source(options.host, **adapter_options),
+        targets=[target for target, _ in targets],
         script=script,
         repo=repo,
         cwd=cwd,
@@ -234,15 +299,14 @@ def _job(options: argparse.Namespace, script: List[str]) -> Job:
         prompts=prompts or out / "prompts.safetensors",
         checkpoint=checkpoint,
         prompt_epochs=options.prompt_epochs,
-        mode=options.mode,
-        weight=options.weight,
-        passes=options.passes,
         seed=options.seed,
         cpu=options.cpu,
         log_every=options.log_every,
         make_branch=None if clusters is None else lambda model: ClusterBranch(clusters, model, **branch_options),
         branch_lr=options.branch_lr,
         branch=branch_file,
+        allow_others=options.allow_others,
+        dry_run=options.dry_run,
     )
 
 

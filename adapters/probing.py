@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .._hooks import unwrap
+from .._text import listing
 from ..errors import HostError
 from ..refiner import PromptRefiner
 from .recorder import Capture, Recorder, models_being_probed
-from .sources import CamSource, check_model, check_source, foreground_cam
+from .sources import CamSource, check_model, check_source, foreground_cams
 
 __all__ = ["Probe", "Reach", "probe_host"]
 
@@ -44,6 +45,7 @@ class Probe(NamedTuple):
         loss: value of the refiner's loss, NaN if there was none.
         rows: one `Reach` per part of the host, in the host's order.
         names: names of all parameters with a finite, non-zero gradient.
+        cam: shapes of the CAMs, and how they relate to the host's own class scores where that is known.
     """
 
     verdict: str
@@ -51,6 +53,7 @@ class Probe(NamedTuple):
     loss: float
     rows: List[Reach]
     names: List[str]
+    cam: str = ""
 
     def __str__(self) -> str:
         width = max([len("module"), *(len(row.name) for row in self.rows)])
@@ -58,7 +61,7 @@ class Probe(NamedTuple):
         for row in self.rows:
             numbers = f"{row.gradient:>10.2e}  {row.relative:>10.2e}" if row.reached else f"{'-':>10}  {'-':>10}"
             lines.append(f"{row.name:<{width}}  {row.parameters:>12,}  {row.reached:>12,}  {numbers}")
-        return "\n".join([*lines, f"loss {self.loss:.4f}", f"verdict: {self.verdict}"])
+        return "\n".join([*lines, f"CAM {self.cam}", f"loss {self.loss:.4f}", f"verdict: {self.verdict}"])
 
 
 class _Trace:
@@ -107,7 +110,8 @@ def probe_host(
         if not captures:
             raise HostError(f"{type(inner).__name__} was called, but its forward hooks did not fire; nothing was captured.")
         with torch.enable_grad():
-            return _judge(source, inner, refiner, captures[0], labels, trace.outputs, depth)
+            found = _judge(source, inner, refiner, captures[0], labels, trace.outputs, depth)
+        return found._replace(cam=_cam_in_words(source, captures[0]))
     finally:
         models_being_probed.discard(inner)
         trace.remove()
@@ -130,20 +134,22 @@ def _judge(
     depth: int,
 ) -> Probe:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    cam = foreground_cam(source, capture.img, capture.output, capture.records)
+    cams = foreground_cams(source, capture.img, capture.output, capture.records)
     nothing: Dict[str, Optional[Tensor]] = dict.fromkeys(parameters)
     bad = next((name for name, value in outputs if not bool(torch.isfinite(value).all())), None)
-    if bad is not None or not bool(torch.isfinite(cam).all()):
+    if bad is not None or not all(bool(torch.isfinite(cam).all()) for cam in cams):
         where = f"module {bad!r}, the first whose output is not finite" if bad else f"the CAM itself ({source.name})"
         return _probe(f"NaN at {where}", False, math.nan, nothing, parameters, depth)
-    if not cam.requires_grad:
+    if not all(cam.requires_grad for cam in cams):
         return _probe(f"detached at {_cut(outputs, capture.records.names())}", False, math.nan, nothing, parameters, depth)
-    out = refiner.compute(capture.img.detach().to(cam.device), cam, labels.to(cam.device))
+    count = len(labels) if len(capture.img) % len(labels) == 0 else len(capture.img)  # a multiple: the first part counts
+    outs = [refiner.compute(capture.img.detach()[:count].to(cam.device), cam[:count], labels.to(cam.device)) for cam in cams]
+    total = sum((out.loss.to(cams[0].device) for out in outs[1:]), outs[0].loss)
     inside = [(name, value) for name, value in outputs if value.requires_grad]
     wanted = [*parameters.values(), *(value for _, value in inside)]
-    found = torch.autograd.grad(out.loss, wanted, allow_unused=True) if wanted else ()
+    found = torch.autograd.grad(total, wanted, allow_unused=True) if wanted else ()
     gradients: Dict[str, Optional[Tensor]] = dict(zip(parameters, found))
-    loss = float(out.loss.detach())
+    loss = float(total.detach())
     broken = [name for name, g in gradients.items() if g is not None and not bool(torch.isfinite(g).all())]
     if broken:
         # The gradient runs from the last module to the first: NaN enters where the last module in that order has it.
@@ -165,7 +171,7 @@ def _judge(
     moved = [name for name in reached if bool(gradients[name].any())]  # type: ignore[union-attr]
     if not moved:
         verdict = (
-            f"attached, but the gradient is zero: the terms are flat here ({_flat(out.terms)}). A cosine at the edge of its "
+            f"attached, but the gradient is zero: the terms are flat here ({_flat(outs[0].terms)}). A cosine at the edge of its "
             "clamp or a CAM that is flat or all negative does that; try another batch"
         )
         return _probe(verdict, False, loss, gradients, parameters, depth)
@@ -178,6 +184,13 @@ def _judge(
     if missed:
         verdict += f"; not {', '.join(missed[:6])}{' ...' if len(missed) > 6 else ''}"
     return _probe(verdict, True, loss, gradients, parameters, depth)
+
+
+def _cam_in_words(source: CamSource, capture: Capture) -> str:
+    with torch.no_grad():
+        cams = foreground_cams(source, capture.img, capture.output, capture.records)
+    agreement = source.agreement(capture.records)
+    return listing([tuple(cam.shape) for cam in cams], quote=False) + (f"; {agreement}" if agreement else "")
 
 
 def _probe(

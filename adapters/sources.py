@@ -5,7 +5,9 @@ Flow: a host's modules -> `recorder` -> **Records** -> **CamSource.cam** -> refi
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Type
+import difflib
+import inspect
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 from torch import Tensor, nn
 
@@ -14,22 +16,35 @@ from .._hooks import unwrap
 from .._text import describe, listing
 from ..errors import HostError
 from ..refiner import PromptRefiner
+from .graph import Nodes, nodes_of
 
-__all__ = ["CamSource", "Records", "check_model", "check_source", "foreground_cam"]
+__all__ = ["CamSource", "Records", "check_model", "check_source", "foreground_cams", "nearest"]
 
 
 class Records:
     """Outputs of the watched modules in one forward pass of the host; `records["head"]` is the first output of `head`.
 
     A module that ran more than once (on local crops after the image, say) has its outputs in order in `records.all("head")`.
+
+    Attributes:
+        nodes: graph nodes of the outputs.
     """
 
     def __init__(self, watched: Mapping[str, nn.Module]):
         self._outputs: Dict[str, List[Any]] = {name: [] for name in watched}
+        self._inputs: Dict[str, Any] = {}
+        self.nodes: Nodes = frozenset()
 
-    def add(self, name: str, output: Any) -> None:
-        """Append an output of a watched module."""
+    def add(self, name: str, output: Any, inputs: Any = ()) -> None:
+        """Append an output of a watched module, and what the module got."""
         self._outputs[name].append(output)
+        self._inputs.setdefault(name, inputs)
+        self.nodes |= nodes_of(output)
+
+    def input(self, name: str) -> Any:
+        """The first argument of a watched module in its first call, or None if it did not run."""
+        inputs = self._inputs.get(name)
+        return inputs[0] if isinstance(inputs, tuple) and inputs else None
 
     def names(self) -> List[str]:
         """Names of the watched modules, in the order of `CamSource.modules`."""
@@ -51,7 +66,8 @@ class Records:
             ran = [other for other, found in self._outputs.items() if found]
             raise HostError(
                 f"The CAM needs the output of {name!r}, which did not run in this forward pass; of the watched modules "
-                f"{listing(ran)} ran. Hooks see only calls of the module itself, not of its methods or its weight."
+                f"{listing(ran)} ran. Hooks see only calls of the module itself, not of `.forward(...)`, other methods or its "
+                "weight."
             )
         return outputs[0]
 
@@ -63,11 +79,15 @@ class CamSource:
         name: of the host, for messages.
         background_channel: whether channel 0 of `cam(...)` is background.
         image_stats: statistics of the host's images as `PromptRefiner` takes them, or None if they are not known.
+        calls: names of further methods of the network that a loop calls in the place of `model(...)`.
+        phases: what the host does differently later in its training, and the option of its script that brings it forward.
     """
 
     name = "host"
     background_channel = False
     image_stats: Any = None
+    calls: Sequence[str] = ()
+    phases: Sequence[str] = ()
 
     def modules(self, model: nn.Module) -> Dict[str, nn.Module]:
         """Modules of the (unwrapped) model whose outputs `cam` needs, by name.
@@ -77,15 +97,23 @@ class CamSource:
         """
         return {}
 
-    def cam(self, img: Tensor, output: Any, records: Records) -> Tensor:
+    def cam(self, img: Tensor, output: Any, records: Records) -> Union[Tensor, Sequence[Tensor]]:
         """Class activation maps (B, C, h, w) of one forward pass, attached to its graph.
 
         Args:
             img: (B, 3, H, W) the host's input.
-            output: what the host's `forward` returned.
+            output: what the host's `forward` returned; None if the host computes its loss inside `forward`.
             records: what the modules of `modules` returned.
+
+        Returns:
+            One tensor, or several for a host with several CAMs (two branches, say): each gets a loss, and their sum is added
+            once.
         """
         raise NotImplementedError
+
+    def agreement(self, records: Records) -> str:
+        """How the CAM relates to the class scores that the host itself computed in this pass, in words; "" if not known."""
+        return ""
 
     def image(self, inputs: Tuple[Any, ...], keywords: Mapping[str, Any]) -> Optional[Tensor]:
         """The image batch among the arguments of the host's `forward`; by default the first one that looks like it."""
@@ -95,7 +123,18 @@ class CamSource:
         return None
 
     def run(self, model: nn.Module, img: Tensor) -> Any:
-        """Call the host with nothing but images, for `probe` and `cam_of`."""
+        """Call the host with nothing but images, for `probe` and `cam_of`.
+
+        Raises:
+            HostError: if its `forward` needs more.
+        """
+        try:
+            inspect.signature(unwrap(model).forward).bind(img)
+        except TypeError as error:
+            raise HostError(
+                f"{type(unwrap(model)).__name__} cannot be called with an image batch alone: {error}. Say how: "
+                "run=lambda model, img: model(img, ...) for a generic host, or `run` of your CamSource."
+            ) from error
         return model(img)
 
     @staticmethod
@@ -115,19 +154,42 @@ class CamSource:
                 what = "is missing" if module is None else f"is a {type(module).__name__}"
                 raise HostError(
                     f"This is no {host} model: expected the module {name!r} ({kind.__name__}), which {what} in "
-                    f"{type(model).__name__}. Its modules are {listing([n for n, _ in model.named_children()])}. "
+                    f"{type(model).__name__}. {nearest(name, (n for n, _ in model.named_modules() if n))}Its modules are "
+                    f"{listing([n for n, _ in model.named_children()])}. "
                     'For another network use attach("generic", ...).'
                 )
             found[name] = module
         return found
 
 
-def foreground_cam(source: CamSource, img: Tensor, output: Any, records: Records) -> Tensor:
-    """The CAM (B, C, h, w) of one forward pass, without background channel: what all adapters hand to the refiner."""
-    cam = source.cam(img, output, records)
-    if not isinstance(cam, Tensor):
-        raise HostError(f"The CAM of {source.name} must be a tensor (B, C, h, w); got {describe(cam)}.")
-    return cam[:, 1:] if source.background_channel else cam
+def foreground_cams(source: CamSource, img: Tensor, output: Any, records: Records) -> List[Tensor]:
+    """The CAMs (B, C, h, w) of one forward pass, mostly one, without background channel: what all adapters hand to the refiner.
+
+    Raises:
+        HostError: if they are no maps.
+    """
+    made = source.cam(img, output, records)
+    cams = list(made) if isinstance(made, (tuple, list)) else [made]
+    for cam in cams:
+        if not isinstance(cam, Tensor):
+            raise HostError(f"The CAM of {source.name} must be a tensor (B, C, h, w); got {describe(cam)}.")
+        if cam.ndim == 4 and cam.shape[2:] == (1, 1):
+            raise HostError(
+                f"The CAM of {source.name} is {tuple(cam.shape)}: a 1 x 1 map says which classes are there, not where. Name the "
+                "module before pooling."
+            )
+    if not cams:
+        raise HostError(f"The CAM of {source.name} must be a tensor (B, C, h, w) or a list of them; got an empty list.")
+    return [cam[:, 1:] if source.background_channel else cam for cam in cams]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """"Did you mean ...? " with the names most like `name`; empty without any."""
+    names = list(names)
+    last = name.rpartition(".")[2]
+    close = sorted((other for other in names if other.rpartition(".")[2] == last), key=lambda other: other.count("."))[:3]
+    close += [other for other in difflib.get_close_matches(name, names, 3, 0.7) if other not in close]
+    return f"Did you mean {' or '.join(map(repr, close[:3]))}? " if close else ""
 
 
 def check_model(source: CamSource, model: Any) -> None:

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 
 from ..._hooks import unwrap
 from ...refiner import PromptRefiner
-from ..loop import LoopWatcher
+from ..loop import LoopWatcher, first_part
+from ..patches import replaced
 from ..recorder import Capture
-from ..sources import CamSource, foreground_cam
-from .compat import replaced
+from ..sources import CamSource, foreground_cams
 
 __all__ = ["Collector", "one_pass"]
 
@@ -29,14 +29,14 @@ class Collector(LoopWatcher):
     Args:
         source: where the host's CAM comes from.
         refiner: encodes the backgrounds.
-        passes: forward passes per label loss, as for `attach`.
+        **options: of `LoopWatcher`: where the host and its labels are.
 
     Attributes:
         images: number of images so far.
     """
 
-    def __init__(self, source: CamSource, refiner: PromptRefiner, passes: int = 1):
-        super().__init__(source, None, refiner.classes, passes=passes)
+    def __init__(self, source: CamSource, refiner: PromptRefiner, **options: Any):
+        super().__init__(source, None, refiner.classes, **options)
         self.refiner = refiner
         self.features: List[Tensor] = []
         self.pairs: List[Tensor] = []
@@ -45,15 +45,15 @@ class Collector(LoopWatcher):
         self._weights: Dict[str, Tensor] = {}
         self._hold: Any = None
 
-    def bind(self, model: nn.Module, under_way: bool = False) -> None:
-        super().bind(model, under_way)
+    def bind(self, model: nn.Module) -> None:
+        super().bind(model)
         inner = unwrap(model)
         self._weights = {name: value.detach().clone() for name, value in inner.state_dict().items()}
         self._hold = model.register_forward_pre_hook(lambda module, inputs: self._restore(inner))
         self._restore(inner)
 
-    def release(self) -> None:
-        super().release()
+    def _release(self) -> None:
+        super()._release()
         if self._hold is not None:
             self._hold.remove()
             self._hold = None
@@ -72,12 +72,12 @@ class Collector(LoopWatcher):
                 module.training = False
 
     def step(self, capture: Capture, labels: Tensor) -> None:
-        cam = foreground_cam(self.source, capture.img, capture.output, capture.records).detach()
-        img = capture.img.detach().to(cam.device)
-        features, pairs = self.refiner.encode_backgrounds(img, cam, labels.to(cam.device))
-        self.features.append(features)
-        self.pairs.append(pairs + torch.tensor([self.images, 0]))
-        self.images += len(img)
+        for cam in foreground_cams(self.source, capture.img, capture.output, capture.records):
+            img, cam = first_part((capture.img.detach().to(cam.device), cam.detach()), len(labels))
+            features, pairs = self.refiner.encode_backgrounds(img, cam, labels.to(cam.device))
+            self.features.append(features)
+            self.pairs.append(pairs + torch.tensor([self.images, 0]))
+        self.images += len(labels)
         self.steps += 1
 
     def collected(self) -> Tuple[Tensor, Tensor]:

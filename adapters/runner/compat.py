@@ -17,25 +17,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...errors import HostError
+from ..patches import replaced
 
-__all__ = ["explained_torchvision", "old_libraries", "on_cpu", "replaced"]
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, **values: Any) -> Iterator[None]:
-    """Replace attributes of a module or class for the time of a `with`; those it lacked are removed again."""
-    missing = object()
-    before = {name: vars(owner).get(name, missing) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(owner, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            if value is missing:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, value)
+__all__ = ["explained_torchvision", "old_libraries", "on_cpu"]
 
 
 # ---------------------------------------------------------------------------------------------------- no GPU

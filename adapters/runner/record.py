@@ -81,6 +81,7 @@ def forget(out: Path, stages: Sequence[str], whole: bool) -> None:
         for name in (
             f"{stage}.pt",
             f"{stage}.jsonl",
+            *(path.name for end in ("pt", "jsonl") for path in out.glob(f"{stage}.[0-9]*.{end}")),
             f"{stage}.clusters.safetensors",
             *(["prompts.safetensors"] if stage == "prompt" else []),
         ):

@@ -1,6 +1,6 @@
 """The stages of a run, each in this process: match and refine (training), prompt (learning the prompts), plain.
 
-Flow: `job` -> **stages** -> `process`, `finder`, `collector`, `record`.
+Flow: `job` -> **stages** -> `process`, `collector`, `record`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ...errors import HostError
 from ...refiner import PromptRefiner
 from ..attachment import Attachment
 from ..branch_training import BranchTraining
+from ..finder import ModelFinder
 from ..loop import LoopWatcher
 from .collector import Collector, one_pass
-from .finder import ModelFinder
-from .job import Job
+from .job import Job, Target
 from .process import host_process, run_script
 from .record import Record, is_main, now, versions
 
@@ -75,13 +75,14 @@ def _plain(job: Job) -> None:
             run_script(job)
             return
 
-        def found(model: nn.Module) -> None:
+        def found(model: nn.Module, inputs: Any) -> None:
             stack.enter_context(branch.insert(model))
             print(f"semples: {job.branch} is in {type(unwrap(model)).__name__}", file=sys.stderr)
 
         finder = stack.enter_context(ModelFinder(branch.insert, found, training=False))
         run_script(job)
-        finder.model_of(job.script[0], "a transformer for this branch")
+        if finder.model is None:
+            raise finder.none_fits(job.script[0], "a transformer for this branch")
 
 
 def _refiner(job: Job) -> PromptRefiner:
@@ -109,29 +110,27 @@ def _start(job: Job, stage: str) -> Optional[Path]:
     return job.checkpoint
 
 
-def _attach_when_found(
-    job: Job,
+def _when_found(
     watcher: LoopWatcher,
+    job: Job,
+    target: Target,
     start: Optional[Path],
-    make_branch: Optional[Callable[[nn.Module], BranchTraining]],
-) -> ModelFinder:
-    """Load the host's weights and put the hooks on when its model is found."""
+    make_branch: Optional[Callable[[nn.Module], BranchTraining]] = None,
+) -> None:
+    """Load the host's weights and make its branch in the moment in which its network is found."""
 
     def found(model: nn.Module) -> None:
+        name = type(unwrap(model)).__name__
         if start is not None:
             _load_weights(start, unwrap(model))
-            print(f"semples: {type(unwrap(model)).__name__} starts from {start}", file=sys.stderr)
+            print(f"semples: {name} starts from {start}", file=sys.stderr)
         if make_branch is not None:
             watcher.branch = make_branch(unwrap(model))
             watcher.branch.begin()
-        watcher.bind(model, under_way=True)
-        print(f"semples: attached to {type(unwrap(model)).__name__}", file=sys.stderr)
+        print(f"semples: attached to {name}", file=sys.stderr)
 
-    return ModelFinder(job.source.modules, found)
-
-
-def _known_model(job: Job) -> str:
-    return f"a model that the adapter {job.host!r} knows"
+    watcher.on_model = found
+    watcher.script, watcher.what = job.script[0], f"a network that the adapter {target.host!r} knows"
 
 
 def _train(job: Job, stage: str) -> Dict[str, Any]:
@@ -145,27 +144,52 @@ def _train(job: Job, stage: str) -> Dict[str, Any]:
                 "give them: --prompts FILE."
             )
         refiner.load_prompts(job.prompts)
-    log = _log(job.out / f"{stage}.jsonl", job.log_every)
-    attachment = Attachment(job.source, None, refiner, mode=job.mode, weight=job.weight, passes=job.passes)
+    attachments = [Attachment(target.source, None, refiner, **target.options) for target in job.targets]
+    first = attachments[0]
 
     def make_branch(model: nn.Module) -> BranchTraining:
         assert job.make_branch is not None
         branch = job.make_branch(model).to(next(model.parameters()).device)
         return BranchTraining(branch, torch.optim.AdamW(branch.parameters(), lr=job.branch_lr), refiner)
 
-    with log as write:
-        attachment.on_step = write if is_main() else None
-        waiting = _attach_when_found(job, attachment, start, None if job.make_branch is None else make_branch)
-        with host_process(job) as notes, attachment, waiting as finder:
-            run_script(job)
-            model = finder.model_of(job.script[0], _known_model(job))
-    weights = unwrap(model).state_dict()
-    if is_main():
-        if attachment.branch is not None:  # before the weights: the next stage looks for those
-            attachment.branch.branch.save(_branch_file(job, stage))
-        write_atomically(job.out / f"{stage}.pt", lambda file: torch.save({"model": weights}, file))
-    print(f"semples: {stage}: {attachment.steps} steps, weights in {job.out / f'{stage}.pt'}", file=sys.stderr)
-    return {"steps": attachment.steps, "weights": f"{stage}.pt", "shims": notes}
+    for attachment, target in zip(attachments, job.targets):
+        own = attachment is first
+        _when_found(attachment, job, target, start if own else None, make_branch if own and job.make_branch else None)
+    with contextlib.ExitStack() as stack:
+        for number, attachment in enumerate(attachments, 1):
+            write = stack.enter_context(_log(job.out / f"{stage}{_number(number)}.jsonl", job.log_every))
+            attachment.on_step = write if is_main() else None
+        notes = stack.enter_context(host_process(job))
+        for attachment in attachments:
+            stack.enter_context(attachment)
+        run_script(job)
+        for attachment in attachments:
+            if attachment.model is None:
+                raise attachment.none_fits()
+    if is_main() and first.branch is not None:  # before the weights: the next stage looks for those
+        first.branch.branch.save(_branch_file(job, stage))
+    for number, attachment in reversed(list(enumerate(attachments, 1))):  # the first, which the next stage looks for, last
+        file = job.out / f"{stage}{_number(number)}.pt"
+        if is_main():
+            assert attachment.model is not None
+            weights = unwrap(attachment.model).state_dict()
+            write_atomically(file, lambda out, weights=weights: torch.save({"model": weights}, out))  # type: ignore[misc]
+        print(f"semples: {stage}: {attachment.steps} steps, weights in {file}", file=sys.stderr)
+    others = sum(first.others.values())
+    if others and not job.allow_others:
+        raise HostError(
+            f"{job.script[0]} also trained another network: {others} label losses over the {len(refiner.classes)} classes did "
+            f"not come from {' or '.join(type(unwrap(a.model)).__name__ for a in attachments if a.model is not None)}. Attach "
+            'it as well: --attach "HOST network=NAME ...", or say that it is to stay as it is: --allow-others. The weights that '
+            f"were trained are in {job.out}."
+        )
+    values = {"networks": [type(unwrap(a.model)).__name__ for a in attachments if a.model is not None]}
+    return {"steps": first.steps, "weights": f"{stage}.pt", "shims": notes, **values}
+
+
+def _number(number: int) -> str:
+    """Part of the file names of a second and further network."""
+    return "" if number == 1 else f".{number}"
 
 
 def _branch_file(job: Job, stage: str) -> Path:
@@ -192,7 +216,8 @@ def _prompt(job: Job) -> Dict[str, Any]:
     """Stage (b): one pass over the host's own loader with the trained host frozen, then the prompts from its features."""
     start = _start(job, "prompt")
     refiner = _refiner(job)
-    collector = Collector(job.source, refiner, passes=job.passes)
+    target = job.targets[0]
+    collector = Collector(target.source, refiner, **target.watching())
 
     def make_branch(model: nn.Module) -> BranchTraining:
         branch = ClusterBranch.load(_branch_file(job, "match")).eval().requires_grad_(False)
@@ -200,10 +225,11 @@ def _prompt(job: Job) -> Dict[str, Any]:
 
     # A checkpoint that the user gives was trained without a branch.
     with_branch = job.make_branch is not None and start == job.out / "match.pt"
-    waiting = _attach_when_found(job, collector, start, make_branch if with_branch else None)
-    with host_process(job) as notes, one_pass(collector), collector, waiting as finder:
+    _when_found(collector, job, target, start, make_branch if with_branch else None)
+    with host_process(job) as notes, one_pass(collector), collector:
         run_script(job)
-        finder.model_of(job.script[0], _known_model(job))
+        if collector.model is None:
+            raise collector.none_fits()
     if not collector.features:
         raise HostError(f"{job.script[0]} trained, but gave no batch with labels to learn prompts from.")
     features, pairs = collector.collected()

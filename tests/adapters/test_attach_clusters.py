@@ -321,7 +321,7 @@ def test_two_forward_passes_per_step(passes: int, refiner: PromptRefiner) -> Non
                 own.step()
         else:
             with adapters.attach(
-                "generic", model, refiner, passes=passes, branch=branch, branch_optimizer=own, **VIT
+                "generic", model, refiner, forward_pass="last" if passes == 1 else "first", branch=branch, branch_optimizer=own, **VIT
             ) as attached:
                 loss = F.multilabel_soft_margin_loss(model(first) + model(second), labels)
                 loss.backward()
@@ -920,4 +920,4 @@ def test_a_branch_alone_needs_no_cam() -> None:
         train_plain(model, make_loader(2), torch.optim.SGD(model.parameters(), lr=0.1))
     assert attached.steps == 2 and set(attached.terms) == BRANCH_TERMS
     with pytest.raises(ValueError, match="Say where the CAM comes from"):
-        adapters.attach("generic", model, None, branch=branch, relu=True)
+        adapters.attach("generic", model, None, branch=branch, activation="relu")

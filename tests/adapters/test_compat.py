@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+from semples_plugin.adapters.patches import replaced
 from semples_plugin.adapters.runner import compat
 from semples_plugin.errors import HostError
 
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*Pillow 10:DeprecationWarning")
 def test_replaced_restores_and_removes() -> None:
     owner = types.ModuleType("owner")
     owner.old = before = object()  # type: ignore[attr-defined]
-    with compat.replaced(owner, old=1, new=2):
+    with replaced(owner, old=1, new=2):
         assert (owner.old, owner.new) == (1, 2)  # type: ignore[attr-defined]
     assert owner.old is before and not hasattr(owner, "new")  # type: ignore[attr-defined]
 
@@ -42,7 +43,7 @@ def test_replaced_leaves_inherited_attributes_to_the_parent() -> None:
     class Child(Parent):
         pass
 
-    with compat.replaced(Child, name=lambda self: "replaced"):
+    with replaced(Child, name=lambda self: "replaced"):
         assert Child().name() == "replaced" and Parent().name() == "parent"
     assert Child().name() == "parent" and "name" not in vars(Child)
 
@@ -58,7 +59,7 @@ def test_replaced_keeps_the_kind_of_a_method() -> None:
             return cls.__name__
 
     before = dict(vars(Owner))
-    with pytest.raises(KeyError), compat.replaced(Owner, plain=None, own=None):
+    with pytest.raises(KeyError), replaced(Owner, plain=None, own=None):
         raise KeyError
     assert Owner.plain() == 1 and Owner().plain() == 1 and Owner.own() == "Owner"
     assert all(vars(Owner)[name] is before[name] for name in ("plain", "own"))

@@ -135,7 +135,7 @@ def test_a_module_that_gives_the_class_map(tokens: bool, relu: bool, background:
     features = model.patch_embed(img).transpose(1, 2).reshape(2, 6, 3, 5)
     expected = literal(features, weight) + model.cam.bias.view(-1, 1, 1)
     expected = (expected.relu() if relu else expected)[:, int(background) :].detach()
-    options = {"cam": "cam", "relu": relu, "background_channel": background}
+    options = {"cam": "cam", "activation": "relu" if relu else None, "background_channel": background}
     got = adapters.cam_of("generic", model, **options)(img)
     assert got.shape == (2, 3, 3, 5) and torch.allclose(got, expected, atol=1e-5)
     with adapters.attach("generic", model, refiner, **options) as attached:
@@ -155,20 +155,20 @@ def test_a_function_with_modules(refiner: PromptRefiner) -> None:
     expected = F.conv2d(model.body(img), model.fc.weight[:, :, None, None]) - 0.1
     for relu in (False, True):
         own = expected.relu() if relu else expected
-        options = {"cam": cam, "modules": ["body.0", "body"], "relu": relu}
+        options = {"cam": cam, "modules": ["body.0", "body"], "activation": "relu" if relu else None}
         with adapters.attach("generic", model, refiner, **options) as attached:
             train_plain(model, [(img, labels)], torch.optim.SGD(model.parameters(), lr=0.0))
         assert attached.loss == pytest.approx(refiner(img, own, labels).item(), rel=1e-5)
     attached = adapters.attach("generic", model, refiner, cam=lambda output, records: output[:, :, None, None])
-    with attached:
-        train_plain(model, [(img, labels)], torch.optim.SGD(model.parameters(), lr=0.0))
-    assert attached.steps == 1
+    with pytest.raises(adapters.HostError, match=r"CAM of ToyCNN is \(2, 3, 1, 1\): a 1 x 1 map .* not where"):
+        with attached:
+            train_plain(model, [(img, labels)], torch.optim.SGD(model.parameters(), lr=0.0))
 
 
 def test_modules_by_dotted_name(refiner: PromptRefiner) -> None:
     model = ToyCNN().eval()
     img, _ = make_loader(1)[0]
-    cam_of = adapters.cam_of("generic", model, features="body.3", classifier="fc", relu=True)
+    cam_of = adapters.cam_of("generic", model, features="body.3", classifier="fc", activation="relu")
     expected = literal(model.body[:4](img), model.fc.weight).relu()
     model.body[4] = nn.ReLU(inplace=False)
     assert torch.allclose(cam_of(img), expected, atol=1e-5)

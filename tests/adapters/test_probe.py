@@ -93,8 +93,8 @@ def test_the_table(refiner: PromptRefiner) -> None:
     assert sorted(row.name for row in probe.rows) == sorted(names)
     lines = str(probe).splitlines()
     assert lines[0].split() == ["module", "parameters", "reached", "gradient", "/", "weights"]
-    assert [line.split()[0] for line in lines[1:-2]] == [row.name for row in probe.rows]
-    assert lines[-2:] == [f"loss {probe.loss:.4f}", f"verdict: {probe.verdict}"]
+    assert [line.split()[0] for line in lines[1:-3]] == [row.name for row in probe.rows]
+    assert lines[-3:] == [f"CAM {probe.cam}", f"loss {probe.loss:.4f}", f"verdict: {probe.verdict}"]
     deep = adapters.probe("weaktr", ToyWeakTr(), refiner, *BATCH, depth=2)
     deeper = [row.name for row in deep.rows]
     assert {"patch_embed.proj", "blocks.0", "adaptive_attention_fusion.attn_head_ffn.0", "head"} <= set(deeper)

@@ -109,7 +109,7 @@ def irn(refiner: PromptRefiner) -> Dict[str, Any]:
     its.load_state_dict(model.state_dict())
     with torch.no_grad():
         both = its(torch.stack([img[0], img[0].flip(-1)]))  # it adds the CAMs of an image and its mirror image
-        rectified = adapters.cam_of("generic", model, relu=True, **options)
+        rectified = adapters.cam_of("generic", model, activation="relu", **options)
         ours = rectified(img[:1])[0] + rectified(img[:1].flip(-1))[0].flip(-1)
         literal = F.conv2d(features[0], model.classifier.weight)
     return {"probe": reach(probe, model), "literal": difference(cam, literal), "inference": difference(ours, both)}
@@ -129,7 +129,7 @@ def seam(refiner: PromptRefiner) -> Dict[str, Any]:
         agree = (F.interpolate(pairs[0][1], pairs[1][1].shape[2:], mode="bilinear") - pairs[1][1]).abs().mean()
         return (losses[0] + losses[1]) / 2 + agree
 
-    options = {"background_channel": True, "relu": True, "image_stats": "imagenet"}
+    options = {"background_channel": True, "activation": "relu", "image_stats": "imagenet"}
     found: Dict[str, Any] = {}
     for passes in (1, 2):
         function = adapters.make_source("generic", cam=lambda output, records: output[0], **options)

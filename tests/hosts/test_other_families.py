@@ -119,7 +119,7 @@ def test_its_own_script_through_three_stages(hosts: Any, name: str, tmp_path: Pa
         saved = "sess/res50_cam.pth.pth"
     else:
         torch.save({}, tmp_path / "none.pth")  # no pre-trained weights: they are loaded with strict=False
-        options = {"cam": "fc8", "background_channel": "True", "relu": "True", "image_stats": "imagenet"}
+        options = {"cam": "fc8", "background_channel": "True", "activation": "relu", "image_stats": "imagenet"}
         script = ["train_SEAM.py", *common, "--batch_size", "2", "--max_epoches", "1", "--crop_size", "64", "--lr", "0.001"]
         script += ["--weights", "none.pth"]
         saved = "resnet38_SEAM.pth"
