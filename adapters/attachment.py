@@ -114,8 +114,8 @@ class Attachment(LoopWatcher):
         cams = foreground_cams(self.source, capture.img, capture.output, capture.records)
         if not self.cam_shapes:
             self.agreement = self.source.agreement(capture.records)
-            if " is not " in self.agreement:
-                warn(f"{self.source.name}: {self.agreement}.")
+            if self.agreement.startswith("not "):
+                warn(f"The CAM of {self.source.name} is {self.agreement}.")
         self.cam_shapes = [tuple(cam.shape) for cam in cams]
         terms: Dict[str, Tensor] = {}
         for cam in cams:

@@ -56,7 +56,7 @@ class ModelFinder:
             return
         try:
             if self.network is not None and name != self.network:
-                raise HostError(f"The network to wait for is {self.network}.")
+                raise HostError(f"{self.network} is waited for.")
             self.check(inner)
         except HostError as error:
             self._refused.setdefault(name, str(error))

@@ -48,6 +48,8 @@ class Generic(CamSource):
         calls: names of methods that the loop calls in the place of `model(...)`, such as `["forward_features"]`.
     """
 
+    name = "the host"
+
     def __init__(
         self,
         cam: Union[None, str, CamFunction] = None,
@@ -82,13 +84,13 @@ class Generic(CamSource):
         self.names, self.patch_size = list(modules), patch_size
         self.background_channel, self.activation, self.image_stats = background_channel, activation, image_stats
         self.function, self.calls = run, list(calls)
-        self.name = "the host"
         self._classifier: Optional[nn.Module] = None
         self._patch: Optional[Tuple[int, int]] = None
         self._own_patch: Optional[Tuple[int, int]] = None  # that of the model's patch embedding
 
     def modules(self, model: nn.Module) -> Dict[str, nn.Module]:
-        self.name = type(model).__name__
+        if type(self) is Generic:
+            self.name = type(model).__name__
         self._own_patch = _patch_size(model, self.features or (self.source if isinstance(self.source, str) else ""))
         self._patch = self._own_patch if self.patch_size is None else _pair(self.patch_size)
         if callable(self.source):
@@ -208,7 +210,7 @@ def _pair(size: Any) -> Tuple[int, int]:
 def _pooling(features: Tensor, given: Tensor, name: str, classifier: str) -> str:
     """How `given`, what the classifier got, came from the features; dropout between them is looked through."""
     if given.shape == features.shape and torch.equal(given, features):
-        return f"the CAM is the output of {classifier!r} without its bias"
+        return f"that of {classifier!r}, its output without the bias"
     vector = given.flatten(1)
     places = features.flatten(2) if features.ndim == 4 else features.transpose(1, 2)  # (B, D, places), or channels last
     if features.ndim == 4 and features.shape[1] != vector.shape[1] == features.shape[3]:
@@ -223,10 +225,10 @@ def _pooling(features: Tensor, given: Tensor, name: str, classifier: str) -> str
     }
     for pool, expected in pools.items():
         if _same(vector, expected):
-            return f"the CAM is that of {classifier!r}, which classifies {pool} of {name!r}"
+            return f"that of {classifier!r}, which classifies {pool} of {name!r}"
     return (
-        f"the CAM is not that of {classifier!r}: it gets something else than pooled outputs of {name!r} (a norm between them?). "
-        "Name the last module before pooling; where a norm follows the pooling, the CAM leaves it out"
+        f"not that of {classifier!r}, which gets something else than pooled outputs of {name!r} (a norm between them?). Name the "
+        "last module before pooling; where a norm follows the pooling, the CAM leaves it out"
     )
 
 

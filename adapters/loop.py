@@ -92,6 +92,7 @@ class LoopWatcher:
             check_number("forward_pass", forward_pass, 0, whole=True)
         if model is not None and network is not None:
             raise ValueError("`network` is for model=None, where the network is not known yet; got both.")
+        labels = source.labels if labels is None else labels
         label_loss = "backward" if label_loss is None and labels is not None else label_loss
         self.source, self.classes, self.mode, self.forward_pass = source, list(classes), mode, forward_pass
         self.branch, self.steps, self.network, self.on_model = branch, 0, network, on_model
@@ -127,7 +128,7 @@ class LoopWatcher:
         self._added = False  # the step is done
         self._replacing = False  # and its other label losses are dropped
         self._no_positives = False  # the step is done, but with labels without any positive
-        self._backward_since = False  # backward() ran on this step's passes
+        self._backward_since = False  # backward() ran on all of this step's passes, and nothing was added
         self._inside = False  # the loss was added while the forward pass was still running
         self._problem: Optional[Exception] = None  # with a label loss of this step
         self._targets: Optional[Tensor] = None  # labels of a label loss of this step, for "backward"
@@ -230,9 +231,9 @@ class LoopWatcher:
             return
         if self.branch is not None:
             capture = capture._replace(tokens=self.branch.branch.pop_tokens())
-        if self._captures and not self._added and self._backward_since:
+        if self._backward_since and not self._added:
             raise self._problem or self._no_label_loss()
-        if self._added or self._backward_since:
+        if self._added:
             self._begin_step()
         self._captures = [*self._captures, capture][-MOST_PASSES:]
 
@@ -290,7 +291,7 @@ class LoopWatcher:
         running = None if self._recorder is None else self._recorder.running()
         if running is None:
             return self._captures
-        if self._added or self._backward_since:
+        if self._added:
             self._begin_step()
         return [*self._captures, running]
 
@@ -338,9 +339,10 @@ class LoopWatcher:
         if not owned:
             return loss  # of another network
         if not self._tap.at_backward:
-            if self._problem is not None:
+            rest = [capture for index, capture in enumerate(passes) if index not in owned]
+            if not rest and self._problem is not None:
                 raise self._problem
-            self._backward_since = True
+            self._captures, self._backward_since = rest, not rest  # an adversarial pass has a backward() of its own
             return loss
         index = self._index(owned, passes)
         if index is None:
@@ -421,7 +423,7 @@ class LoopWatcher:
             if self._backwards:
                 raise self.none_fits()
             return
-        if self._captures and not self._added and self._backward_since:
+        if self._backward_since and not self._added:
             raise self._problem or self._no_label_loss()
         if self.steps == self._steps_before and self._forwards:
             raise self._problem or self._no_label_loss()

@@ -190,7 +190,7 @@ def _cam_in_words(source: CamSource, capture: Capture) -> str:
     with torch.no_grad():
         cams = foreground_cams(source, capture.img, capture.output, capture.records)
     agreement = source.agreement(capture.records)
-    return listing([tuple(cam.shape) for cam in cams], quote=False) + (f"; {agreement}" if agreement else "")
+    return listing([tuple(cam.shape) for cam in cams], quote=False) + (f", {agreement}" if agreement else "")
 
 
 def _probe(

@@ -12,10 +12,15 @@ __all__ = ["HOSTS", "make_source", "names"]
 
 # Name of the host, which is also the name of its module in this package -> name of its CamSource there.
 HOSTS: Dict[str, str] = {
+    "dupl": "DuPL",
+    "excel": "ExCEL",
     "generic": "Generic",
     "mctformer": "MCTformer",
+    "recam": "ReCAM",
+    "toco": "ToCo",
     "transcam": "TransCAM",
     "weaktr": "WeakTr",
+    "weclip": "WeCLIP",
 }
 
 

@@ -41,6 +41,13 @@ class Records:
         self._inputs.setdefault(name, inputs)
         self.nodes |= nodes_of(output)
 
+    def at(self, run: int) -> "Records":
+        """The outputs of the modules' n-th calls (from 0) alone, of those that ran as often."""
+        part = Records(dict.fromkeys(self._outputs))  # type: ignore[arg-type]
+        for name, outputs in self._outputs.items():
+            part._outputs[name] = outputs[run : run + 1]
+        return part
+
     def input(self, name: str) -> Any:
         """The first argument of a watched module in its first call, or None if it did not run."""
         inputs = self._inputs.get(name)
@@ -80,6 +87,7 @@ class CamSource:
         background_channel: whether channel 0 of `cam(...)` is background.
         image_stats: statistics of the host's images as `PromptRefiner` takes them, or None if they are not known.
         calls: names of further methods of the network that a loop calls in the place of `model(...)`.
+        labels: where the host's labels are, as for `attach`; None for its label loss.
         phases: what the host does differently later in its training, and the option of its script that brings it forward.
     """
 
@@ -87,6 +95,7 @@ class CamSource:
     background_channel = False
     image_stats: Any = None
     calls: Sequence[str] = ()
+    labels: Any = None
     phases: Sequence[str] = ()
 
     def modules(self, model: nn.Module) -> Dict[str, nn.Module]:

@@ -12,8 +12,10 @@ import importlib.util
 import re
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from ...errors import HostError
@@ -26,12 +28,10 @@ __all__ = ["explained_torchvision", "old_libraries", "on_cpu"]
 
 
 class _NoCuda(TorchFunctionMode):
-    """`.cuda()`, `.to("cuda")` and `device="cuda"` mean the CPU."""
+    """`.to("cuda")` and `device="cuda"` mean the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Optional[Dict[str, Any]] = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is Tensor.cuda:
-            return args[0]
         if func is Tensor.to:
             args = (args[0], *(_cpu(value) for value in args[1:]))
         if func is torch._C._nn._parse_to:
@@ -41,24 +41,58 @@ class _NoCuda(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+DEVICE = torch.device
+
+
+class _AnyDevice(type):
+    """Stands for `torch.device`, in `isinstance` as well."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> torch.device:
+        return DEVICE("cpu") if args and type(args[0]) is int else DEVICE(*args, **kwargs)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, DEVICE)
+
+
+class _Device(metaclass=_AnyDevice):
+    """`torch.device` on a machine without a GPU: `torch.device(0)` is the CPU."""
+
+
 def _cpu(value: Any) -> Any:
-    if isinstance(value, torch.device):
-        return torch.device("cpu") if value.type == "cuda" else value
+    if isinstance(value, DEVICE):
+        return DEVICE("cpu") if value.type == "cuda" else value
     if isinstance(value, str):
         return "cpu" if value.split(":")[0] == "cuda" else value
-    return torch.device("cpu") if type(value) is int else value  # .to(0)
+    return DEVICE("cpu") if type(value) is int else value  # .to(0)
 
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
-    """Run a host with hard-coded `.cuda()` on the CPU. For smoke tests: slow, and autocast to float16 is off."""
-    load = torch.load
+    """Run a host with hard-coded `.cuda()` on the CPU. For smoke tests: slow, and autocast to float16 is off.
+
+    `.cuda()` is replaced on the class, since a mode does not see calls inside a custom backward. DistributedDataParallel gets no
+    device numbers, and process groups use gloo.
+    """
+    load, begin, wrap = torch.load, torch.distributed.init_process_group, DistributedDataParallel.__init__
 
     def load_on_cpu(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
         return load(f, "cpu" if map_location is None else _cpu(map_location), *args, **kwargs)
 
+    def with_gloo(backend: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return begin("gloo", *args, **{**kwargs, "device_id": None} if "device_id" in kwargs else kwargs)
+
+    def without_devices(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
+        wrap(self, module, **{key: value for key, value in kwargs.items() if key not in ("device_ids", "output_device")})
+
+    constants = {"get_device_name": lambda *_: "CPU", "current_device": lambda: 0, "is_available": lambda: False}
     idle = {name: _nothing() for name in ("synchronize", "set_device", "empty_cache")}
-    with replaced(torch.cuda, is_available=lambda: False, **idle), replaced(torch, load=load_on_cpu), _NoCuda():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(replaced(torch.cuda, **constants, **idle))
+        stack.enter_context(replaced(torch, load=load_on_cpu, device=_Device))
+        stack.enter_context(replaced(Tensor, cuda=lambda tensor, *args, **kwargs: tensor))
+        stack.enter_context(replaced(torch.distributed, init_process_group=with_gloo))
+        stack.enter_context(replaced(DistributedDataParallel, __init__=without_devices))
+        stack.enter_context(_NoCuda())
         yield
 
 
@@ -80,6 +114,7 @@ def old_libraries() -> Iterator[List[str]]:
 
     - timm >= 0.6 hands `pretrained_cfg` and the like to every model factory, which a host's own factory does not take:
       `create_model` calls factories that are not timm's own as timm 0.4 did.
+    - scikit-learn >= 1.6 gives scores as Python floats, which have no `.item()`: they are NumPy's again.
     - Pillow >= 10 has lost `Image.CUBIC` and others: they get their old names back.
 
     Yields the list of what was done, for the record of the run. Libraries that are not installed, or cannot be imported, are
@@ -87,7 +122,7 @@ def old_libraries() -> Iterator[List[str]]:
     """
     done: List[str] = []
     with contextlib.ExitStack() as stack:
-        for shim in (_pillow, _timm):
+        for shim in (_pillow, _timm, _sklearn):
             note = shim(stack)
             if note:
                 done.append(note)
@@ -125,6 +160,20 @@ def _timm(stack: contextlib.ExitStack) -> Optional[str]:
     stack.enter_context(replaced(models, create_model=create_model))
     stack.enter_context(replaced(timm, create_model=create_model))
     return f"called the host's own model factories as timm 0.4 did (timm {timm.__version__})"
+
+
+def _sklearn(stack: contextlib.ExitStack) -> Optional[str]:
+    if importlib.util.find_spec("sklearn") is None or _version(importlib.metadata.version("scikit-learn")) < (1, 6):
+        return None
+    metrics = importlib.import_module("sklearn.metrics")
+    score = metrics.f1_score
+
+    def f1_score(*args: Any, **kwargs: Any) -> Any:
+        found = score(*args, **kwargs)
+        return np.float64(found) if isinstance(found, float) else found
+
+    stack.enter_context(replaced(metrics, f1_score=f1_score))
+    return "gave scikit-learn's f1_score its old type"
 
 
 @contextlib.contextmanager

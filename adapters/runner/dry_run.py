@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..._hooks import unwrap
 from ..._text import listing
-from ...errors import HostError
 from ...refiner import PromptRefiner
 from ..attachment import Attachment
 from ..recorder import Capture
@@ -87,7 +86,7 @@ class Inspection(Attachment):
         where = "at backward()" if self._tap.at_backward else f"at {listing(self._tap.names(), quote=False)}"
         lines += [
             f"steps: {self.steps}; {'; '.join(self.batches)}",
-            f"CAM: {listing(self.cam_shapes, quote=False)}{'; ' + self.agreement if self.agreement else ''}",
+            f"CAM: {listing(self.cam_shapes, quote=False)}{', ' + self.agreement if self.agreement else ''}",
             f"labels: {self.labels}",
             f"loss: added {where}; in the first step it grew by {self.grown if self.grown is None else format(self.grown, '.4f')}",
             f"terms of the last step: {', '.join(f'{name} {value:.4f}' for name, value in self.terms.items())}",
@@ -112,7 +111,6 @@ def dry_run(job: Job) -> int:
     assert job.dry_run is not None
     refiner = job.refiner()
     inspections = [Inspection(target, refiner, job.dry_run) for target in job.targets]
-    ended: Any = None
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(host_process(job))
@@ -123,13 +121,10 @@ def dry_run(job: Job) -> int:
             run_script(job)
     except _Enough:
         pass
-    except HostError as error:
-        ended = error
-    for inspection, target in zip(inspections, job.targets):
-        print(f"{target.host}\n{inspection.page()}\n")
-    if ended is not None:
-        print(f"error: {ended}", file=sys.stderr)
-    return 0 if ended is None and all(inspection.steps for inspection in inspections) else 1
+    finally:  # also of a script that failed
+        for inspection, target in zip(inspections, job.targets):
+            print(f"{target.host}\n{inspection.page()}\n", flush=True)
+    return 0 if all(inspection.steps for inspection in inspections) else 1
 
 
 def _parameters(network: nn.Module) -> int:

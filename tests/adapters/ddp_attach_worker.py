@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from toy_hosts import CLASSES, TOYS, Toy, make_loader  # this script's folder is on the path
+from torch.utils.data import DataLoader
+from toy_hosts import CLASSES, DECODER, TOYS, Decoder, Toy, make_loader, pixel_loss  # this script's folder is on the path
 
 from semples_plugin import PromptRefiner, adapters
 from semples_plugin.clip_backends import openai_clip_module
@@ -49,6 +50,29 @@ def train(toy: Toy, mode: str, clip: nn.Module, rank: int) -> Dict[str, Any]:
     return {**found, "context": refiner.prompts.context.detach(), "pairs": fit.num_pairs, "terms": losses, "left": left}
 
 
+def train_decoder(clip: nn.Module, rank: int) -> Dict[str, Any]:
+    """A host without a label loss: labels from the loader, the loss added at backward() under a scaler; no model is handed over.
+
+    Every pass is on the images and their mirror images.
+    """
+    refiner = PromptRefiner(CLASSES, clip=clip, image_stats="imagenet", prompt_length=4)
+    torch.manual_seed(0)
+    host = DistributedDataParallel(Decoder())
+    optimizer, scaler = torch.optim.AdamW(host.parameters(), lr=0.01), torch.amp.GradScaler("cpu", init_scale=8.0)
+    pairs = [(x, y) for img, labels in make_loader(3, seed=10 + rank) for x, y in zip(img, labels)]
+    start, terms = snapshot(host.module), []
+    with adapters.attach(
+        "generic", None, refiner, labels="loader", on_step=lambda step, found: terms.append(found), **DECODER
+    ) as attached:
+        for img, _ in DataLoader(pairs, batch_size=2):
+            optimizer.zero_grad()
+            scaler.scale(pixel_loss(host(torch.cat([img, img.flip(-1)])))).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert attached.steps == 3 and attached.model is host
+    return {"start": start, "end": snapshot(host.module), "terms": terms}
+
+
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
@@ -59,6 +83,7 @@ def main(rank: int, folder: Path) -> None:
     clip.visual.ln_post.bias.data += torch.linalg.pinv(clip.visual.proj.T) @ clip.text_projection.sum(0).detach()
     toys = {toy.name: toy for toy in TOYS}
     found = {f"{name} {mode}": train(toys[name], mode, clip, rank) for name, mode in RUNS}
+    found["decoder"] = train_decoder(clip, rank)
     torch.save(found, folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -848,11 +848,9 @@ def test_every_host_of_the_registry_is_a_source_in_a_module_of_its_name() -> Non
 
 
 def test_unknown_hosts_and_options(refiner: PromptRefiner, cnn: ToyCNN) -> None:
-    assert adapters.names() == ["generic", "mctformer", "transcam", "weaktr"]
-    with pytest.raises(
-        ValueError, match="must be one of 'generic', 'mctformer', 'transcam', 'weaktr' or a CamSource; got 'toco'"
-    ):
-        adapters.attach("toco", cnn, refiner)
+    assert adapters.names() == ["dupl", "excel", "generic", "mctformer", "recam", "toco", "transcam", "weaktr", "weclip"]
+    with pytest.raises(ValueError, match="must be one of 'dupl', .* 'weaktr', 'weclip' or a CamSource; got 'other'"):
+        adapters.attach("other", cnn, refiner)
     with pytest.raises(TypeError, match="The host 'mctformer' has no option 'layer'; its options are cam, layers."):
         adapters.attach("mctformer", cnn, refiner, layer=1)
     with pytest.raises(ValueError, match="`mode` must be 'add' .* or 'replace' .*; got 'instead'"):

@@ -65,6 +65,14 @@ def test_add_and_replace_give_different_weights(ranks: List[Dict[str, Any]]) -> 
     assert not torch.allclose(*(ranks[0]["cnn add"][stage]["fc.bias"] for stage in ("start", "match")), rtol=1e-3)
 
 
+def test_a_decoder_without_a_label_loss_in_two_processes(ranks: List[Dict[str, Any]]) -> None:
+    """Labels from the loader, the loss at backward() under a gradient scaler, the network found by itself."""
+    a, b = (rank["decoder"] for rank in ranks)
+    assert all(torch.equal(value, b["end"][name]) for name, value in a["end"].items())
+    assert all(not torch.equal(value, a["start"][name]) for name, value in a["end"].items())
+    assert len(a["terms"]) == len(b["terms"]) == 3 and all(x["loss"] != y["loss"] for x, y in zip(a["terms"], b["terms"]))
+
+
 # ------------------------------------------------------------------------------------------------ a cluster branch
 
 

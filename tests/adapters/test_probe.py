@@ -350,8 +350,8 @@ def test_wrong_arguments_of_probe(refiner: PromptRefiner, make_refiner: Any) -> 
     model = ToyMCTformer()
     with pytest.raises(ValueError, match="`labels` must hold at least one positive label, .* got none"):
         adapters.probe("mctformer", model, refiner, img, torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="must be one of 'generic'"):
-        adapters.probe("toco", model, refiner, img, labels)
+    with pytest.raises(ValueError, match="must be one of 'dupl', 'excel', 'generic'"):
+        adapters.probe("other", model, refiner, img, labels)
     with pytest.raises(adapters.HostError, match="This is no MCTformer model"):
         adapters.probe("mctformer", ToyViT(), refiner, img, labels)
     with pytest.warns(UserWarning, match="MCTformer normalizes its images") as caught, warnings.catch_warnings():

@@ -388,3 +388,24 @@ TOYS = [
     Toy("cnn", "generic", ToyCNN, train_plain, cnn_cam, _CNN),
     Toy("vit", "generic", ToyViT, train_plain, vit_cam, _VIT),
 ]
+
+
+# ------------------------------------------------------------------------------------------------ a decoder, without a label loss
+
+
+class Decoder(nn.Module):
+    """Logits with background at every place; takes labels as an argument. Its loss is over places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.decoder = nn.Conv2d(3, 8, 8, stride=8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, img: Tensor, scale: float = 1.0, cls_label: Any = None) -> Tensor:
+        return scale * self.decoder(self.body(img))
+
+
+DECODER = {"cam": "decoder", "background_channel": True, "activation": "softmax"}
+
+
+def pixel_loss(logits: Tensor) -> Tensor:
+    return F.cross_entropy(logits, torch.zeros(len(logits), *logits.shape[2:], dtype=torch.long))

@@ -1,0 +1,380 @@
+"""Every baseline through its own, unedited script, attached by the runner: one table.
+
+    python tests/hosts/host_table.py --repos FOLDER --photos VOCdevkit/VOC2012 --out table [NAME ...]
+
+FOLDER holds clones under the names of their repositories (`git clone https://github.com/Wu0409/DuPL`, ...). For each baseline a
+working folder is made below --out with short image lists and random weights; the three stages run on the CPU on a few photos, and
+before them a dry run, whose page says what was attached to what. The clones stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from semples_plugin.clip_backends import openai_clip_module
+
+HERE = Path(__file__).parent
+Prepare = Callable[[Path, Path, Path], None]  # repository, photos, working folder
+
+
+class Recipe(NamedTuple):
+    """How one baseline is run.
+
+    Attributes:
+        repo: folder of the clone, and where in it the script's folder is.
+        ours: arguments of the runner: the adapter and its options.
+        script: the host's script and its arguments; WORK is the working folder, PHOTOS the photos.
+        prepare: makes lists and weights.
+        network: that should be found.
+        attach: further networks, as `--attach` takes them.
+    """
+
+    repo: str
+    ours: Sequence[str]
+    script: Sequence[str]
+    prepare: Prepare
+    network: str
+    note: str = ""
+
+
+def photo_ids(photos: Path, count: int = 4) -> List[str]:
+    return [path.stem for path in sorted((photos / "JPEGImages").glob("*.jpg"))][:count]
+
+
+def onehot_lists(repo: Path, photos: Path, work: Path) -> None:
+    """Lists of ids and one-hot labels, as ToCo and its successors read them."""
+    folder = work / "lists"
+    folder.mkdir(parents=True, exist_ok=True)
+    source = repo / "datasets/voc/cls_labels_onehot.npy"
+    named = np.load(source, allow_pickle=True).item()
+    ids = [name for name in photo_ids(photos, 30) if name in named][:4]
+    for split in ("train_aug", "train", "val", "trainval"):
+        (folder / f"{split}.txt").write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
+    link(folder / "cls_labels_onehot.npy", source)
+    (work / "bilateralfilter.py").write_text(BILATERAL, encoding="utf-8")
+
+
+BILATERAL = '''"""In the place of a compiled extension that these hosts build themselves: their dense energy loss is 0 without it."""
+
+
+def bilateralfilter(*arguments):
+    pass
+
+
+bilateralfilter_batch = bilateralfilter
+'''
+
+
+def link(path: Path, target: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+
+
+def voc_folder(photos: Path, work: Path) -> Path:
+    """The photos with their masks under the names that the hosts read."""
+    folder = work / "voc"
+    folder.mkdir(exist_ok=True)
+    for name, source in (("JPEGImages", "JPEGImages"), ("SegmentationClass", "SegmentationClass"), ("SegmentationClassAug", "SegmentationClass")):
+        link(folder / name, photos / source)
+    return folder
+
+
+def toco_like(repo: str, script: str, *more: str, adapter: str = "toco") -> Recipe:
+    arguments = ["--data_folder", "PHOTOS", "--list_folder", "WORK/lists", "--max_iters", "4", "--num_workers", "1"]
+    arguments += ["--crop_size", "96", "--pretrained", "", "--work_dir", "WORK/work", "--log_iters", "1"]
+    network = "siamese_network" if repo == "DuPL" else "network"
+    return Recipe(repo, [adapter], [script, *arguments, *more], onehot_lists, network)
+
+
+def numbers_lists(repo: Path, photos: Path, work: Path) -> None:
+    """Lists and labels as IRN and its successors read them, and random ImageNet weights of their ResNet-50."""
+    folder = work / "voc12"
+    folder.mkdir(parents=True, exist_ok=True)
+    link(folder / "cls_labels.npy", repo / "voc12/cls_labels.npy")
+    known = np.load(folder / "cls_labels.npy", allow_pickle=True).item()
+    ids = [name for name in photo_ids(photos, 30) if int(name.replace("_", "")) in known][:4]
+    for split in ("train_aug", "train", "val"):  # NumPy >= 1.23 reads no underscores
+        (folder / f"{split}.txt").write_text("".join(name.replace("_", "") + "\n" for name in ids), encoding="utf-8")
+    (work / "ids.txt").write_text("\n".join(ids), encoding="utf-8")
+    for part in ("datasets", "evaluations"):  # for evaluation, which is not run
+        (work / "chainercv" / part).mkdir(parents=True, exist_ok=True)
+        (work / "chainercv" / "__init__.py").touch()
+        (work / "chainercv" / part / "__init__.py").write_text(CHAINERCV, encoding="utf-8")
+    python(repo, work, WEIGHTS.format(module="net.resnet50", arguments="strides=(2, 2, 2, 1)"))
+
+
+CHAINERCV = "VOCSemanticSegmentationDataset = calc_semantic_segmentation_confusion = VOCInstanceSegmentationDataset = None\n"
+WEIGHTS = """
+import importlib, pathlib, torch
+torch.manual_seed(0)
+network = importlib.import_module("{module}")
+weights = network.resnet50(pretrained=False, {arguments}).state_dict()
+for key in weights:
+    if key.endswith("bn3.weight"):
+        weights[key].fill_(0.2)  # the batch statistics are fixed at 0 and 1: keeps the sum of the branches small
+weights.update({{"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}})
+path = pathlib.Path("torch/hub/checkpoints") / pathlib.Path(network.model_urls["resnet50"]).name
+path.parent.mkdir(parents=True, exist_ok=True)
+torch.save(weights, path)
+"""
+
+
+def python(repo: Path, work: Path, code: str) -> None:
+    """Run code with the host's modules, which never enter this process."""
+    paths = os.pathsep.join([str(HERE / "site"), str(work), str(repo)])
+    environment = {**os.environ, "PYTHONPATH": paths, "TORCH_HOME": str(work / "torch")}
+    subprocess.run([sys.executable, "-B", "-W", "ignore", "-c", code], cwd=work, env=environment, check=True)
+
+
+def amn_lists(repo: Path, photos: Path, work: Path) -> None:
+    """Pseudo labels besides: background, the first class and void."""
+    numbers_lists(repo, photos, work)
+    (work / "ir_label").mkdir(exist_ok=True)
+    for name in (work / "ids.txt").read_text().split():
+        size = Image.open(photos / "JPEGImages" / f"{name}.jpg").size
+        mask = np.zeros(size[::-1], np.uint8)
+        mask[: size[1] // 2], mask[:, : size[0] // 4] = 1, 255
+        Image.fromarray(mask).save(work / "ir_label" / f"{name}.png")
+
+
+def wood_lists(repo: Path, photos: Path, work: Path) -> None:
+    """Out-of-distribution images besides, here the same photos, and a trained classifier."""
+    numbers_lists(repo, photos, work)
+    ids = (work / "ids.txt").read_text().split()
+    (work / "ood.txt").write_text("".join(f"{name}.jpg\n" for name in ids), encoding="utf-8")
+    (work / "sess").mkdir(exist_ok=True)
+    python(repo, work, """
+import importlib, torch
+torch.manual_seed(0)
+torch.save(importlib.import_module("net.resnet50_cam").Net().state_dict(), "sess/res50_cam_orig.pth.pth")
+""")
+
+
+def clims_lists(repo: Path, photos: Path, work: Path) -> None:
+    numbers_lists(repo, photos, work)
+    torch.manual_seed(0)
+    torch.save(openai_clip_module("model").CLIP(32, 224, 2, 64, 32, 77, 49408, 64, 1, 2).state_dict(), work / "its_clip.pt")
+
+
+def pair_lists(repo: Path, photos: Path, work: Path) -> None:
+    """Lists of pairs of paths, as SEAM's successors read them."""
+    folder = work / "voc12"
+    folder.mkdir(parents=True, exist_ok=True)
+    link(folder / "cls_labels.npy", repo / "voc12/cls_labels.npy")
+    known = np.load(folder / "cls_labels.npy", allow_pickle=True).item()
+    ids = [name for name in photo_ids(photos, 30) if name in known][:4]
+    for split in ("train_aug", "val"):
+        lines = "".join(f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in ids)
+        (folder / f"{split}.txt").write_text(lines, encoding="utf-8")
+    torch.save({}, work / "none.pth")
+
+
+def sipe_lists(repo: Path, photos: Path, work: Path) -> None:
+    """It looks for photos and lists at fixed places beside its folder of work."""
+    folder = work / "inside" / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    link(folder / "cls_labels_voc.npy", repo / "data/cls_labels_voc.npy")
+    known = np.load(folder / "cls_labels_voc.npy", allow_pickle=True).item()
+    ids = [name for name in photo_ids(photos, 30) if name in known][:4]
+    for split in ("trainaug", "train"):
+        lines = "".join(f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in ids)
+        (folder / f"{split}_voc.txt").write_text(lines, encoding="utf-8")
+    (work / "PascalVOC2012" / "VOCdevkit").mkdir(parents=True, exist_ok=True)
+    link(work / "PascalVOC2012" / "VOCdevkit" / "VOC2012", photos)
+    for part in ("datasets", "evaluations"):
+        (work / "chainercv" / part).mkdir(parents=True, exist_ok=True)
+        (work / "chainercv" / "__init__.py").touch()
+        (work / "chainercv" / part / "__init__.py").write_text(CHAINERCV, encoding="utf-8")
+    python(repo, work, WEIGHTS.format(module="network.resnet50", arguments="strides=(2, 2, 2, 1), dilations=(1, 1, 1, 1)"))
+
+
+def vit_b16(work: Path) -> Path:
+    """OpenAI's ViT-B/16 with random weights."""
+    path = work / "ViT-B-16.pt"
+    if not path.exists():
+        torch.manual_seed(0)
+        torch.save(openai_clip_module("model").CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12).state_dict(), path)
+    return path
+
+
+def weclip_lists(repo: Path, photos: Path, work: Path) -> None:
+    onehot_lists(repo, photos, work)
+    clip, config = vit_b16(work), (repo / "configs/voc_attn_reg.yaml").read_text(encoding="utf-8")
+    values = {"root_dir": photos, "name_list_dir": work / "lists", "clip_pretrain_path": clip, "samples_per_gpu": 2}
+    values.update(max_iters=2, log_iters=1)
+    for key, value in values.items():
+        config = re.sub(rf"(?m)^(\s+{key}:).*$", rf"\1 {value}", config)
+    (work / "config.yaml").write_text(config, encoding="utf-8")
+
+
+def excel_lists(repo: Path, photos: Path, work: Path) -> None:
+    onehot_lists(repo, photos, work)
+    vit_b16(work)
+    link(work / "attributes_text", repo / "attributes_text")
+
+
+IRN = ("--voc12_root", "PHOTOS", "--num_workers", "0", "--cam_batch_size", "2")
+CNN = ("--host-option", "features=stage4", "--host-option", "classifier=classifier", "--host-option", "image_stats=imagenet")
+
+RECIPES: Dict[str, Recipe] = {
+    "ToCo": toco_like(
+        "ToCo", "scripts/dist_train_voc_seg_neg.py", "--backbone", "deit_tiny_patch16_224", "--local_rank", "0", "--spg", "2",
+        "--local_crop_size", "32",
+    ),
+    "DuPL": toco_like(
+        "DuPL", "train_final_voc.py", "--backbone", "deit_tiny_patch16_224", "--cam_iters", "1", "--gmm_iters", "2",
+        adapter="dupl",
+    ),
+    "SeCo": toco_like("SeCo", "scripts/train_voc.py", "--local_rank", "0", "--spg", "2", "--ncrops", "4"),
+    "ReCAM": Recipe(
+        "ReCAM", ["recam", "--network", "Net", "--attach", "recam network=Net_CAM_Feature"],
+        ["run_sample.py", *IRN, "--cam_num_epoches", "1", "--recam_num_epoches", "1", "--cam_learning_rate", "0.001",
+         "--work_space", "result", "--train_cam_pass", "True", "--train_recam_pass", "True"], numbers_lists, "Net",
+    ),
+    "PPC": Recipe(
+        "wseg", ["generic", "--host-option", "cam=fc8", "--host-option", "background_channel=True", "--host-option",
+                 "activation=relu", "--host-option", "image_stats=imagenet"],
+        ["contrast_train.py", "--voc12_root", "PHOTOS", "--num_workers", "0", "--batch_size", "2", "--max_epoches", "1",
+         "--crop_size", "64", "--weights", "none.pth", "--lr", "0.001"], pair_lists, "Net",
+    ),
+    "SIPE": Recipe(
+        "SIPE", ["generic", "--host-option", "cam=classifier", "--host-option", "image_stats=imagenet", "--cwd", "WORK/inside"],
+        ["train_resnet50_SIPE.py", "--num_workers", "0", "--batch_size", "2", "--max_epoches", "1", "--lr", "0.001",
+         "--val_freq", "1000", "--tf_freq", "1000"], sipe_lists, "Net",
+    ),
+    "W-OoD": Recipe(
+        "w-ood", ["generic", *CNN, "--host-option", "calls=['feature_list']"],
+        ["run_sample.py", *IRN, "--cam_num_epoches", "2", "--ood_root", "PHOTOS/JPEGImages", "--ood_list", "WORK/ood.txt",
+         "--ood_batch_size", "2", "--cluster_K", "2", "--cam_learning_rate", "0.001",
+         *(part for name in ("make_cam", "eval_cam", "cam_to_ir_label", "train_irn", "make_ins_seg", "eval_ins_seg",
+                             "make_sem_seg", "eval_sem_seg") for part in (f"--{name}_pass", ""))], wood_lists, "Net",
+    ),
+    "CLIMS": Recipe(
+        "CLIMS", ["generic", *CNN, "--labels", "loader:label"],
+        ["run_sample.py", *IRN, "--clims_num_epoches", "1", "--clip", "WORK/its_clip.pt", "--work_space", "result",
+         "--train_clims_pass", "True"], clims_lists, "CLIMS",
+    ),
+    "AMN": Recipe(
+        "AMN", ["generic", "--host-option", "cam=classifier", "--host-option", "background_channel=True", "--host-option",
+                "activation=softmax", "--host-option", "image_stats=imagenet", "--labels", "forward:label_cls"],
+        ["run_sample.py", "--voc12_root", "PHOTOS", "--num_workers", "0", "--amn_batch_size", "2", "--amn_num_epoches", "1",
+         "--amn_crop_size", "128", "--train_amn_pass", "True", "--ir_label_out_dir", "WORK/ir_label"], amn_lists, "Net",
+    ),
+    "WeCLIP": Recipe(
+        "WeCLIP/WeCLIP", ["weclip"],
+        ["scripts/dist_clip_voc.py", "--config", "WORK/config.yaml", "--crop_size", "96", "--work_dir", "WORK/work"],
+        weclip_lists, "WeCLIP",
+    ),
+    "ExCEL": Recipe(
+        "ExCEL", ["excel"],
+        ["scripts/train_voc.py", "--model", "WORK/ViT-B-16.pt", "--data_folder", "PHOTOS", "--list_folder", "WORK/lists",
+         "--max_iters", "2", "--crop_size", "96", "--spg", "2", "--num_workers", "1", "--local_rank", "0", "--work_dir",
+         "WORK/work", "--log_iters", "1"], excel_lists, "ExCEL_model",
+    ),
+    "MoRe": toco_like("MoRe", "scripts/train_voc.py", "--local_rank", "0", "--spg", "2", "--finetune", ""),
+}  # fmt: skip
+
+
+def tiny_clip(path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(openai_clip_module("model").CLIP(32, 32, 2, 64, 8, 77, 49408, 64, 1, 2).state_dict(), path)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def run(name: str, recipe: Recipe, repos: Path, photos: Path, out: Path) -> Dict[str, Any]:
+    """The dry run and the three stages of one baseline."""
+    work = (out / name).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    repo = (repos / recipe.repo).resolve()
+    photos = voc_folder(photos, work)
+    recipe.prepare(repo, photos, work)
+    tiny_clip(work / "clip.pt")
+    paths = [str(HERE / "site"), str(work), str(repo), *filter(None, [os.environ.get("PYTHONPATH")])]
+    process = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+    def start(*ours: str) -> "subprocess.CompletedProcess[str]":
+        script = [part.replace("WORK", str(work)).replace("PHOTOS", str(photos)) for part in recipe.script]
+        own = [part.replace("WORK", str(work)) for part in recipe.ours]
+        command = [sys.executable, "-W", "ignore", "-m", "semples_plugin.adapters", own[0], "--repo", str(repo)]
+        command += ["--cwd", str(work), *own[1:], "--out", str(work / "run"), "--clip", str(work / "clip.pt"), "--cpu", "--log-every", "1"]
+        command += ["--set", "prompt_length=4", "--prompt-epochs", "2", *ours, "--", *script]
+        environment = {**os.environ, **process, "MASTER_PORT": str(free_port()), "PYTHONPATH": os.pathsep.join(paths)}
+        environment["TORCH_HOME"] = str(work / "torch")
+        return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, errors="replace", timeout=1800)
+
+    begun = time.monotonic()
+    before = git_state(repo)
+    dry = start("--dry-run", "2")
+    (work / "dry_run.txt").write_text(dry.stdout + "\n" + dry.stderr, encoding="utf-8")
+    found: Dict[str, Any] = {"dry run": dry.returncode, "page": dry.stdout, "error": dry.stderr[-1500:] if dry.returncode else ""}
+    for stage in ("match", "prompt", "refine"):
+        if found.get("failed") is None:
+            done = start("--stage", stage, *(["--restart"] if stage == "match" else []))
+            (work / f"{stage}.txt").write_text(done.stdout + "\n" + done.stderr, encoding="utf-8")
+            if done.returncode:
+                found["failed"], found["error"] = stage, done.stderr[-1500:]
+    record = work / "run" / "record.json"
+    if record.exists():
+        found["stages"] = {key: value.get("state") for key, value in json.loads(record.read_text())["stages"].items()}
+        found["networks"] = json.loads(record.read_text())["stages"].get("match", {}).get("networks")
+    found["clone unchanged"] = git_state(repo) == before
+    found["seconds"] = round(time.monotonic() - begun)
+    return found
+
+
+def git_state(repo: Path) -> str:
+    command = ["git", "-C", str(repo), "status", "--porcelain", "--ignored"]
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def lines_of(page: str) -> Dict[str, str]:
+    return dict(line.split(": ", 1) for line in page.splitlines() if ": " in line)
+
+
+def table(results: Dict[str, Dict[str, Any]]) -> str:
+    rows = ["| host | three stages | network | CAM | labels | loss added | the loss reaches |", "|---|---|---|---|---|---|---|"]
+    for name, found in results.items():
+        page = lines_of(found.get("page", ""))
+        stages = "yes" if list(found.get("stages", {}).values()) == ["done"] * 3 else f"no: {found.get('failed', 'dry run')}"
+        cells = [stages, *(page.get(key, "").replace("|", "/") for key in ("network", "CAM", "labels", "loss", "reached"))]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[*RECIPES, []], help="default: all")
+    parser.add_argument("--repos", type=Path, required=True)
+    parser.add_argument("--photos", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/hosts"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for name in options.names or RECIPES:
+        results[name] = run(name, RECIPES[name], options.repos, options.photos.resolve(), options.out)
+        path.write_text(json.dumps(results, indent=2))
+        print(name, {key: value for key, value in results[name].items() if key != "page"}, flush=True)
+    (options.out / "table.md").write_text(table(results))
+
+
+if __name__ == "__main__":
+    main()
