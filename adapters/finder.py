@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Optional
+import sys
+from typing import Any, Callable, Dict, Mapping, Optional
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ class ModelFinder:
 
     Args:
         check: raises HostError if a network is not the host's.
-        found: called with the network, or its wrapper, and its inputs when its forward pass begins.
+        found: called with the network, or its wrapper, and its arguments, when its forward pass begins.
         training: count only forward passes in training mode with gradients.
         network: class name of the network; by default any.
 
@@ -30,7 +31,7 @@ class ModelFinder:
     def __init__(
         self,
         check: Callable[[nn.Module], Any],
-        found: Callable[[nn.Module, Any], None],
+        found: Callable[[nn.Module, Any, Mapping[str, Any]], None],
         training: bool = True,
         network: Optional[str] = None,
     ):
@@ -64,7 +65,7 @@ class ModelFinder:
             return
         self._handle.remove()
         self.model = module
-        self.found(module, inputs)
+        self.found(module, inputs, _keywords_of_the_call())
 
     def none_fits(self, script: str, what: str) -> HostError:
         """The error for a script that ended without the network.
@@ -80,3 +81,15 @@ class ModelFinder:
             f"{script} {verb} without {which}. Modules that ran{mode}: {listing(self._refused, quote=False)}. Is this {it}, and "
             f"the right adapter?{why}"
         )
+
+
+def _keywords_of_the_call() -> Mapping[str, Any]:
+    """The keyword arguments of the module call that a hook on all modules was called from; torch does not hand them over."""
+    frame = sys._getframe(1)
+    for _ in range(5):
+        if frame.f_code.co_name in ("inner", "_call_impl") and isinstance(frame.f_locals.get("kwargs"), dict):
+            return dict(frame.f_locals["kwargs"])
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return {}

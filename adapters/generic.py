@@ -87,6 +87,7 @@ class Generic(CamSource):
         self._classifier: Optional[nn.Module] = None
         self._patch: Optional[Tuple[int, int]] = None
         self._own_patch: Optional[Tuple[int, int]] = None  # that of the model's patch embedding
+        self._prefix = 0  # tokens before those of the patches, in the last pass
 
     def modules(self, model: nn.Module) -> Dict[str, nn.Module]:
         if type(self) is Generic:
@@ -119,7 +120,7 @@ class Generic(CamSource):
         features = features[0] if isinstance(features, (tuple, list)) else features
         if not isinstance(given, Tensor) or not isinstance(features, Tensor):
             return ""
-        return _pooling(features.detach().float(), given.detach().float(), str(self.features), self._last)
+        return _pooling(features.detach().float(), given.detach().float(), str(self.features), self._last, self._prefix)
 
     def cam(self, img: Tensor, output: Any, records: Records) -> Tensor:
         if callable(self.source):
@@ -142,7 +143,9 @@ class Generic(CamSource):
             last = channels is not None and value.shape[1] != channels and value.shape[3] == channels
             value = value.permute(0, 3, 1, 2) if last else value
         elif isinstance(value, Tensor) and value.ndim == 3:
+            count = value.shape[1]
             value = tokens_to_map(value, img, self._patch, name, self._own_patch)
+            self._prefix = count - value.shape[2] * value.shape[3]
         else:
             raise HostError(f"Expected {name!r} to give a map (B, D, h, w) or tokens (B, N, D); got {describe(value)}.")
         if channels is not None and value.shape[1] != channels:
@@ -207,8 +210,16 @@ def _pair(size: Any) -> Tuple[int, int]:
     return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _pooling(features: Tensor, given: Tensor, name: str, classifier: str) -> str:
-    """How `given`, what the classifier got, came from the features; dropout between them is looked through."""
+def _pooling(features: Tensor, given: Tensor, name: str, classifier: str, prefix: int) -> str:
+    """How `given`, what the classifier got, came from the features; dropout between them is looked through.
+
+    Args:
+        features: (B, D, h, w), (B, h, w, D) or tokens (B, N, D), of which the first `prefix` are not of patches.
+        given: (B, D) or (B, D, 1, 1).
+        name: of the module that gave the features.
+        classifier: name of the classifier.
+        prefix: number of class and register tokens.
+    """
     if given.shape == features.shape and torch.equal(given, features):
         return f"that of {classifier!r}, its output without the bias"
     vector = given.flatten(1)
@@ -218,10 +229,10 @@ def _pooling(features: Tensor, given: Tensor, name: str, classifier: str) -> str
     if places.shape[:2] != vector.shape:
         return ""
     pools = {
-        "the mean over places": places.mean(2),
-        "the maximum over places": places.amax(2),
+        "the mean over places": places[:, :, prefix:].mean(2),
+        "the maximum over places": places[:, :, prefix:].amax(2),
         "the first token": places[:, :, 0],
-        "the mean over all tokens but the first": places[:, :, 1:].mean(2),
+        "the mean over all tokens": places.mean(2),
     }
     for pool, expected in pools.items():
         if _same(vector, expected):

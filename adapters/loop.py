@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from typing import Any, Callable, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -193,12 +193,12 @@ class LoopWatcher:
             self._captures = []
             self._interrupts.end()
 
-    def _found(self, model: nn.Module, inputs: Any) -> None:
+    def _found(self, model: nn.Module, inputs: Any, keywords: Mapping[str, Any]) -> None:
         if self.on_model is not None:
             self.on_model(model)
         self.bind(model)
         assert self._recorder is not None
-        self._recorder.begin(model, inputs, {})
+        self._recorder.begin(model, inputs, keywords)
 
     def bind(self, model: nn.Module) -> None:
         """Put the hooks on a model; done on entry, or when the model is found."""

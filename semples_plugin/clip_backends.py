@@ -7,8 +7,10 @@ need only torch, numpy, ftfy and regex. `import clip` also needs `pkg_resources`
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -16,7 +18,7 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -55,25 +57,37 @@ def openai_clip_module(name: str) -> ModuleType:
         ClipError: if no `clip` package is installed, or one that is not OpenAI's.
     """
     full_name = f"clip.{name}"
-    if full_name in sys.modules:
-        return sys.modules[full_name]
-    spec = importlib.util.find_spec("clip")
-    folders = list(spec.submodule_search_locations or []) if spec else []
+    folder = _openai_clip_folder()
     advice = "Install OpenAI's: `pip install openai-clip` (or `pip install git+https://github.com/openai/CLIP`)."
-    if spec is None:
+    if folder is None:
         raise ClipError(f"OpenAI's `clip` package was expected; none is installed. {advice}")
-    folders = folders or [spec.origin or "the environment"]
-    path = Path(folders[0]) / f"{name}.py"
+    path = folder / f"{name}.py"
     if not path.is_file():
         raise ClipError(
-            f"OpenAI's `clip` package was expected; the `clip` in {folders[0]} has no {path.name} (PyPI's `clip` is "
+            f"OpenAI's `clip` package was expected; the `clip` in {folder} has no {path.name} (PyPI's `clip` is "
             f"another project). Uninstall it (`pip uninstall clip`). {advice}"
         )
+    loaded = sys.modules.get(full_name)
+    if loaded is not None and Path(str(loaded.__file__)).resolve() == path.resolve():
+        return loaded
     module_spec = importlib.util.spec_from_file_location(full_name, path)
     assert module_spec is not None and module_spec.loader is not None  # a .py file always has a loader
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     return module
+
+
+def _openai_clip_folder() -> Optional[Path]:
+    """Where OpenAI's `clip` package is: as it was installed, since some hosts have a package of that name of their own."""
+    for distribution in ("openai-clip", "clip"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            folder = Path(str(importlib.metadata.distribution(distribution).locate_file("clip")))
+            if (folder / "model.py").is_file():
+                return folder
+    spec = importlib.util.find_spec("clip")
+    if spec is None:
+        return None
+    return Path((list(spec.submodule_search_locations or []) or [spec.origin or "the environment"])[0])
 
 
 @lru_cache(maxsize=None)

@@ -121,7 +121,24 @@ def forget_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     importlib.invalidate_caches()
 
 
+def without_openai_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "clip").exists()])
+
+
+@pytest.mark.parametrize("kind", ["package", "module"])
+def test_a_clip_of_a_host_before_openais(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some hosts bring a package `clip` of their own; theirs stays theirs, and ours is OpenAI's."""
+    file = tmp_path / "clip.py" if kind == "module" else tmp_path / "clip" / "model.py"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("raise RuntimeError('must not be run')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    forget_clip(monkeypatch)
+    module = openai_clip_module.__wrapped__("model")
+    assert hasattr(module, "CLIP") and not str(module.__file__).startswith(str(tmp_path)) and "clip" not in sys.modules
+
+
 def test_foreign_clip_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_openai_clip(monkeypatch)
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "__init__.py").write_text("raise RuntimeError('must not be run')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -131,6 +148,7 @@ def test_foreign_clip_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_foreign_clip_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_openai_clip(monkeypatch)
     (tmp_path / "clip.py").write_text("raise RuntimeError('must not be run')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     forget_clip(monkeypatch)
@@ -139,7 +157,7 @@ def test_foreign_clip_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_no_clip_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "clip").exists()])
+    without_openai_clip(monkeypatch)
     forget_clip(monkeypatch)
     with pytest.raises(ClipError, match="OpenAI's `clip` package was expected; none is installed. Install OpenAI's: `pip"):
         openai_clip_module.__wrapped__("model")

@@ -10,6 +10,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
+import sys
+import types
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
@@ -114,6 +116,7 @@ def old_libraries() -> Iterator[List[str]]:
 
     - timm >= 0.6 hands `pretrained_cfg` and the like to every model factory, which a host's own factory does not take:
       `create_model` calls factories that are not timm's own as timm 0.4 did.
+    - NumPy >= 1.24 has lost `np.int`, `np.bool` and others, NumPy 2 `numpy.lib.utils`: they get their old names back.
     - scikit-learn >= 1.6 gives scores as Python floats, which have no `.item()`: they are NumPy's again.
     - Pillow >= 10 has lost `Image.CUBIC` and others: they get their old names back.
 
@@ -122,7 +125,7 @@ def old_libraries() -> Iterator[List[str]]:
     """
     done: List[str] = []
     with contextlib.ExitStack() as stack:
-        for shim in (_pillow, _timm, _sklearn):
+        for shim in (_pillow, _timm, _sklearn, _numpy):
             note = shim(stack)
             if note:
                 done.append(note)
@@ -174,6 +177,20 @@ def _sklearn(stack: contextlib.ExitStack) -> Optional[str]:
 
     stack.enter_context(replaced(metrics, f1_score=f1_score))
     return "gave scikit-learn's f1_score its old type"
+
+
+def _numpy(stack: contextlib.ExitStack) -> Optional[str]:
+    old = {"int": int, "float": float, "bool": bool, "object": object, "str": str}
+    lost = {name: kind for name, kind in old.items() if name not in vars(np)}
+    stack.enter_context(replaced(np, **lost))
+    given = list(lost)
+    if "numpy.lib.utils" not in sys.modules and importlib.util.find_spec("numpy.lib.utils") is None:
+        utils = types.ModuleType("numpy.lib.utils")
+        vars(utils).update(deprecate=lambda function=None, **_: function or (lambda one: one))
+        sys.modules["numpy.lib.utils"] = utils
+        stack.callback(sys.modules.pop, "numpy.lib.utils", None)
+        given.append("lib.utils")
+    return f"gave NumPy its old names {', '.join(given)}" if given else None
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ def _plain(job: Job) -> None:
             run_script(job)
             return
 
-        def found(model: nn.Module, inputs: Any) -> None:
+        def found(model: nn.Module, *arguments: Any) -> None:
             stack.enter_context(branch.insert(model))
             print(f"semples: {job.branch} is in {type(unwrap(model)).__name__}", file=sys.stderr)
 

@@ -723,3 +723,135 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*The CAM of .* is not that of")
         yield
+
+
+# ------------------------------------------------------------------------------------------------ hosts by name
+
+
+class Encoder(ToyViT):
+    """Tokens after the norm, the class token first."""
+
+    def forward(self, img: Tensor) -> Tensor:
+        x = self.patch_embed(img)
+        return self.norm(self.blocks(torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)))
+
+
+class SingleStage(nn.Module):
+    """The parts of ToCo that count: an encoder, a classifier over the maximum of the patches, crops after the image."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.encoder = Encoder(seed=seed)
+        self.classifier = nn.Conv2d(8, 3, 1, bias=False)
+
+    def maps(self, img: Tensor) -> Tensor:
+        tokens = self.encoder(img)[:, 1:].transpose(1, 2)
+        return tokens.reshape(len(img), -1, img.shape[2] // 8, img.shape[3] // 8)
+
+    def forward(self, img: Tensor, crops: Any = None) -> Tensor:
+        logits = self.classifier(F.adaptive_max_pool2d(self.maps(img), 1)).flatten(1)
+        for crop in [] if crops is None else crops:
+            self.encoder(crop)
+        return logits
+
+    def own_cam(self, img: Tensor) -> Tensor:
+        return F.conv2d(self.maps(img), self.classifier.weight)
+
+
+class Students(nn.Module):
+    """The parts of DuPL that count: with `need_sp` each branch runs on everything, on the images, on the copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch1, self.branch2 = SingleStage(1), SingleStage(2)
+
+    def forward(self, img: Tensor, need_sp: bool = False) -> List[Tensor]:
+        branches = (self.branch1, self.branch2)
+        logits = [branch(img) for branch in branches]
+        if need_sp:
+            img, copies = img.chunk(2)
+            logits = [branch(img) for branch in branches]
+            for branch in branches:
+                branch(F.interpolate(copies, scale_factor=0.75))
+        return logits
+
+
+def test_toco_by_name(refiner: PromptRefiner, batch: Any) -> None:
+    img, labels = batch
+    torch.manual_seed(0)
+    model = SingleStage().train()
+    expected = refiner(img, model.own_cam(img), labels).item()
+    with adapters.attach("toco", None, refiner) as attached:
+        F.multilabel_soft_margin_loss(model(img, crops=[img[:, :, :16, :16]]), labels).backward()
+    assert attached.loss == pytest.approx(expected, rel=1e-5)
+    assert attached.agreement.startswith("that of 'classifier', which classifies the maximum over places")
+    with pytest.raises(HostError, match="This is no ToCo, SeCo or MoRe model"):
+        adapters.attach("toco", net(), refiner)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_dupl_by_name(copies: bool, refiner: PromptRefiner, batch: Any) -> None:
+    img, labels = batch
+    torch.manual_seed(0)
+    model = Students().train()
+    expected = sum(refiner(img, branch.own_cam(img), labels).item() for branch in (model.branch1, model.branch2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*ran on 4 images with labels for 2")
+        with adapters.attach("dupl", None, refiner) as attached:
+            for logits in (model(torch.cat([img, img.flip(-1)]), need_sp=True) if copies else model(img) for _ in range(2)):
+                sum(F.multilabel_soft_margin_loss(x, labels) for x in logits).backward()
+                assert attached.loss == pytest.approx(expected, rel=1e-4)
+    assert attached.steps == 2 and attached.cam_shapes == [(2, 3, 4, 4)] * 2
+
+
+class FrozenCLIP(nn.Module):
+    """The parts of WeCLIP and ExCEL that count: a decoder that gives logits and attention."""
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.layer(x), [torch.zeros(1)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder_fts_fuse, self.decoder = nn.Conv2d(3, 8, 8, stride=8), nn.Conv2d(8, 8, 1), self.Head()
+        self.encoder.requires_grad_(False)
+
+    def forward(self, img: Tensor, img_names: Any = ()) -> Tensor:
+        return self.decoder(self.decoder_fts_fuse(self.encoder(img)))[0]
+
+
+@pytest.mark.parametrize("name", ["weclip", "excel"])
+def test_weclip_and_excel_by_name(name: str, refiner: PromptRefiner, batch: Any) -> None:
+    img, labels = batch
+    torch.manual_seed(0)
+    model = FrozenCLIP().train()
+    expected = refiner(img, model(img).softmax(1)[:, 1:], labels).item()
+    data = DataLoader([(f"photo {k}", img[k], labels[k]) for k in range(2)], batch_size=2)
+    with adapters.attach(name, None, refiner) as attached:
+        for names, x, _ in data:
+            logits = model(x, names)
+            (pixel_loss(logits) + F.cross_entropy(logits, torch.ones(2, 4, 4, dtype=torch.long))).backward()
+    assert attached.steps == 1 and attached.loss == pytest.approx(expected, rel=1e-5)
+    assert torch.allclose(adapters.cam_of(name, model)(img), model(img).softmax(1)[:, 1:], atol=1e-6)
+
+
+def test_recam_by_name(refiner: PromptRefiner, batch: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stage4, self.classifier = nn.Conv2d(3, 6, 8, stride=8), nn.Conv2d(6, 3, 1, bias=False)
+
+        def forward(self, img: Tensor) -> Tensor:
+            return self.classifier(self.stage4(img).mean((2, 3), keepdim=True)).flatten(1)
+
+    class Second(Net):
+        pass
+
+    with adapters.attach("recam", None, refiner) as first:
+        with adapters.attach("recam", None, refiner, network="Second") as second:
+            train([Net().train(), Second().train()], [batch] * 2)
+    assert first.steps == second.steps == 2 and type(second.model) is Second

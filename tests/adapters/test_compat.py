@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -340,5 +341,14 @@ def test_libraries_that_are_not_installed_are_left_alone(monkeypatch: Any) -> No
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
     with compat.old_libraries() as notes:
-        assert notes == []
-    assert not {"timm", "PIL", "torchvision"} & (set(sys.modules) - loaded)
+        assert all(note.startswith("gave NumPy its old names") for note in notes)
+    assert not {"timm", "PIL", "torchvision", "sklearn"} & (set(sys.modules) - loaded)
+
+
+def test_numpy_has_its_old_names_in_the_with_alone() -> None:
+    before = {name: hasattr(np, name) for name in ("int", "float", "bool", "object", "str")}
+    with compat.old_libraries():
+        assert np.int(3.7) == 3 and np.zeros(2, np.float).dtype == float and np.str is not None
+        assert callable(importlib.import_module("numpy.lib.utils").deprecate)
+    assert {name: hasattr(np, name) for name in before} == before
+    assert "numpy.lib.utils" not in sys.modules or importlib.util.find_spec("numpy.lib.utils")

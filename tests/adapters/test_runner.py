@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from semples_plugin import PromptRefiner, __version__
 from semples_plugin.adapters import __main__ as command
 from semples_plugin.adapters import make_source
+from semples_plugin.adapters.generic import Generic
 from semples_plugin.adapters.runner import compat, stages
 from semples_plugin.adapters.runner.collector import Collector
 from semples_plugin.adapters.runner.record import Record, commit
@@ -829,6 +830,82 @@ def test_script_without_a_label_loss(stage: str, run: Run, start: Any, complete:
     message = capsys.readouterr().err
     assert "label loss" in message and "multilabel_soft_margin_loss" in message and "Traceback" not in message
     assert not (run.out / "match.pt").exists() and not (run.out / "prompts.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------------------ dry run, several networks
+
+
+def test_dry_run_prints_a_page_and_writes_no_weights(run: Run, start: Any, capsys: Any) -> None:
+    assert start(run.arguments("--dry-run", "2")) == 0
+    page = capsys.readouterr().out
+    expected = [
+        "network: ToyNet, ",
+        "steps: 2; 3 images of 32 x 32, 3 rows of labels",
+        "CAM: (3, 3, 8, 8)",
+        "labels: the target of the label loss",
+        "loss: added at multilabel_soft_margin_loss, binary_cross_entropy_with_logits, binary_cross_entropy; in the first step",
+        "reached: stem (",
+        "losses seen: multilabel_soft_margin_loss with targets tensor (3, 3)",
+        "label losses of other networks: none",
+    ]
+    assert [text for text in expected if text not in page] == []
+    assert not run.out.exists()
+
+
+def test_dry_run_of_a_script_without_a_network_or_a_label_loss(run: Run, start: Any, capsys: Any) -> None:
+    assert start(run.arguments("--dry-run", script=["variants.py", "unknown"])) == 1
+    printed = capsys.readouterr()
+    assert "network: none. variants.py trained without a network that the adapter 'generic' knows" in printed.out
+    assert "error: variants.py trained without" in printed.err
+    assert start(run.arguments("--dry-run", script=["variants.py", "no_loss"])) == 1
+    assert "steps: none. " in capsys.readouterr().out
+
+
+def test_a_second_network_is_attached_or_named_or_allowed(run: Run, start: Any, capsys: Any) -> None:
+    script = ["variants.py", "two"]
+    assert start(run.arguments("--stage", "match", script=script)) == 1
+    message = capsys.readouterr().err
+    assert "variants.py also trained another network: 3 label losses over the 3 classes" in message
+    assert "--attach" in message and (run.out / "match.pt").exists()
+    run = run._replace(out=run.out / "allowed")
+    assert start(run.arguments("--stage", "match", "--allow-others", script=script)) == 0
+    run = run._replace(out=run.out / "both")
+    both = ["--network", "ToyNet", "--attach", "generic cam=head network=Second"]
+    assert start(run.arguments("--stage", "match", *both, script=script)) == 0
+    stage = read_record(run.out)["stages"]["match"]
+    assert stage["networks"] == ["ToyNet", "Second"] and stage["steps"] == 3
+    assert not same(weights(run.out / "match.pt"), weights(run.out / "match.2.pt"))
+    assert len(read_log(run.out, "match.2")) == len(read_log(run.out, "match")) == 2
+    assert read_record(run.out)["run"]["attach"][0]["network"] == "Second"
+    assert start(run.arguments("--stage", "prompt", *both, script=script)) == 0
+    assert start(run.arguments("--stage", "refine", *both, script=script)) == 0
+    assert "refine" in read_log(run.out, "refine.2")[0]
+
+
+def test_labels_from_the_loader(run: Run, start: Any) -> None:
+    """The whole chain for a host without a loss over classes."""
+    script = ["variants.py", "pixels"]
+    assert start(run.arguments("--labels", "loader", script=script)) == 0
+    assert read_record(run.out)["run"]["labels"] == "loader" and read_record(run.out)["stages"]["refine"]["steps"] == 3
+
+
+def labels_of(capture: Any) -> Tensor:
+    return torch.tensor([[1, 0, 0]]).repeat(len(capture.img), 1)
+
+
+def test_sources_and_functions_of_the_users_own(run: Run, start: Any, capsys: Any) -> None:
+    own = f"{Generic.__module__}:{Generic.__name__}"
+    ours = ["--source", own, "--labels", f"{__name__}:labels_of", "--label-loss", "cross_entropy", "--dry-run"]
+    assert start(run.arguments(*ours, script=["variants.py", "pixels"])) == 0
+    page = capsys.readouterr().out
+    assert "labels: the function labels_of" in page and "loss: added at cross_entropy" in page
+    for wrong in ("--source", "semples_plugin.adapters.generic:Missing"), ("--labels", "nowhere.at_all:function"):
+        with pytest.raises(SystemExit):
+            start(run.arguments(*wrong))
+        assert f"{wrong[0]} must be package.module:name that Python can import from here" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        start(run.arguments("--source", "collections:OrderedDict"))
+    assert "--source must name a CamSource; collections:OrderedDict gives OrderedDict" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ wrong arguments

@@ -64,18 +64,17 @@ def onehot_lists(repo: Path, photos: Path, work: Path) -> None:
     for split in ("train_aug", "train", "val", "trainval"):
         (folder / f"{split}.txt").write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
     link(folder / "cls_labels_onehot.npy", source)
-    (work / "bilateralfilter.py").write_text(BILATERAL, encoding="utf-8")
+    for name, code in STAND_INS.items():
+        (work / f"{name}.py").write_text(code, encoding="utf-8")
 
 
-BILATERAL = '''"""In the place of a compiled extension that these hosts build themselves: their dense energy loss is 0 without it."""
-
-
-def bilateralfilter(*arguments):
-    pass
-
-
-bilateralfilter_batch = bilateralfilter
-'''
+# For libraries that are compiled, or were for an older torch; of each the one function that the hosts use.
+STAND_INS = {
+    "bilateralfilter": "def bilateralfilter(*_):\n    pass\n\n\nbilateralfilter_batch = bilateralfilter\n",  # dense energy: 0
+    "mmcv": "import cv2\n\n\ndef bgr2hsv(x):\n    return cv2.cvtColor(x, cv2.COLOR_BGR2HSV)\n\n\n"
+    "def hsv2bgr(x):\n    return cv2.cvtColor(x, cv2.COLOR_HSV2BGR)\n",
+    "cmapy": "",
+}
 
 
 def link(path: Path, target: Path) -> None:
@@ -113,6 +112,10 @@ def numbers_lists(repo: Path, photos: Path, work: Path) -> None:
         (work / "chainercv" / part).mkdir(parents=True, exist_ok=True)
         (work / "chainercv" / "__init__.py").touch()
         (work / "chainercv" / part / "__init__.py").write_text(CHAINERCV, encoding="utf-8")
+    (work / "cmapy.py").write_text(STAND_INS["cmapy"], encoding="utf-8")
+    (work / "pykeops").mkdir(exist_ok=True)
+    (work / "pykeops" / "__init__.py").touch()
+    (work / "pykeops" / "torch.py").write_text("def LazyTensor(x):\n    return x\n", encoding="utf-8")  # as a plain tensor
     python(repo, work, WEIGHTS.format(module="net.resnet50", arguments="strides=(2, 2, 2, 1)"))
 
 
@@ -284,7 +287,7 @@ RECIPES: Dict[str, Recipe] = {
          "--max_iters", "2", "--crop_size", "96", "--spg", "2", "--num_workers", "1", "--local_rank", "0", "--work_dir",
          "WORK/work", "--log_iters", "1"], excel_lists, "ExCEL_model",
     ),
-    "MoRe": toco_like("MoRe", "scripts/train_voc.py", "--local_rank", "0", "--spg", "2", "--finetune", ""),
+    "MoRe": toco_like("MoRe", "scripts/train_voc.py", "--local_rank", "0", "--spg", "2", "--finetune", "", "--crop_size", "224"),
 }  # fmt: skip
 
 

@@ -25,3 +25,14 @@ class Headless(nn.Module):
 
     def forward(self, x):
         return self.fc(x.flatten(1))
+
+
+class Second(ToyNet):
+    """Another network of the same kind."""
+
+
+class Maps(ToyNet):
+    """The same without pooling."""
+
+    def forward(self, x):
+        return self.head(self.body(self.stem(x)))

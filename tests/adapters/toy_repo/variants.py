@@ -4,12 +4,12 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from models import Headless, ToyNet
+from models import Headless, Maps, Second, ToyNet
 from utils import build_loader
 
 what = sys.argv[1]
 loader = build_loader(3)
-model = (Headless(3) if what == "unknown" else ToyNet(3)).cuda()
+model = {"unknown": Headless, "pixels": Maps}.get(what, ToyNet)(3).cuda()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 
 
@@ -27,6 +27,23 @@ def step(img, target):
 
 
 model.train()
+if what == "two":  # another network is trained after the first
+    for network in (model, Second(3)):
+        network.train()
+        steps = torch.optim.SGD(network.parameters(), lr=0.05)
+        for img, target in loader:
+            loss = F.multilabel_soft_margin_loss(network(img), target)
+            steps.zero_grad()
+            loss.backward()
+            steps.step()
+    sys.exit()
+if what == "pixels":  # no loss over classes; labels are in the batch alone
+    for img, target in loader:
+        loss = F.cross_entropy(model(img), torch.zeros(len(img), 8, 8, dtype=torch.long))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    sys.exit()
 if what == "swallow":  # endless data; any failure of the iterator counts as its end
     iterator = iter(loader)
     for _ in range(12):
