@@ -68,27 +68,28 @@ def attach(
 
     Per step the host runs forward once, as without it: hooks record what its CAM is made of, and the loss is added to the
     result of its label loss, once, however many label losses it has. A label loss counts if its autograd graph contains the
-    recorded forward pass; losses of other networks are left alone. Outside the `with` nothing is left. Labels must be hard; label
-    smoothing within 0.2 of 0 or 1 is undone for the added losses.
+    recorded forward pass; losses of other networks are left alone. Outside the `with` nothing is left. Labels must be hard;
+    label smoothing within 0.2 of 0 or 1 is undone for the added losses.
 
     Args:
         host: a name of `names()`, or a `CamSource`.
         model: the object that the loop calls: the network, or its DataParallel / DistributedDataParallel wrapper. None for a
-            host that builds it inside: the first network that runs in training mode and fits is taken; `Attachment.model` is it.
+            host that builds it inside: the first network that runs in training mode and fits is taken, see
+            `Attachment.model`.
         refiner: a `PromptRefiner` for the host's classes, in the order of its label columns; None for `branch` alone.
         network: with `model=None`: class name of the network, if the first that fits is not the one.
         mode: `"add"` to the host's label loss, or `"replace"` its label losses, as the reference does (their gradient becomes
             zero; other terms of the host stay). A factor that the host puts on its label loss holds for the added loss too.
         weight: factor on the refiner's loss; that of `branch` has weights of its own.
         label_loss: where the loss is added. How the host computes its label loss: an nn.Module `criterion(logits, labels)`, or
-            a function of torch.nn.functional or its name. By default multilabel_soft_margin_loss and the binary cross-entropies,
-            also inside torch's own criterion modules; among these, losses over (B, C) or (B, C + 1) targets count. Or
-            `"backward"`: at `loss.backward()`, before a gradient scaler scales it, for hosts without a label loss; a loop that
-            divides its loss by N accumulated batches needs `weight=1/N` there.
-        labels: where the image-level labels are, if not in the label loss: `"forward:NAME"`, an argument of the model's forward;
-            `"loader"` or `"loader:KEY"`, the batch of the torch DataLoader that the images came from, or its part KEY; or a
-            function of the recorded pass: `lambda capture: capture.keywords["cls_label"]`. The default of `label_loss` is then
-            `"backward"`.
+            a function of torch.nn.functional or its name. By default multilabel_soft_margin_loss and the binary
+            cross-entropies, also inside torch's own criterion modules; among these, losses over (B, C) or (B, C + 1) targets
+            count. Or `"backward"`: at `loss.backward()`, before a gradient scaler scales it, for hosts without a label loss; a
+            loop that divides its loss by N accumulated batches needs `weight=1/N` there.
+        labels: where the image-level labels are, if not in the label loss: `"forward:NAME"`, an argument of the model's
+            forward; `"loader"` or `"loader:KEY"`, the batch of the torch DataLoader that the images came from, or its part KEY;
+            or a function of the recorded pass: `lambda capture: capture.keywords["cls_label"]`. The default of `label_loss` is
+            then `"backward"`.
         forward_pass: which forward pass of a step gives the CAM: `"first"` of those in the label loss, `"last"`, or its number
             from 0. On a batch that is a multiple of the labels (images and their augmented copies) the first part counts.
         first_step, last_step: the steps, from 1, in which the refiner's loss is added; by default all.

@@ -61,9 +61,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--mode", choices=["add", "replace"], default="add", help="add to the host's label loss, or replace it; "
         "default: %(default)s")  # fmt: skip
     add("--network", metavar="CLASS", help="class name of the network; default: the first that fits the adapter")
-    add("--label-loss", metavar="NAME", help="loss of torch.nn.functional that the refiner's is added to, or backward; default: "
+    add("--label-loss", metavar="NAME", help="loss of torch.nn.functional that the refiner's is added to, or backward; "
+        "default: "
         "the multi-label losses over the classes")  # fmt: skip
-    add("--labels", metavar="WHERE", help="loader, loader:KEY, forward:NAME or package.module:function; default: the targets of "
+    add("--labels", metavar="WHERE", help="loader, loader:KEY, forward:NAME or package.module:function; "
+        "default: the targets of "
         "the label loss")  # fmt: skip
     add("--forward-pass", default="first", metavar="first|last|N", help="which forward pass of a step gives the CAM; default: "
         "%(default)s of those in the label loss")  # fmt: skip
@@ -73,7 +75,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--attach", action="append", default=[], metavar="'HOST NAME=VALUE ...'", help="a further network of the script, with "
         "options of its adapter and network, label_loss, labels, forward_pass, first_step, last_step")  # fmt: skip
     add("--allow-others", action="store_true", help="the script may train further networks without the refiner")
-    add("--dry-run", type=int, nargs="?", const=3, metavar="STEPS", help="run a few steps, print what was attached to what, and "
+    add("--dry-run", type=int, nargs="?", const=3, metavar="STEPS", help="run a few steps, print what was attached to "
+        "what, and "
         "write no weights; default: %(const)s steps")  # fmt: skip
     add("--weight", type=float, default=1.0, help="factor on the refiner's loss; default: %(default)s")
     add("--set", help="option of RefinerConfig, such as lambda_area=1", **assignments)
@@ -213,7 +216,9 @@ def _targets(options: argparse.Namespace) -> List[Tuple[Target, Dict[str, Any]]]
         source = make_source(options.host, **given)
     common = {"mode": options.mode, "weight": options.weight}
     first = _for_attach({name: getattr(options, name) for name in OF_ATTACH if getattr(options, name) is not None})
-    found = [(Target(options.host, source, {**common, **first}), {**given, **({"source": options.source} if options.source else {})})]
+    found = [
+        (Target(options.host, source, {**common, **first}), {**given, **({"source": options.source} if options.source else {})})
+    ]
     for text in options.attach:
         host, *assignments = shlex.split(text)
         values = parse_assignments("--attach", assignments)
@@ -238,7 +243,9 @@ def _loaded(option: str, text: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{option} must be package.module:name that Python can import from here; got {text!r} ({error}).") from error
+        raise ValueError(
+            f"{option} must be package.module:name that Python can import from here; got {text!r} ({error})."
+        ) from error
 
 
 def _name_of(value: Any) -> str:
@@ -287,7 +294,9 @@ def _job(options: argparse.Namespace, script: List[str]) -> Job:
     if clusters is not None:  # the record of a run without clusters does not mention them
         as_json = {key: str(value) if value == float("-inf") else value for key, value in branch_options.items()}
         facts["clusters"] = {"members": clusters.as_dict(), "options": as_json, "lr": options.branch_lr}
-    facts = json.loads(json.dumps(facts, allow_nan=False, default=_name_of))  # as they will be read from the record: a tuple becomes a list
+    facts = json.loads(
+        json.dumps(facts, allow_nan=False, default=_name_of)
+    )  # as they will be read from the record: a tuple becomes a list
     return Job(
         targets=[target for target, _ in targets],
         script=script,

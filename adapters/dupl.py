@@ -1,8 +1,8 @@
 """DuPL (CVPR 2024): two students of one kind, `branch1` and `branch2`, that teach each other.
 
-Facts of the host: each branch is a network as ToCo's. From iteration `--gmm_iters` (8000) on, forward runs on the images and their
-augmented copies, `cat[img, aug]`, while the labels stay those of the images; inside, each branch then runs on the whole batch, on the
-images, and on the copies in turn. The label losses are those of the second run.
+Facts of the host: each branch is a network as ToCo's. From iteration `--gmm_iters` (8000) on, forward runs on the images and
+their augmented copies, `cat[img, aug]`, while the labels stay those of the images; inside, each branch then runs on the whole
+batch, on the images, and on the copies in turn. The label losses are those of the second run.
 """
 
 from __future__ import annotations

@@ -78,8 +78,8 @@ class ModelFinder:
         which = what if self.network is None else f"{self.network}, {what}"
         why = "" if self._first is None else f" {self._refused[self._first]}"
         return HostError(
-            f"{script} {verb} without {which}. Modules that ran{mode}: {listing(self._refused, quote=False)}. Is this {it}, and "
-            f"the right adapter?{why}"
+            f"{script} {verb} without {which}. Modules that ran{mode}: {listing(self._refused, quote=False)}. Is this {it}, "
+            f"and the right adapter?{why}"
         )
 
 

@@ -238,8 +238,8 @@ def _pooling(features: Tensor, given: Tensor, name: str, classifier: str, prefix
         if _same(vector, expected):
             return f"that of {classifier!r}, which classifies {pool} of {name!r}"
     return (
-        f"not that of {classifier!r}, which gets something else than pooled outputs of {name!r} (a norm between them?). Name the "
-        "last module before pooling; where a norm follows the pooling, the CAM leaves it out"
+        f"not that of {classifier!r}, which gets something else than pooled outputs of {name!r} (a norm between them?). Name "
+        "the last module before pooling; where a norm follows the pooling, the CAM leaves it out"
     )
 
 

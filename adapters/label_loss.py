@@ -29,8 +29,8 @@ LabelLoss = Union[None, str, nn.Module, Callable[..., Tensor]]
 class LossTap(TorchFunctionMode):
     """Sees the losses that a host computes for the time of a `with`.
 
-    Nothing is patched, with one exception: at `"backward"` the `scale` method of torch's gradient scalers, since the loss has to
-    be added before it is scaled.
+    Nothing is patched, with one exception: at `"backward"` the `scale` method of torch's gradient scalers, since the loss has
+    to be added before it is scaled.
 
     Args:
         label_loss: an nn.Module `criterion(logits, labels)`, a function of torch.nn.functional or its name, None for

@@ -97,8 +97,8 @@ class LabelSource:
         labels = multi_hot(found, self.num_classes, len(capture.img), indices=True)
         if labels is None:
             raise HostError(
-                f"Labels from {place} must be (B, {self.num_classes}) for the {len(capture.img)} images of the forward pass, or "
-                f"(B,) class indices; got {describe(found)}."
+                f"Labels from {place} must be (B, {self.num_classes}) for the {len(capture.img)} images of the forward pass, "
+                f"or (B,) class indices; got {describe(found)}."
             )
         return labels
 

@@ -4,8 +4,8 @@ While a `LoopWatcher` is entered
 
 - forward hooks record what the host's CAM is made of, in the host's own forward pass; there is no second one;
 - a `torch.overrides.TorchFunctionMode` sees the host's losses. The label loss whose autograd graph contains a recorded forward
-  pass comes back with a loss added, so that whatever the host does next with its loss (autocast, GradScaler, accumulation) holds
-  for both. A loss of another network is left alone.
+  pass comes back with a loss added, so that whatever the host does next with its loss (autocast, GradScaler, accumulation)
+  holds for both. A loss of another network is left alone.
 
 On exit all of it is gone, also after an exception or Ctrl-C.
 Flow: a host's loop -> `finder`, `recorder`, `labels`, `label_loss`, `graph` -> **loop** -> `attachment`.
@@ -46,9 +46,9 @@ class LoopWatcher:
     """A host's training loop, watched for the time of a `with`. A subclass says what is done in a step.
 
     A step is the forward passes of the model in training mode with gradients up to its label loss. Which of them the label loss
-    was computed from is read off the autograd graph, so that a batch whose loss the host skips, and losses of other networks, do
-    not count. Of several label losses in a step the first gets the loss added. Forward passes without gradients or in eval mode,
-    and label losses there, are left alone.
+    was computed from is read off the autograd graph, so that a batch whose loss the host skips, and losses of other networks,
+    do not count. Of several label losses in a step the first gets the loss added. Forward passes without gradients or in eval
+    mode, and label losses there, are left alone.
 
     Args:
         source: where the host's CAM comes from.
@@ -452,8 +452,8 @@ class LoopWatcher:
             f"ran {self._backwards} times, but no label loss over {len(self.classes)} classes was seen. Looked for "
             f"{listing(self._tap.names(), quote=False)}; "
             f"losses seen: {listing(seen, quote=False)}. If your host computes its label loss in another way, pass that "
-            "module: attach(..., label_loss=criterion). If it has none over classes, say where labels come from: labels='loader' "
-            "or 'forward:NAME'. If the number of classes differs, build the refiner with the host's."
+            "module: attach(..., label_loss=criterion). If it has none over classes, say where labels come from: "
+            "labels='loader' or 'forward:NAME'. If the number of classes differs, build the refiner with the host's."
         )
 
     def _model(self) -> nn.Module:

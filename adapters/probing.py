@@ -144,12 +144,12 @@ def _judge(
         return _probe(f"detached at {_cut(outputs, capture.records.names())}", False, math.nan, nothing, parameters, depth)
     count = len(labels) if len(capture.img) % len(labels) == 0 else len(capture.img)  # a multiple: the first part counts
     outs = [refiner.compute(capture.img.detach()[:count].to(cam.device), cam[:count], labels.to(cam.device)) for cam in cams]
-    total = sum((out.loss.to(cams[0].device) for out in outs[1:]), outs[0].loss)
+    summed = torch.stack([out.loss.to(cams[0].device) for out in outs]).sum()
     inside = [(name, value) for name, value in outputs if value.requires_grad]
     wanted = [*parameters.values(), *(value for _, value in inside)]
-    found = torch.autograd.grad(total, wanted, allow_unused=True) if wanted else ()
+    found = torch.autograd.grad(summed, wanted, allow_unused=True) if wanted else ()
     gradients: Dict[str, Optional[Tensor]] = dict(zip(parameters, found))
-    loss = float(total.detach())
+    loss = float(summed.detach())
     broken = [name for name, g in gradients.items() if g is not None and not bool(torch.isfinite(g).all())]
     if broken:
         # The gradient runs from the last module to the first: NaN enters where the last module in that order has it.
@@ -171,8 +171,8 @@ def _judge(
     moved = [name for name in reached if bool(gradients[name].any())]  # type: ignore[union-attr]
     if not moved:
         verdict = (
-            f"attached, but the gradient is zero: the terms are flat here ({_flat(outs[0].terms)}). A cosine at the edge of its "
-            "clamp or a CAM that is flat or all negative does that; try another batch"
+            f"attached, but the gradient is zero: the terms are flat here ({_flat(outs[0].terms)}). A cosine at the edge of "
+            "its clamp or a CAM that is flat or all negative does that; try another batch"
         )
         return _probe(verdict, False, loss, gradients, parameters, depth)
     total, held = sum(p.numel() for p in parameters.values()), sum(parameters[name].numel() for name in reached)

@@ -48,8 +48,8 @@ class Capture(NamedTuple):
 class Recorder:
     """Forward hooks on a host for the time of a `with`: each wanted forward pass calls `on_forward(capture)`.
 
-    The hooks are on the wrapper and on the network in it, since some loops call `wrapper.forward(...)`, which runs no hook of the
-    wrapper. The methods in `CamSource.calls` are replaced on the network itself, since no hook sees them.
+    The hooks are on the wrapper and on the network in it, since some loops call `wrapper.forward(...)`, which runs no hook of
+    the wrapper. The methods in `CamSource.calls` are replaced on the network itself, since no hook sees them.
 
     Args:
         model: the object that the loop calls.

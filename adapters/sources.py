@@ -178,14 +178,14 @@ def foreground_cams(source: CamSource, img: Tensor, output: Any, records: Record
         HostError: if they are no maps.
     """
     made = source.cam(img, output, records)
-    cams = list(made) if isinstance(made, (tuple, list)) else [made]
+    cams: List[Any] = list(made) if isinstance(made, (tuple, list)) else [made]
     for cam in cams:
         if not isinstance(cam, Tensor):
             raise HostError(f"The CAM of {source.name} must be a tensor (B, C, h, w); got {describe(cam)}.")
         if cam.ndim == 4 and cam.shape[2:] == (1, 1):
             raise HostError(
-                f"The CAM of {source.name} is {tuple(cam.shape)}: a 1 x 1 map says which classes are there, not where. Name the "
-                "module before pooling."
+                f"The CAM of {source.name} is {tuple(cam.shape)}: a 1 x 1 map says which classes are there, not where. Name "
+                "the module before pooling."
             )
     if not cams:
         raise HostError(f"The CAM of {source.name} must be a tensor (B, C, h, w) or a list of them; got an empty list.")
@@ -193,7 +193,7 @@ def foreground_cams(source: CamSource, img: Tensor, output: Any, records: Record
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """"Did you mean ...? " with the names most like `name`; empty without any."""
+    """ "Did you mean ...? " with the names most like `name`; empty without any."""
     names = list(names)
     last = name.rpartition(".")[2]
     close = sorted((other for other in names if other.rpartition(".")[2] == last), key=lambda other: other.count("."))[:3]

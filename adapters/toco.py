@@ -1,8 +1,8 @@
 """Single-stage vision transformers: ToCo (CVPR 2023), SeCo (CVPR 2024), MoRe (AAAI 2025).
 
-Facts of the hosts: `encoder` is a ViT whose `norm` gives class tokens, then patch tokens; `classifier` is a 1x1 convolution without
-bias over the maximum of the patches, so that its class map is their CAM (`cam_only=True` returns the same, detached). An auxiliary
-classifier looks at an earlier block. Global and local crops run through the same modules after the image.
+Facts of the hosts: `encoder` is a ViT whose `norm` gives class tokens, then patch tokens; `classifier` is a 1x1 convolution
+without bias over the maximum of the patches, so that its class map is their CAM (`cam_only=True` returns the same, detached).
+An auxiliary classifier looks at an earlier block. Global and local crops run through the same modules after the image.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """WeCLIP (CVPR 2024): a frozen CLIP whose decoder is trained by cross-entropy on pseudo labels.
 
-Facts of the host: `decoder` gives (logits (B, C + 1, h, w) with background first, attention); there is no loss over classes, and
-the second of its two cross-entropies has a target of background alone, so that labels cannot be read off a target. The loader's batch is
-(names, images, labels, boxes).
+Facts of the host: `decoder` gives (logits (B, C + 1, h, w) with background first, attention); there is no loss over classes,
+and the second of its two cross-entropies has a target of background alone, so that labels cannot be read off a target. The
+loader's batch is (names, images, labels, boxes).
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ class WeCLIP(Generic):
 
     name = "WeCLIP"
     labels = "loader"
-    phases = ("from iteration 15000 on, the pseudo labels use the decoder's affinity; no option of the script brings it forward",)
+    phases = (
+        "from iteration 15000 on, the pseudo labels use the decoder's affinity; no option of the script brings it forward",
+    )
 
     def __init__(self) -> None:
         super().__init__(cam="decoder", background_channel=True, activation="softmax", image_stats="imagenet")

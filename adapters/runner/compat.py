@@ -72,8 +72,8 @@ def _cpu(value: Any) -> Any:
 def on_cpu() -> Iterator[None]:
     """Run a host with hard-coded `.cuda()` on the CPU. For smoke tests: slow, and autocast to float16 is off.
 
-    `.cuda()` is replaced on the class, since a mode does not see calls inside a custom backward. DistributedDataParallel gets no
-    device numbers, and process groups use gloo.
+    `.cuda()` is replaced on the class, since a mode does not see calls inside a custom backward. DistributedDataParallel gets
+    no device numbers, and process groups use gloo.
     """
     load, begin, wrap = torch.load, torch.distributed.init_process_group, DistributedDataParallel.__init__
 

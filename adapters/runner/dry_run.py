@@ -1,10 +1,10 @@
-"""A few steps of a script with the refiner attached, and one page of what was found. Flow: `job` -> **dry_run** -> `process`."""
+"""A few steps of a script with the refiner attached, and one page of what was found. Flow: `job` -> **dry_run** ->
+`process`."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
-from typing import Any, Dict, List, Optional, Set
+from typing import Dict, List, Optional, Set
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class Inspection(Attachment):
             f"steps: {self.steps}; {'; '.join(self.batches)}",
             f"CAM: {listing(self.cam_shapes, quote=False)}{', ' + self.agreement if self.agreement else ''}",
             f"labels: {self.labels}",
-            f"loss: added {where}; in the first step it grew by {self.grown if self.grown is None else format(self.grown, '.4f')}",
+            f"loss: added {where}" + ("" if self.grown is None else f"; in the first step it grew by {self.grown:.4f}"),
             f"terms of the last step: {', '.join(f'{name} {value:.4f}' for name, value in self.terms.items())}",
             f"reached: {self._reach_in_words(network)}",
             f"losses seen: {listing([f'{name} ({count}x)' for name, count in self._losses.most_common()], quote=False)}",

@@ -180,8 +180,8 @@ def _train(job: Job, stage: str) -> Dict[str, Any]:
         raise HostError(
             f"{job.script[0]} also trained another network: {others} label losses over the {len(refiner.classes)} classes did "
             f"not come from {' or '.join(type(unwrap(a.model)).__name__ for a in attachments if a.model is not None)}. Attach "
-            'it as well: --attach "HOST network=NAME ...", or say that it is to stay as it is: --allow-others. The weights that '
-            f"were trained are in {job.out}."
+            'it as well: --attach "HOST network=NAME ...", or say that it is to stay as it is: --allow-others. The weights '
+            f"that were trained are in {job.out}."
         )
     values = {"networks": [type(unwrap(a.model)).__name__ for a in attachments if a.model is not None]}
     return {"steps": first.steps, "weights": f"{stage}.pt", "shims": notes, **values}

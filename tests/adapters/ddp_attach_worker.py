@@ -51,7 +51,8 @@ def train(toy: Toy, mode: str, clip: nn.Module, rank: int) -> Dict[str, Any]:
 
 
 def train_decoder(clip: nn.Module, rank: int) -> Dict[str, Any]:
-    """A host without a label loss: labels from the loader, the loss added at backward() under a scaler; no model is handed over.
+    """A host without a label loss: labels from the loader, the loss added at backward() under a scaler; no model is handed
+    over.
 
     Every pass is on the images and their mirror images.
     """

@@ -581,6 +581,7 @@ def test_whether_the_cam_is_the_classifiers(
 
 def test_a_classifier_as_the_class_map(refiner: PromptRefiner, batch: Any) -> None:
     img, labels = batch
+
     class After(Pooled):
         def forward(self, img: Tensor) -> Tensor:
             return self.fc(self.body(img).mean((2, 3), keepdim=True)).flatten(1)
@@ -605,7 +606,9 @@ def test_patch_sizes_are_checked(refiner: PromptRefiner, batch: Any) -> None:
     model = Encoder().eval()
     options = {"features": "encoder.norm", "classifier": "encoder.head"}
     assert torch.allclose(adapters.cam_of("generic", model, **options)(img), vit_cam(model.encoder, img), atol=1e-5)
-    with pytest.raises(HostError, match=r"2 x 2 patches of size \(16, 16\): 13 tokens are left over. The model's own patches are \(8, 8\)"):
+    with pytest.raises(
+        HostError, match=r"2 x 2 patches of size \(16, 16\): 13 tokens are left over. The model's own patches are \(8, 8\)"
+    ):
         adapters.cam_of("generic", model, patch_size=16, **options)(img)
     with pytest.raises(HostError, match=r"Did you mean 'encoder.norm' or"):
         adapters.cam_of("generic", model, features="norm", classifier="encoder.head")

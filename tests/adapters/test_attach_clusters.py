@@ -321,7 +321,13 @@ def test_two_forward_passes_per_step(passes: int, refiner: PromptRefiner) -> Non
                 own.step()
         else:
             with adapters.attach(
-                "generic", model, refiner, forward_pass="last" if passes == 1 else "first", branch=branch, branch_optimizer=own, **VIT
+                "generic",
+                model,
+                refiner,
+                forward_pass="last" if passes == 1 else "first",
+                branch=branch,
+                branch_optimizer=own,
+                **VIT,
             ) as attached:
                 loss = F.multilabel_soft_margin_loss(model(first) + model(second), labels)
                 loss.backward()

@@ -3,8 +3,8 @@
     python tests/hosts/host_table.py --repos FOLDER --photos VOCdevkit/VOC2012 --out table [NAME ...]
 
 FOLDER holds clones under the names of their repositories (`git clone https://github.com/Wu0409/DuPL`, ...). For each baseline a
-working folder is made below --out with short image lists and random weights; the three stages run on the CPU on a few photos, and
-before them a dry run, whose page says what was attached to what. The clones stay as they are.
+working folder is made below --out with short image lists and random weights; the three stages run on the CPU on a few photos,
+and before them a dry run, whose page says what was attached to what. The clones stay as they are.
 """
 
 from __future__ import annotations
@@ -65,14 +65,19 @@ def onehot_lists(repo: Path, photos: Path, work: Path) -> None:
         (folder / f"{split}.txt").write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
     link(folder / "cls_labels_onehot.npy", source)
     for name, code in STAND_INS.items():
-        (work / f"{name}.py").write_text(code, encoding="utf-8")
+        path = work / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(code, encoding="utf-8")
 
 
 # For libraries that are compiled, or were for an older torch; of each the one function that the hosts use.
 STAND_INS = {
     "bilateralfilter": "def bilateralfilter(*_):\n    pass\n\n\nbilateralfilter_batch = bilateralfilter\n",  # dense energy: 0
-    "mmcv": "import cv2\n\n\ndef bgr2hsv(x):\n    return cv2.cvtColor(x, cv2.COLOR_BGR2HSV)\n\n\n"
+    "mmcv/__init__": "import cv2\n\n\ndef bgr2hsv(x):\n    return cv2.cvtColor(x, cv2.COLOR_BGR2HSV)\n\n\n"
     "def hsv2bgr(x):\n    return cv2.cvtColor(x, cv2.COLOR_HSV2BGR)\n",
+    "mmcv/cnn": "from torch import nn\n\n\nclass ConvModule(nn.Sequential):\n"
+    "    def __init__(self, in_channels, out_channels, kernel_size, norm_cfg=None, **_):\n"
+    "        super().__init__(nn.Conv2d(in_channels, out_channels, kernel_size), nn.BatchNorm2d(out_channels), nn.ReLU())\n",
     "cmapy": "",
 }
 
@@ -86,7 +91,11 @@ def voc_folder(photos: Path, work: Path) -> Path:
     """The photos with their masks under the names that the hosts read."""
     folder = work / "voc"
     folder.mkdir(exist_ok=True)
-    for name, source in (("JPEGImages", "JPEGImages"), ("SegmentationClass", "SegmentationClass"), ("SegmentationClassAug", "SegmentationClass")):
+    for name, source in (
+        ("JPEGImages", "JPEGImages"),
+        ("SegmentationClass", "SegmentationClass"),
+        ("SegmentationClassAug", "SegmentationClass"),
+    ):
         link(folder / name, photos / source)
     return folder
 
@@ -159,17 +168,34 @@ def wood_lists(repo: Path, photos: Path, work: Path) -> None:
     ids = (work / "ids.txt").read_text().split()
     (work / "ood.txt").write_text("".join(f"{name}.jpg\n" for name in ids), encoding="utf-8")
     (work / "sess").mkdir(exist_ok=True)
-    python(repo, work, """
+    python(
+        repo,
+        work,
+        """
 import importlib, torch
 torch.manual_seed(0)
 torch.save(importlib.import_module("net.resnet50_cam").Net().state_dict(), "sess/res50_cam_orig.pth.pth")
-""")
+""",
+    )
 
 
 def clims_lists(repo: Path, photos: Path, work: Path) -> None:
     numbers_lists(repo, photos, work)
     torch.manual_seed(0)
-    torch.save(openai_clip_module("model").CLIP(32, 224, 2, 64, 32, 77, 49408, 64, 1, 2).state_dict(), work / "its_clip.pt")
+    model = openai_clip_module("model").CLIP(32, 224, 2, 64, 32, 77, 49408, 64, 1, 2).eval()
+    traced = torch.jit.trace(model, (torch.zeros(1, 3, 224, 224), torch.ones(1, 77, dtype=torch.long)), check_trace=False)
+    torch.jit.save(traced, str(work / "its_clip.pt"))
+    python(
+        repo,
+        work,
+        """
+import importlib, pathlib, torch
+torch.manual_seed(0)
+folder = pathlib.Path("cam-baseline-voc12")
+folder.mkdir(exist_ok=True)
+torch.save(importlib.import_module("net.resnet50_clims").CLIMS().state_dict(), folder / "res50_cam.pth")
+""",
+    )
 
 
 def pair_lists(repo: Path, photos: Path, work: Path) -> None:
@@ -205,11 +231,13 @@ def sipe_lists(repo: Path, photos: Path, work: Path) -> None:
 
 
 def vit_b16(work: Path) -> Path:
-    """OpenAI's ViT-B/16 with random weights."""
+    """OpenAI's ViT-B/16 with random weights, as an archive, which is what these hosts can read."""
     path = work / "ViT-B-16.pt"
     if not path.exists():
         torch.manual_seed(0)
-        torch.save(openai_clip_module("model").CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12).state_dict(), path)
+        model = openai_clip_module("model").CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12).eval()
+        texts = torch.ones(1, 77, dtype=torch.long)
+        torch.jit.save(torch.jit.trace(model, (torch.zeros(1, 3, 224, 224), texts), check_trace=False), str(path))
     return path
 
 
@@ -287,7 +315,9 @@ RECIPES: Dict[str, Recipe] = {
          "--max_iters", "2", "--crop_size", "96", "--spg", "2", "--num_workers", "1", "--local_rank", "0", "--work_dir",
          "WORK/work", "--log_iters", "1"], excel_lists, "ExCEL_model",
     ),
-    "MoRe": toco_like("MoRe", "scripts/train_voc.py", "--local_rank", "0", "--spg", "2", "--finetune", "", "--crop_size", "224"),
+    "MoRe": toco_like(
+        "MoRe", "scripts/train_voc.py", "--local_rank", "0", "--spg", "2", "--finetune", "", "--crop_size", "224",
+    ),
 }  # fmt: skip
 
 
@@ -317,17 +347,34 @@ def run(name: str, recipe: Recipe, repos: Path, photos: Path, out: Path) -> Dict
         script = [part.replace("WORK", str(work)).replace("PHOTOS", str(photos)) for part in recipe.script]
         own = [part.replace("WORK", str(work)) for part in recipe.ours]
         command = [sys.executable, "-W", "ignore", "-m", "semples_plugin.adapters", own[0], "--repo", str(repo)]
-        command += ["--cwd", str(work), *own[1:], "--out", str(work / "run"), "--clip", str(work / "clip.pt"), "--cpu", "--log-every", "1"]
+        command += [
+            "--cwd",
+            str(work),
+            *own[1:],
+            "--out",
+            str(work / "run"),
+            "--clip",
+            str(work / "clip.pt"),
+            "--cpu",
+            "--log-every",
+            "1",
+        ]
         command += ["--set", "prompt_length=4", "--prompt-epochs", "2", *ours, "--", *script]
         environment = {**os.environ, **process, "MASTER_PORT": str(free_port()), "PYTHONPATH": os.pathsep.join(paths)}
         environment["TORCH_HOME"] = str(work / "torch")
-        return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, errors="replace", timeout=1800)
+        return subprocess.run(
+            command, cwd=work, env=environment, capture_output=True, text=True, errors="replace", timeout=1800
+        )
 
     begun = time.monotonic()
     before = git_state(repo)
     dry = start("--dry-run", "2")
     (work / "dry_run.txt").write_text(dry.stdout + "\n" + dry.stderr, encoding="utf-8")
-    found: Dict[str, Any] = {"dry run": dry.returncode, "page": dry.stdout, "error": dry.stderr[-1500:] if dry.returncode else ""}
+    found: Dict[str, Any] = {
+        "dry run": dry.returncode,
+        "page": dry.stdout,
+        "error": dry.stderr[-1500:] if dry.returncode else "",
+    }
     for stage in ("match", "prompt", "refine"):
         if found.get("failed") is None:
             done = start("--stage", stage, *(["--restart"] if stage == "match" else []))

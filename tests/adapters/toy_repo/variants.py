@@ -38,7 +38,7 @@ if what == "two":  # another network is trained after the first
             steps.step()
     sys.exit()
 if what == "pixels":  # no loss over classes; labels are in the batch alone
-    for img, target in loader:
+    for img, _ in loader:
         loss = F.cross_entropy(model(img), torch.zeros(len(img), 8, 8, dtype=torch.long))
         optimizer.zero_grad()
         loss.backward()
