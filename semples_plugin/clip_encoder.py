@@ -152,24 +152,20 @@ class ClipEncoder:
             (N, D, g, g) float32, not normalized, g = number of patches per side.
         """
         visual = self.model.visual
-        seen: List[Tensor] = []
         pooled = getattr(visual, "attnpool", None) is not None
-        target: Any
         if pooled:
-            target = visual.attnpool
+            path = ["attnpool"]
         elif hasattr(visual, "transformer") and hasattr(visual, "ln_post"):
-            target = visual.transformer.resblocks[-1]
+            path = ["transformer", "resblocks", str(len(visual.transformer.resblocks) - 1)]
         else:
             raise ClipError(
                 f"CLIP {self.name!r} has an image tower of type {type(visual).__name__}; dense features need OpenAI's ViT or "
                 "ResNet layout. Call refine_masks(..., suppress=False)."
             )
-        handle = target.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        try:
-            visual(views.to(self.dtype))
-        finally:
-            handle.remove()
-        x = seen[0]
+        target: Any = visual.get_submodule(".".join(path))
+        kept = _Keep()
+        _with_part(visual, path, kept)(views.to(self.dtype))
+        x = kept.seen
         if pooled:  # x: (N, C, g, g)
             value = F.linear(x.flatten(2).transpose(1, 2), target.v_proj.weight, target.v_proj.bias)
             value = F.linear(value, target.c_proj.weight, target.c_proj.bias)  # (N, g*g, D)
@@ -276,3 +272,21 @@ def _fingerprint(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(values[:: max(1, values.numel() // 1024)].cpu().half().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+class _Keep(nn.Module):
+    """In the place of a tower's last part: keeps what it gets, and computes nothing."""
+
+    seen: Tensor
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.seen = x
+        return x
+
+
+def _with_part(module: nn.Module, path: Sequence[str], part: nn.Module) -> nn.Module:
+    """A shallow copy of a module, with its parameters, in which one part is another: the module itself serves other threads."""
+    clone = copy.copy(module)
+    clone._modules = dict(module._modules)
+    clone._modules[path[0]] = part if len(path) == 1 else _with_part(module.get_submodule(path[0]), path[1:], part)
+    return clone

@@ -32,6 +32,7 @@ __all__ = [
 
 MASK_EPS = 1e-6  # of the normalization here: masks must not depend on the scale of the CAM
 CLIP_STEPS, CLIP_LR, CLIP_GRID = 5, 0.3, 16  # of `optimize`, where nothing else is asked for
+CLASSES_AT_ONCE = 8  # in the alignment to edges
 LOGIT_EPS = 0.02  # masks are clamped to [0.02, 0.98] before their logit: how far d must go to fill an empty place
 
 Align = Callable[[Tensor, Tensor], Tensor]
@@ -84,12 +85,15 @@ def suppression(
         return torch.exp(own - torch.logsumexp(logits, dim=1))
 
 
+@torch.no_grad()
 def pamr(img: Tensor, masks: Tensor, iterations: int = 10, dilations: Sequence[int] = (1, 2, 4, 8, 12, 24)) -> Tensor:
     """Pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020, section 4.2): masks follow the image's edges.
 
     For every pixel i and its 8 neighbors j at each dilation, k(i, j) = -|x_i - x_j| / (0.1 sigma_i), averaged over the
     color channels, sigma_i the standard deviation of x over all neighbors of i; alpha = softmax of k over the neighbors;
     then `iterations` times m_i <- sum_j alpha_ij m_j.
+
+    No gradients. Besides masks and result it holds one map per neighbor and `CLASSES_AT_ONCE` masks, for any K.
 
     Args:
         img: (B, 3, H, W) in any linear scale.
@@ -101,26 +105,37 @@ def pamr(img: Tensor, masks: Tensor, iterations: int = 10, dilations: Sequence[i
         (B, K, H, W), within the range of `masks`.
     """
 
-    def neighbors(x: Tensor) -> Tensor:  # (B, K, H, W) -> (B, K, N, H, W), borders repeated
-        height, width = x.shape[2:]
-        reach = max(dilations)
-        padded = F.pad(x, (reach,) * 4, mode="replicate")
-        shifted = [
-            padded[:, :, reach + dy * d : reach + dy * d + height, reach + dx * d : reach + dx * d + width]
-            for d in dilations
-            for dy in (-1, 0, 1)
-            for dx in (-1, 0, 1)
-            if (dy, dx) != (0, 0)
-        ]
-        return torch.stack(shifted, dim=2)
+    height, width = img.shape[2:]
+    reach = max(dilations)
+    steps = [(dy * d, dx * d) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
 
-    around = neighbors(img)  # (B, 3, N, H, W)
-    deviation = around.std(dim=2, keepdim=True)
-    affinity = -(around - img[:, :, None]).abs() / (0.1 * deviation + 1e-8)
-    affinity = affinity.mean(dim=1, keepdim=True).softmax(dim=2)  # (B, 1, N, H, W)
-    for _ in range(iterations):
-        masks = (affinity * neighbors(masks)).sum(dim=2)
-    return masks
+    def padded(x: Tensor) -> Tensor:  # borders repeated
+        return F.pad(x, (reach,) * 4, mode="replicate")
+
+    def shifted(x: Tensor, dy: int, dx: int) -> Tensor:  # of padded values
+        return x[:, :, reach + dy : reach + dy + height, reach + dx : reach + dx + width]
+
+    around = padded(img)
+    mean = torch.zeros_like(img)
+    for step in steps:
+        mean += shifted(around, *step)
+    mean /= len(steps)
+    squares = torch.zeros_like(img)
+    for step in steps:
+        squares += (shifted(around, *step) - mean).square_()
+    scale = (squares / (len(steps) - 1)).sqrt_().mul_(0.1).add_(1e-8)  # (B, 3, H, W)
+    affinity = torch.empty(len(img), len(steps), height, width, dtype=img.dtype, device=img.device)
+    for n, step in enumerate(steps):
+        torch.mean((shifted(around, *step) - img).abs_().div_(scale), dim=1, out=affinity[:, n])
+    affinity = affinity.neg_().softmax(dim=1)  # (B, N, H, W)
+    results = []
+    for part in masks.split(CLASSES_AT_ONCE, dim=1):
+        for _ in range(iterations):
+            source, part = padded(part), torch.zeros_like(part)
+            for n, step in enumerate(steps):
+                part.addcmul_(affinity[:, n : n + 1], shifted(source, *step))
+        results.append(part)
+    return torch.cat(results, dim=1)
 
 
 def align_masks(img: Tensor, masks: Tensor, pairs: Tensor, align: Union[None, str, Align]) -> Tensor:
