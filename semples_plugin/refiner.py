@@ -354,6 +354,7 @@ class PromptRefiner(nn.Module):
         if align not in (None, "pamr") and not callable(align):
             raise ValueError(f"`align` must be 'pamr', None or a callable; got {align!r}.")
         check_number("clip_steps", clip_steps, 0, whole=True)
+        check_number("threshold", threshold, 0)
         img, cam, labels = self._check(img, cam, labels)
         if clip_steps:
             cam = self._optimize(img, cam, labels, clip_steps, clip_lr, clip_grid)
@@ -407,8 +408,7 @@ class PromptRefiner(nn.Module):
         with torch.inference_mode(False), torch.no_grad():  # tensors that gradients can pass, also under inference mode
             cam, pairs = cam.detach().clone(), regions.positive_pairs(labels).clone()
             clip_images = self._clip_images(img).clone()
-            base = regions.pair_masks(cam, pairs, cam.shape[2:], self.config.normalize, masks.MASK_EPS)  # (P, h, w)
-
+            base = regions.pair_masks(cam, pairs, cam.shape[2:], self.config.normalize, masks.MASK_EPS).float()  # (P, h, w)
             calls = itertools.count()
 
             def loss_of(pair_masks: Tensor, pairs: Tensor) -> Tensor:
