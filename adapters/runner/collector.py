@@ -64,8 +64,9 @@ class Collector(LoopWatcher):
             raise _PassOver
         with torch.no_grad():
             for name, value in model.state_dict().items():
-                if not torch.equal(value, self._weights[name]):  # in place only where it must be: a graph may be alive
-                    value.copy_(self._weights[name])
+                before = self._weights.setdefault(name, value.detach().clone())  # some networks grow in their first pass
+                if not torch.equal(value, before):  # in place only where it must be: a graph may be alive
+                    value.copy_(before)
         for module in model.modules():
             leaf = next(module.children(), None) is None or type(module).__module__.startswith("torch.nn.")
             if leaf and module is not model:

@@ -122,7 +122,7 @@ def _when_found(
     def found(model: nn.Module) -> None:
         name = type(unwrap(model)).__name__
         if start is not None:
-            _load_weights(start, unwrap(model))
+            _load_weights(start, unwrap(model), own=start.parent == job.out)
             print(f"semples: {name} starts from {start}", file=sys.stderr)
         if make_branch is not None:
             watcher.branch = make_branch(unwrap(model))
@@ -248,8 +248,14 @@ def _prompt(job: Job) -> Dict[str, Any]:
     return {"images": collector.images, "pairs": fit.num_pairs, "nearest_words": words, "failed": failed, "shims": notes}
 
 
-def _load_weights(path: Path, model: nn.Module) -> None:
-    """Host weights from a checkpoint: a state dict, or a dict that holds one under "model" or "state_dict"."""
+def _load_weights(path: Path, model: nn.Module, own: bool = False) -> None:
+    """Host weights from a checkpoint: a state dict, or a dict that holds one under "model" or "state_dict".
+
+    Args:
+        path: of the checkpoint.
+        model: the host.
+        own: whether a stage before wrote it. Then it may hold what the network makes in its first forward pass only.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -263,6 +269,9 @@ def _load_weights(path: Path, model: nn.Module) -> None:
     if not isinstance(content, dict):
         raise HostError(f"{path} must hold a state dict; it holds a {type(content).__name__}.")
     weights = {name[7:] if name.startswith("module.") else name: value for name, value in content.items()}
+    if own:
+        known = model.state_dict()
+        weights = {name: value for name, value in weights.items() if name in known}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -91,12 +91,16 @@ def voc_folder(photos: Path, work: Path) -> Path:
     """The photos with their masks under the names that the hosts read."""
     folder = work / "voc"
     folder.mkdir(exist_ok=True)
-    for name, source in (
-        ("JPEGImages", "JPEGImages"),
-        ("SegmentationClass", "SegmentationClass"),
-        ("SegmentationClassAug", "SegmentationClass"),
-    ):
-        link(folder / name, photos / source)
+    for name in ("JPEGImages", "SegmentationClass"):
+        link(folder / name, photos / name)
+    grey = folder / "SegmentationClassAug"  # as the list of augmented masks has them: without a palette
+    if grey.is_symlink():
+        grey.unlink()
+    grey.mkdir(exist_ok=True)
+    for name in photo_ids(photos, 30):
+        if (photos / "SegmentationClass" / f"{name}.png").exists():
+            with Image.open(photos / "SegmentationClass" / f"{name}.png") as mask:
+                Image.fromarray(np.array(mask)).save(grey / f"{name}.png")
     return folder
 
 
@@ -166,6 +170,11 @@ def wood_lists(repo: Path, photos: Path, work: Path) -> None:
     """Out-of-distribution images besides, here the same photos, and a trained classifier."""
     numbers_lists(repo, photos, work)
     ids = (work / "ids.txt").read_text().split()
+    labels = np.load(repo / "voc12/cls_labels.npy", allow_pickle=True).item()
+    first = labels[int(ids[0].replace("_", ""))].copy()
+    first[0] = 1  # its estimator needs an image of the first class
+    (work / "voc12/cls_labels.npy").unlink()
+    np.save(work / "voc12/cls_labels.npy", {**labels, int(ids[0].replace("_", "")): first})
     (work / "ood.txt").write_text("".join(f"{name}.jpg\n" for name in ids), encoding="utf-8")
     (work / "sess").mkdir(exist_ok=True)
     python(
@@ -312,7 +321,7 @@ RECIPES: Dict[str, Recipe] = {
     "ExCEL": Recipe(
         "ExCEL", ["excel"],
         ["scripts/train_voc.py", "--model", "WORK/ViT-B-16.pt", "--data_folder", "PHOTOS", "--list_folder", "WORK/lists",
-         "--max_iters", "2", "--crop_size", "96", "--spg", "2", "--num_workers", "1", "--local_rank", "0", "--work_dir",
+         "--max_iters", "2", "--crop_size", "320", "--spg", "4", "--num_workers", "1", "--local_rank", "0", "--work_dir",
          "WORK/work", "--log_iters", "1"], excel_lists, "ExCEL_model",
     ),
     "MoRe": toco_like(
