@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import stat
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
+from typing import Any, BinaryIO, Callable, Dict, Mapping, Optional, Tuple, Union
 
 from torch import Tensor
 
-__all__ = ["PathLike", "read_tensors", "write_atomically", "write_tensors"]
+__all__ = ["PathLike", "open_regular", "read_bytes", "read_tensors", "remove_parts", "write_atomically", "write_tensors"]
 
 PathLike = Union[str, "os.PathLike[str]"]
 
@@ -34,6 +36,7 @@ def read_tensors(path: PathLike) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
     """
     from safetensors import SafetensorError, safe_open
 
+    open_regular(path).close()
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             found: Optional[Dict[str, str]] = file.metadata()
@@ -48,6 +51,53 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
     try:
         with open(part, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())  # before the name changes, or a power cut leaves an empty file
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete what processes that no longer run left behind in a folder while they wrote."""
+    for part in folder.glob(".*.part"):
+        found = re.fullmatch(r"\..*\.(\d+)\.part", part.name)
+        if found and int(found[1]) != os.getpid() and not _runs(int(found[1])):
+            part.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+def open_regular(path: PathLike) -> BinaryIO:
+    """Open a file of strangers for reading. Pipes, devices and folders are refused once opened, so none of them can hang.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or a link leads nowhere.
+        ValueError: if it is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{os.fspath(path)} is a folder, a pipe or a device; a regular file was expected.")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: PathLike, most: int) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_regular`; also if it holds more than `most` bytes.
+    """
+    with open_regular(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{os.fspath(path)} holds more than {most / 2**20:.0f} MiB.")
+    return data

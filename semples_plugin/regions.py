@@ -44,9 +44,8 @@ def pair_masks(cam: Tensor, pairs: Tensor, size: Sequence[int], normalize: Optio
     raw = F.interpolate(raw[:, None], size=tuple(size), mode="bilinear", align_corners=True)[:, 0]  # (P, height, width)
     if normalize is None:
         return raw
-    raw = 0.5 * raw  # exactly; the range of a map of float32's largest values stays finite
     low, high = raw.amin((1, 2), keepdim=True), raw.amax((1, 2), keepdim=True)
-    return (raw - low) / (high - low + 0.5 * eps)
+    return (raw - low) / (high - low + eps)
 
 
 def resize_image(img: Tensor, size: int) -> Tensor:

@@ -17,11 +17,14 @@ import sys
 from typing import Optional, Sequence
 
 from .. import __version__
+from .._text import printable
 from ..errors import SemplesError
 from . import check, clusters, evaluate, prompts, refine, report
+from .printing import escaped_output
 
 __all__ = ["build_parser", "main"]
 
+LONGEST = 4000  # characters of an error
 _EXTRAS = {"PIL": "cli", "cv2": "cli", "jinja2": "cli", "openai": "clusters", "scipy": "clusters", "sklearn": "clusters"}
 
 
@@ -39,13 +42,18 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run `semples` with these arguments, by default those of the process; returns the exit status."""
     options = build_parser().parse_args(arguments)
+    with escaped_output():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
-        return options.run(options)
+        return int(options.run(options))
     except KeyboardInterrupt:
         print(f"interrupted; {options.interrupted(options)}", file=sys.stderr)
         return 130
     except (SemplesError, OSError, ValueError, TypeError) as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).splitlines()), LONGEST)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]

@@ -11,7 +11,7 @@ from typing import Any, Dict, Optional
 from .._checks import check_classes
 from ..class_names import read_class_names
 from .arguments import add_classes
-from .printing import print_line
+from .printing import print_failed
 
 __all__ = ["add_parser", "run"]
 
@@ -90,8 +90,8 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(json.loads(out.read_text(encoding="utf-8"))))  # ASCII: control characters appear as escapes
         return 0
     for line in str(clusters).split("\n"):
-        print_line(line)
-    print_line(f"{len(clusters)} clusters of {len(classes)} classes{_origin(options, clusters)}: {out}")
+        print(line)
+    print(f"{len(clusters)} clusters of {len(classes)} classes{_origin(options, clusters)}: {out}")
     return 0
 
 
@@ -141,13 +141,13 @@ def _api_key(variable: Optional[str]) -> Optional[str]:
 def _print_round(one: Any) -> None:
     """Print one round of the questions: its number of clusters, and what changed or was found to be wrong."""
     if one.clusters is None:
-        print_line(f"round {one.number}: no valid clusters")
+        print(f"round {one.number}: no valid clusters")
     else:
-        print_line(f"round {one.number}: {len(one.clusters)} clusters{', as before' if one.changed == [] else ''}")
+        print(f"round {one.number}: {len(one.clusters)} clusters{', as before' if one.changed == [] else ''}")
     for line in one.changed or ():
-        print_line(f"  {line}")
+        print(f"  {line}")
     for line in one.findings:
-        print_line(f"  {line}" if one.clusters is None else f"  (accepted) {line}")
+        print(f"  {line}" if one.clusters is None else f"  (accepted) {line}")
 
 
 def _origin(options: argparse.Namespace, clusters: Any) -> str:

@@ -1,14 +1,55 @@
-"""What several commands print: failed images, and text of others without its control characters."""
+"""What the commands print: text of others never reaches the terminal raw.
+
+`escaped_output` is around every command: names, paths and reasons may hold control characters (which can rewrite a terminal) and
+bytes that are no text. They appear as escapes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
-from typing import Mapping, Optional
+from typing import Any, Iterator, Mapping, Optional
 
 from .._text import printable
 
-__all__ = ["print_failed", "print_line"]
+__all__ = ["escaped_output", "print_failed"]
+
+LONGEST = 500  # characters of a reason
+
+
+class _Escaped:
+    """A text stream that writes control characters, and what the stream cannot show, as escapes."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        parts = [part if part in "\n\t\r" else printable(part) for part in _pieces(text)]
+        self._stream.write("".join(parts).encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Runs of other text, and newline, tab and carriage return (of progress bars) one by one."""
+    start = 0
+    for i, char in enumerate(text):
+        if char in "\n\t\r":
+            yield text[start:i]
+            yield char
+            start = i + 1
+    yield text[start:]
+
+
+@contextlib.contextmanager
+def escaped_output() -> Iterator[None]:
+    """Escape what is printed in this `with`."""
+    with contextlib.redirect_stdout(_Escaped(sys.stdout)), contextlib.redirect_stderr(_Escaped(sys.stderr)):  # type: ignore[type-var]
+        yield
 
 
 def print_failed(failed: Mapping[str, str], summary: Optional[Path] = None, most: int = 20) -> None:
@@ -20,13 +61,7 @@ def print_failed(failed: Mapping[str, str], summary: Optional[Path] = None, most
         most: how many are printed.
     """
     for name, reason in sorted(failed.items())[:most]:
-        print(f"failed: {name}: {reason}", file=sys.stderr)
+        print(f"failed: {printable(name, LONGEST)}: {printable(reason, LONGEST)}", file=sys.stderr)
     if len(failed) > most:
         where = f", all in {summary}" if summary else ""
         print(f"failed: and {len(failed) - most} more{where}", file=sys.stderr)
-
-
-def print_line(text: str) -> None:
-    """Print a line that may hold text of others: control characters, and what stdout cannot show, appear as escapes."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)

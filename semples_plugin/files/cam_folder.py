@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import CamFileError
 from .cams import CamFile, cam_paths, read_cam_file
-from .images import find_image, read_image
+from .images import find_image, image_size, read_image
 
 __all__ = ["CamItem", "LoadedCam", "cam_tensor", "chunks", "load", "plan"]
 
@@ -35,8 +35,6 @@ def plan(cams: Path, images: Path) -> Tuple[List[CamItem], Dict[str, str]]:
     Raises:
         CamFileError: if a folder is missing, or no CAM file has an image.
     """
-    from PIL import Image
-
     for folder, what in ((cams, "CAM files"), (images, "images")):
         if not folder.is_dir():
             raise CamFileError(f"Expected a folder of {what}; there is no folder {folder}.")
@@ -47,8 +45,7 @@ def plan(cams: Path, images: Path) -> Tuple[List[CamItem], Dict[str, str]]:
     for name, cam in paths.items():
         try:
             image = find_image(images, name)
-            with Image.open(image) as picture:  # reads the header only
-                items.append(CamItem(name, cam, image, (picture.height, picture.width)))
+            items.append(CamItem(name, cam, image, image_size(image)))  # reads the header only
         except CamFileError as error:
             failed[name] = str(error)
         except Exception as error:

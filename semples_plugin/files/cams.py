@@ -8,17 +8,18 @@ Pickles are read by `pickles`, which runs no code of a file.
 from __future__ import annotations
 
 import re
+import reprlib
 import zipfile
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from .._files import PathLike, write_atomically
+from .._files import PathLike, open_regular, write_atomically
 from ..errors import CamFileError
-from .pickles import LARGEST, read_npy
+from .pickles import LARGEST, MOST_VALUES, as_array, read_npy
 
-__all__ = ["CamFile", "cam_paths", "read_cam_file", "write_cam_file"]
+__all__ = ["CamFile", "cam_paths", "read_archive", "read_cam_file", "write_cam_file"]
 
 
 class CamFile(NamedTuple):
@@ -42,7 +43,8 @@ def cam_paths(folder: Path) -> Dict[str, Path]:
         CamFileError: if an image has both a `.npy` and a `.npz` file.
     """
     found = sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".npz") and not p.name.startswith("."))
-    twice = [p.stem for p in found if p.suffix == ".npz" and p.with_suffix(".npy") in found]
+    names = {p.name for p in found}
+    twice = [p.stem for p in found if p.suffix == ".npz" and f"{p.stem}.npy" in names]
     if twice:
         raise CamFileError(f"{folder} holds both .npy and .npz for {', '.join(twice[:5])}; keep one.")
     return {p.stem: p for p in found}
@@ -91,15 +93,34 @@ def _read_cams(path: Path, num_classes: int) -> CamFile:
 
 def _read_npz(path: Path) -> Dict[str, np.ndarray]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > LARGEST:
-                raise CamFileError(f"{path} unpacks to more than {LARGEST / 2**30:.0f} GiB.")
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+        with open_regular(path) as file:
+            return read_archive(path, file, LARGEST)
     except (CamFileError, FileNotFoundError):
         raise
     except Exception as error:
         raise CamFileError(f"{path} is not a readable .npz archive of arrays ({type(error).__name__}: {error}).") from error
+
+
+def read_archive(path: Path, file: Any, most: int) -> Dict[str, np.ndarray]:
+    """The arrays of an open `.npz` file.
+
+    Args:
+        path: of the file, for messages.
+        file: opened for reading.
+        most: bytes that it may unpack to.
+
+    Raises:
+        CamFileError: if it unpacks to more.
+    """
+    with zipfile.ZipFile(file) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > most:
+            raise CamFileError(f"{path} unpacks to more than {most / 2**20:.0f} MiB.")
+    file.seek(0)
+    with np.load(file, allow_pickle=False) as archive:
+        found = {name: archive[name] for name in archive.files}
+    if sum(array.size for array in found.values()) > MOST_VALUES:
+        raise CamFileError(f"{path} holds more than {MOST_VALUES} values.")
+    return found
 
 
 def _from_array(path: Path, content: np.ndarray, num_classes: int) -> CamFile:
@@ -109,13 +130,13 @@ def _from_array(path: Path, content: np.ndarray, num_classes: int) -> CamFile:
 
 
 def _from_keys(path: Path, content: Dict[str, Any], num_classes: int, layout: str) -> CamFile:
-    keys = np.asarray(content["keys"]).reshape(-1)
-    maps = np.asarray(content["high_res"] if "high_res" in content else content["cam"])
+    keys = as_array(path, content["keys"]).reshape(-1)
+    maps = as_array(path, content["high_res"] if "high_res" in content else content["cam"])
     if maps.ndim != 3 or len(maps) != len(keys):
         raise CamFileError(f"{path} must hold one map (H, W) per key; it has {len(keys)} keys and maps {maps.shape}.")
-    low = tuple(np.asarray(content["cam"]).shape[1:]) if "cam" in content and "high_res" in content else None
+    low = tuple(as_array(path, content["cam"]).shape[1:]) if "cam" in content and "high_res" in content else None
     if low is not None and (len(low) != 2 or 0 in low):
-        raise CamFileError(f"{path} must hold low maps (K, h, w); got {np.asarray(content['cam']).shape}.")
+        raise CamFileError(f"{path} must hold low maps (K, h, w); got {as_array(path, content['cam']).shape}.")
     cams = {_class_index(path, key, num_classes): _map(path, key, value) for key, value in zip(keys.tolist(), maps)}
     if len(cams) < len(keys):
         raise CamFileError(f"{path} names a class twice: {keys.tolist()}.")
@@ -127,20 +148,20 @@ def _class_index(path: Path, key: Any, num_classes: int) -> int:
     if isinstance(key, str) and re.fullmatch("-?[0-9]+", key):
         number = int(key)
     if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)):
-        raise CamFileError(f"{path} must have class indices as keys; got {key!r}.")
+        raise CamFileError(f"{path} must have class indices as keys; got {reprlib.repr(key)}.")
     if not 0 <= number < num_classes:
         raise CamFileError(f"{path} has class index {number}; with {num_classes} classes they run from 0 to {num_classes - 1}.")
     return int(number)
 
 
 def _map(path: Path, key: Any, value: Any) -> np.ndarray:
-    value = np.asarray(value)
+    value = as_array(path, value)
     if value.dtype.kind not in "fiu" or value.ndim != 2 or value.size == 0:
         raise CamFileError(f"{path} must hold (H, W) maps of numbers; class {key} has {value.dtype} {value.shape}.")
     with np.errstate(over="ignore"):  # inf, refused below
         value = np.array(value, np.float32)
     if not np.isfinite(value).all():
-        raise CamFileError(f"{path} must hold finite maps; class {key} has NaN or inf.")
+        raise CamFileError(f"{path} must hold finite maps; class {key} has NaN or inf, or values beyond float32.")
     return value
 
 

@@ -62,7 +62,7 @@ def write_check_page(
         figures.append((f"{report.config.lambda_area:g} → {report.lambda_area:g}", "area weight: now → suggested"))
     page = template.render(title=title, report=report, figures=figures, variants=VARIANTS, groups=groups)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(page.encode("utf-8")))
+    write_atomically(path, lambda file: file.write(page.encode("utf-8", "backslashreplace")))
     return failed
 
 

@@ -98,7 +98,7 @@ def evaluate_labels(pred: Path, gt: Path, names: Sequence[str], ids: Optional[Se
     total = np.zeros((len(names), len(names)), np.int64)
     failed: Dict[str, str] = {}
     per_image: Dict[str, float] = {}
-    wanted = sorted(p.stem for p in pred.glob("*.png")) if ids is None else list(ids)
+    wanted = sorted(p.stem for p in pred.glob("*.png") if not p.name.startswith(".")) if ids is None else list(ids)
     for name in _ids_or_error(wanted, pred):
         try:
             check_id(name)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import warnings
 from pathlib import Path
-from typing import Any, List
+from typing import Any, List, Tuple
 
 import numpy as np
 
-from .._files import PathLike, write_atomically
+from .._files import PathLike, open_regular, write_atomically
 from ..errors import CamFileError
 
-__all__ = ["check_id", "find_image", "image_id", "read_image", "read_label_png", "voc_palette", "write_label_png"]
+__all__ = ["MOST_PIXELS", "check_id", "find_image", "image_id", "image_size", "read_image", "read_label_png", "voc_palette", "write_label_png"]
 
+MOST_PIXELS = 100_000_000  # of an image; a larger one takes more than 1 GB as it is decoded
 SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
 
@@ -51,7 +54,7 @@ def find_image(folder: Path, name: str) -> Path:
     check_id(name)
     for suffix in SUFFIXES:
         path = folder / f"{name}{suffix}"
-        if path.is_file():
+        if path.exists() and path.is_file():
             return path
     raise CamFileError(f"no image {name}{SUFFIXES[0]} (or {', '.join(SUFFIXES[1:3])}) in {folder}")
 
@@ -66,11 +69,46 @@ def read_image(path: Path) -> np.ndarray:
     """
     import cv2
 
-    data = np.fromfile(path, np.uint8)
+    with open_regular(path) as file:
+        image_size(path, file)
+        file.seek(0)
+        data = np.frombuffer(file.read(), np.uint8)
     picture = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if data.size else None
     if picture is None:
         raise CamFileError(f"{path} is not a readable image")
     return np.ascontiguousarray(picture[..., ::-1])
+
+
+def image_size(path: Path, file: Any = None) -> Tuple[int, int]:
+    """Height and width of an image, from its header.
+
+    Args:
+        path: of the image.
+        file: the file, if it is open.
+
+    Raises:
+        CamFileError: if it is no readable image, or has more than `MOST_PIXELS` pixels.
+    """
+    from PIL import Image
+
+    try:
+        with contextlib.ExitStack() as stack, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is ours
+            picture = Image.open(stack.enter_context(open_regular(path)) if file is None else file)
+            width, height = picture.size
+    except Image.DecompressionBombError as error:
+        raise CamFileError(f"{path} has too many pixels; at most {MOST_PIXELS // 10**6} million are read") from error
+    except Exception as error:
+        raise CamFileError(f"{path} is not a readable image ({type(error).__name__})") from error
+    _check_pixels(path, width, height)
+    return height, width
+
+
+def _check_pixels(path: Path, width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise CamFileError(
+            f"{path} has {width} x {height} pixels; at most {MOST_PIXELS // 10**6} million are read. Cut it into tiles"
+        )
 
 
 def read_label_png(path: Path) -> np.ndarray:
@@ -82,10 +120,13 @@ def read_label_png(path: Path) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
+        with open_regular(path) as file, Image.open(file) as picture:
+            _check_pixels(path, *picture.size)
             labels = np.array(picture)
     except FileNotFoundError:
         raise CamFileError(f"there is no {path}") from None
+    except CamFileError:
+        raise
     except Exception as error:
         raise CamFileError(f"{path} is not a readable PNG ({type(error).__name__})") from error
     if labels.ndim != 2:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import reprlib
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence
 from xml.etree import ElementTree
 
 import numpy as np
 
-from .._files import PathLike
+from .._files import PathLike, open_regular, read_bytes
 from ..class_names import COCO_CATEGORY_IDS, COCO_CLASSES
 from ..errors import CamFileError
 from .images import image_id
-from .pickles import read_npy
+from .cams import read_archive
+from .pickles import as_array, read_npy
 
 __all__ = ["read_labels"]
 
 Labels = Dict[str, np.ndarray]
+LARGEST = 2**30  # bytes; COCO's instances take 0.5e9
 
 
 def read_labels(path: PathLike, classes: Sequence[str]) -> Labels:
@@ -70,10 +74,10 @@ def _read(path: Path, classes: List[str]) -> Labels:
 
 def _row(path: Path, key: Any, value: Any, classes: Sequence[str]) -> np.ndarray:
     """Multi-hot labels of one image."""
-    row = np.asarray(value)
+    row = as_array(path, value)
     if row.shape != (len(classes),) or row.dtype.kind not in "biuf" or not np.isin(row, (0, 1)).all():
         raise CamFileError(
-            f"{path}: image {key!r} must have {len(classes)} labels of 0 and 1; got {row.dtype} of shape {row.shape}. "
+            f"{path}: image {reprlib.repr(key)} must have {len(classes)} labels of 0 and 1; got {row.dtype} of shape {row.shape}. "
             "Was the file made for these classes?"
         )
     return row.astype(np.uint8)
@@ -88,8 +92,9 @@ def _npy(path: Path, classes: Sequence[str]) -> Labels:
 
 def _npz(path: Path, classes: Sequence[str]) -> Labels:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            ids, rows = archive["ids"], archive["labels"]
+        with open_regular(path) as file:
+            archive = read_archive(path, file, LARGEST)
+        ids, rows = archive["ids"], archive["labels"]
     except Exception as error:
         raise CamFileError(f"{path} must be an archive of `ids` (N,) and `labels` (N, C); {error}.") from error
     if ids.ndim != 1 or rows.shape != (len(ids), len(classes)):
@@ -99,7 +104,7 @@ def _npz(path: Path, classes: Sequence[str]) -> Labels:
 
 def _json(path: Path, classes: Sequence[str]) -> Labels:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bytes(path, LARGEST).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CamFileError(f"{path} is not readable JSON: {error}.") from error
     if not isinstance(content, dict):
@@ -112,14 +117,14 @@ def _json(path: Path, classes: Sequence[str]) -> Labels:
 def _named(path: Path, key: Any, value: Any, classes: Sequence[str]) -> np.ndarray:
     """Labels from a list of names or indices, or from a multi-hot list. A list of C zeros and ones counts as multi-hot."""
     if not isinstance(value, list):
-        raise CamFileError(f"{path}: image {key!r} must have a list of labels; got {type(value).__name__}.")
+        raise CamFileError(f"{path}: image {reprlib.repr(key)} must have a list of labels; got {type(value).__name__}.")
     if len(value) == len(classes) > 1 and all(type(item) is int and item in (0, 1) for item in value):
         return _row(path, key, value, classes)
     row = np.zeros(len(classes), np.uint8)
     for item in value:
         index = list(classes).index(item) if item in classes else item
         if type(index) is not int or not 0 <= index < len(classes):
-            raise CamFileError(f"{path}: image {key!r} has the label {item!r}, which is none of the {len(classes)} classes.")
+            raise CamFileError(f"{path}: image {reprlib.repr(key)} has the label {reprlib.repr(item)}, which is none of the {len(classes)} classes.")
         row[index] = 1
     return row
 
@@ -149,10 +154,9 @@ def _coco(path: Path, content: Mapping[str, Any], classes: Sequence[str]) -> Lab
 
 
 def _csv(path: Path, classes: Sequence[str]) -> Labels:
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        rows: List[Dict[str, str]] = list(reader)
-        columns = set(reader.fieldnames or ())
+    reader = csv.DictReader(io.StringIO(read_bytes(path, LARGEST).decode("utf-8"), newline=""))
+    rows: List[Dict[str, str]] = list(reader)
+    columns = set(reader.fieldnames or ())
     if {"image", "labels"} <= columns:
         split = {row["image"]: [name.strip() for name in (row["labels"] or "").split(";") if name.strip()] for row in rows}
         return {image_id(key): _named(path, key, value, classes) for key, value in split.items()}
@@ -178,7 +182,7 @@ def _voc_folder(path: Path, classes: Sequence[str]) -> Labels:
         raise CamFileError(f"{path} holds no .xml file; expected VOC's Annotations folder.")
     labels = {}
     for file in files:
-        text = file.read_bytes()
+        text = read_bytes(file, 2**24)
         if b"\0" in text:
             raise CamFileError(f"{file} is not readable XML in UTF-8.")
         if b"<!DOCTYPE" in text or b"<!ENTITY" in text:

@@ -17,12 +17,41 @@ from typing import Any, Callable, Dict, Tuple
 
 import numpy as np
 
-from .._files import PathLike
+from .._files import PathLike, open_regular
 from ..errors import CamFileError
 
-__all__ = ["LARGEST", "read_npy"]
+__all__ = ["LARGEST", "MOST_VALUES", "as_array", "read_npy"]
 
 LARGEST = 2**31  # bytes; larger files are refused. The CAMs of 20 classes at 6000 x 4000 pixels take 1.9e9.
+MOST_VALUES = 2**29  # in one file, whatever their type: as float32 they take 2 GiB
+MOST_IN_LISTS = 1_000_000  # numbers in the lists of one map
+
+
+def as_array(path: Any, value: Any) -> np.ndarray:
+    """Arrays as they are, and lists of numbers as arrays.
+
+    A pickle can name one list many times, so that a few bytes stand for any number of values; they are counted first.
+
+    Raises:
+        CamFileError: if lists hold more than `MOST_IN_LISTS` values; the message begins with `path`.
+    """
+    if isinstance(value, (list, tuple)) and _count(value, MOST_IN_LISTS) > MOST_IN_LISTS:
+        raise CamFileError(f"{path} holds lists of more than {MOST_IN_LISTS} values. Store them as arrays.")
+    return np.asarray(value)
+
+
+def _count(value: Any, most: int) -> int:
+    """How many values nested lists hold, or more than `most`."""
+    total, stack = 0, [iter([value])]
+    while stack and total <= most and len(stack) < 64:
+        item = next(stack[-1], stack)
+        if item is stack:
+            stack.pop()
+            continue
+        total += 1
+        if isinstance(item, (list, tuple)):
+            stack.append(iter(item))
+    return most + 1 if stack else total
 
 
 def _storage(data: Any) -> Any:
@@ -40,9 +69,13 @@ def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Any:
     """The array of a tensor; bfloat16, which NumPy lacks, becomes float32."""
     import torch
 
-    if math.prod(size) * torch.empty(0, dtype=storage.dtype).element_size() > storage.untyped().nbytes():
-        raise CamFileError("a tensor in it is larger than its storage")
-    tensor = torch.empty(0, dtype=storage.dtype).set_(storage, offset, tuple(size), tuple(stride))
+    held = storage.untyped().nbytes() // torch.empty(0, dtype=storage.dtype).element_size()
+    size, stride = tuple(size), tuple(stride)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+    fits = len(size) == len(stride) and min((0, offset, *size, *stride)) >= 0 and (0 in size or last < held)
+    if not fits or math.prod(size) > held:
+        raise CamFileError("a tensor in it is larger than its storage, or lies outside of it")
+    tensor = torch.empty(0, dtype=storage.dtype).set_(storage, offset, size, stride)
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy().copy()
 
 
@@ -154,15 +187,35 @@ class _Reader(_PythonUnpickler):
             if isinstance(key, tuple) or not isinstance(key, (int, float, str, bytes, np.generic, type(None))):
                 raise CamFileError(f"it has a {type(key).__name__} as a key")
 
+    def load_bytearray8(self) -> None:  # the original reserves as much memory as the file says
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
     def refuse(self) -> None:
         raise CamFileError("it holds something other than arrays and numbers")
 
     dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
     dispatch[pickle.SETITEM[0]] = load_setitem
     dispatch[pickle.SETITEMS[0]] = load_setitems
     dispatch[pickle.DICT[0]] = load_dict
     for _op in (pickle.ADDITEMS, pickle.FROZENSET, pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX):
         dispatch[_op[0]] = refuse
+
+
+class _Bounded:
+    """A file that is never asked for more bytes than it holds: Python reserves the memory for a request beforehand."""
+
+    def __init__(self, file: Any, size: int):
+        self._file, self._size = file, size
+        self.readline = file.readline
+
+    def read(self, count: int) -> Any:
+        if count > self._size:
+            raise CamFileError(f"it asks for {count} bytes, but holds {self._size}")
+        return self._file.read(count)
+
+    def readinto(self, buffer: Any) -> Any:
+        return self._file.readinto(buffer)
 
 
 def read_npy(path: PathLike) -> Any:
@@ -172,10 +225,16 @@ def read_npy(path: PathLike) -> Any:
         FileNotFoundError: if there is no such file.
         CamFileError: if the file is damaged or holds something other than arrays, numbers, strings and their containers.
     """
-    size = os.path.getsize(path)
-    if size > LARGEST:
-        raise CamFileError(f"{os.fspath(path)} holds {size / 2**30:.1f} GiB; at most {LARGEST / 2**30:.0f} are read.")
-    with open(path, "rb") as file:
+    try:
+        opened = open_regular(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CamFileError(f"{os.fspath(path)} cannot be read: {error}") from error
+    with opened as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > LARGEST:
+            raise CamFileError(f"{os.fspath(path)} holds {size / 2**30:.1f} GiB; at most {LARGEST / 2**30:.0f} are read.")
         try:
             return _parse_npy(file, size)
         except CamFileError as error:
@@ -198,10 +257,12 @@ def _parse_npy(file: Any, size: int) -> Any:
     if dtype.hasobject:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy warns of dtypes that an older numpy pickled
-            content = _Reader(file, encoding="latin1").load()
+            content = _Reader(_Bounded(file, size), encoding="latin1").load()
         return content.item() if isinstance(content, np.ndarray) and content.shape == () else content
     count = math.prod(shape)
     if count < 0 or count * dtype.itemsize != size - file.tell():
         raise CamFileError(f"its header promises {count} values of {dtype}, but {size - file.tell()} bytes follow")
+    if count > MOST_VALUES:
+        raise CamFileError(f"it holds an array of {count} values; at most {MOST_VALUES} are read")
     flat = np.frombuffer(file.read(), dtype)
     return flat.reshape(shape[::-1]).T if header["fortran_order"] else flat.reshape(shape)

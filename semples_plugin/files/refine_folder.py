@@ -7,6 +7,7 @@ that is started again therefore ends with the same bytes. Every file appears who
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import masks, regions
-from .._files import write_atomically
+from .._files import remove_parts, write_atomically
 from ..errors import CamFileError
 from ..refiner import PromptRefiner
 from .cam_folder import LoadedCam, cam_tensor, chunks, load, plan
@@ -106,6 +107,8 @@ def refine_folder(
     start = time.monotonic()
     items, failed = plan(cams, images)
     _remember(out, {**options._asdict(), **(settings or {})})
+    for part in (out, *(out / name for name in ("cams", "labels", "masks"))):
+        remove_parts(part)
     mine = [chunk for i, chunk in enumerate(chunks(items, options.batch_size)) if i % shard[1] == shard[0]]
     failed = {name: why for i, (name, why) in enumerate(sorted(failed.items())) if i % shard[1] == shard[0]}
     refined = skipped = empty = 0
@@ -118,7 +121,8 @@ def refine_folder(
             failed.update(broken)
             if loaded:
                 empty += sum(not one.labels.any() for one in loaded if one.item in todo)
-                refined += _refine_chunk(loaded, {item.name for item in todo}, out, num_classes, options, refiner, failed)
+                wanted = {item.name for item in todo}
+                refined += _refine_chunk(loaded, wanted, out, num_classes, options, refiner, failed)
         bar.update(len(chunk))
     bar.close()
     return Summary(refined, skipped, empty, failed, time.monotonic() - start)
@@ -161,7 +165,12 @@ def _targets(out: Path, name: str, options: Options) -> Dict[str, Path]:
 def _done(out: Path, name: str, options: Options) -> bool:
     files = _targets(out, name, options)
     cam = files.pop("cams")
-    return (cam.exists() or cam.with_suffix(".npz").exists()) and all(path.exists() for path in files.values())
+    return (_whole(cam) or _whole(cam.with_suffix(".npz"))) and all(_whole(path) for path in files.values())
+
+
+def _whole(path: Path) -> bool:
+    """Whether there is such a file; an empty one is what a full disk leaves."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _refine_chunk(
@@ -173,25 +182,59 @@ def _refine_chunk(
     refiner: Optional[PromptRefiner],
     failed: Dict[str, str],
 ) -> int:
-    device = refiner.device if refiner is not None else torch.device("cpu")
-    img = torch.stack([one.img for one in loaded]).to(device)  # (B, 3, h, w)
-    present = torch.from_numpy(np.stack([one.labels for one in loaded])).to(device)  # (B, C)
-    cam = torch.stack([cam_tensor(one.content, img.shape[2:], num_classes) for one in loaded]).to(device)  # (B, C, h, w)
-    if refiner is None:
-        result = masks.cam_to_masks(img, cam, regions.positive_pairs(present), align=options.align)
-    else:
-        result = refiner.refine_masks(
-            img, cam, present, suppress=options.suppress, align=options.align, clip_steps=options.clip_steps
-        ).masks
+    try:
+        result = _masks_of(loaded, num_classes, options, refiner)
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        if len(loaded) == 1:
+            size = "{} x {}".format(*loaded[0].item.size)
+            failed[loaded[0].item.name] = (
+                f"not enough memory for its {size} pixels and {int(loaded[0].labels.sum())} classes; give a smaller --max-pixels"
+            )
+            return 0
+        half = len(loaded) // 2
+        return sum(
+            _refine_chunk(part, wanted, out, num_classes, options, refiner, failed) for part in (loaded[:half], loaded[half:])
+        )
     count = 0
     for i, one in enumerate(loaded):
         if one.item.name in wanted:
+            if not (out / "settings.json").exists():
+                raise CamFileError(f"{out} was removed or emptied while its images were refined; {one.item.name} and the rest are lost.")
             try:
                 _write(out, one, result[i : i + 1], options)
                 count += 1
             except Exception as error:
                 failed[one.item.name] = f"could not be written: {' '.join(str(error).split())}"
+                if isinstance(error, OSError) and error.errno in _NO_USE_TO_GO_ON:
+                    raise CamFileError(
+                        f"{one.item.name} could not be written to {out}: {error.strerror}. The images before it are done; the "
+                        "same command goes on from here."
+                    ) from error
     return count
+
+
+_NO_USE_TO_GO_ON = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "not enough memory" in text or "can't allocate" in text)
+    )
+
+
+def _masks_of(loaded: List[LoadedCam], num_classes: int, options: Options, refiner: Optional[PromptRefiner]) -> Tensor:
+    """Refined masks (B, C, h, w) of a chunk."""
+    device = refiner.device if refiner is not None else torch.device("cpu")
+    img = torch.stack([one.img for one in loaded]).to(device)  # (B, 3, h, w)
+    present = torch.from_numpy(np.stack([one.labels for one in loaded])).to(device)  # (B, C)
+    cam = torch.stack([cam_tensor(one.content, img.shape[2:], num_classes) for one in loaded]).to(device)  # (B, C, h, w)
+    if refiner is None:
+        return masks.cam_to_masks(img, cam, regions.positive_pairs(present), align=options.align)
+    found = refiner.refine_masks(img, cam, present, suppress=options.suppress, align=options.align, clip_steps=options.clip_steps)
+    return found.masks
 
 
 def _write(out: Path, one: LoadedCam, result: Tensor, options: Options) -> None:
@@ -204,6 +247,8 @@ def _write(out: Path, one: LoadedCam, result: Tensor, options: Options) -> None:
         index = masks.pseudo_labels(full, options.threshold)[0].cpu().numpy()
         label_map = np.array([0, *(k + 1 for k in present)], np.uint8)[index]
         cams = {k: full[0, i].cpu().numpy() for i, k in enumerate(present)}
+    if not all(np.isfinite(value).all() for value in cams.values()):
+        raise CamFileError("its refined masks are not finite, so nothing is written; look at the range of its CAM")
     files = _targets(out, one.item.name, options)
     for path in files.values():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,4 +270,5 @@ def _savez(file: Any, content: Dict[str, np.ndarray]) -> None:
 def write_summary(path: Path, summary: Summary) -> None:
     """Write the summary as JSON."""
     text = json.dumps(summary._asdict(), indent=2, ensure_ascii=False)
-    write_atomically(path, lambda file: file.write((text + "\n").encode()))
+    data = (text + "\n").encode("utf-8", "backslashreplace")  # names of files need not be text
+    write_atomically(path, lambda file: file.write(data))

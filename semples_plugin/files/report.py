@@ -88,7 +88,7 @@ def write_report(
         groups=groups,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(page.encode("utf-8")))
+    write_atomically(path, lambda file: file.write(page.encode("utf-8", "backslashreplace")))
     return failed
 
 
