@@ -152,25 +152,20 @@ class ClipEncoder:
             (N, D, g, g) float32, not normalized, g = number of patches per side.
         """
         visual = self.model.visual
-        seen: List[Tensor] = []
-        pooled = getattr(visual, "attnpool", None) is not None
-        target: Any
-        if pooled:
-            target = visual.attnpool
+        if getattr(visual, "attnpool", None) is not None:
+            path = ["attnpool"]
         elif hasattr(visual, "transformer") and hasattr(visual, "ln_post"):
-            target = visual.transformer.resblocks[-1]
+            path = ["transformer", "resblocks", str(len(visual.transformer.resblocks) - 1)]
         else:
             raise ClipError(
                 f"CLIP {self.name!r} has an image tower of type {type(visual).__name__}; dense features need OpenAI's ViT or "
                 "ResNet layout. Call refine_masks(..., suppress=False)."
             )
-        handle = target.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        try:
-            visual(views.to(self.dtype))
-        finally:
-            handle.remove()
-        x = seen[0]
-        if pooled:  # x: (N, C, g, g)
+        target: Any = visual.get_submodule(".".join(path))
+        recorder = _Recorder()
+        _with_submodule(visual, path, recorder)(views.to(self.dtype))
+        x = recorder.seen
+        if path == ["attnpool"]:  # x: (N, C, g, g)
             value = F.linear(x.flatten(2).transpose(1, 2), target.v_proj.weight, target.v_proj.bias)
             value = F.linear(value, target.c_proj.weight, target.c_proj.bias)  # (N, g*g, D)
             return value.transpose(1, 2).reshape(x.shape[0], -1, *x.shape[2:]).float()
@@ -267,6 +262,27 @@ class ClipEncoder:
     @property
     def _text_dtype(self) -> torch.dtype:
         return next(p for n, p in self._text.transformer.named_parameters() if n.endswith("in_proj_weight")).dtype
+
+
+class _Recorder(nn.Module):
+    """Stands in for a module: keeps the input of the call and hands it on."""
+
+    seen: Tensor
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.seen = x
+        return x
+
+
+def _with_submodule(module: nn.Module, path: Sequence[str], new: nn.Module) -> nn.Module:
+    """A shallow copy of `module` with `new` at `path`. Weights are shared, and `module` itself stays as it is.
+
+    A hook would be seen by every thread that runs `module` at the same time; this copy belongs to the caller alone.
+    """
+    twin = copy.copy(module)
+    child = new if len(path) == 1 else _with_submodule(module._modules[path[0]], path[1:], new)  # type: ignore[arg-type]
+    twin._modules = {**module._modules, path[0]: child}
+    return twin
 
 
 def _fingerprint(model: nn.Module) -> str:
