@@ -6,7 +6,7 @@ step is a function of its own and can be left out. Flow: `regions` -> **masks** 
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple, Optional, Sequence, Union
+from typing import Callable, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ __all__ = [
     "CLIP_STEPS",
     "LOGIT_EPS",
     "MASK_EPS",
+    "PAMR_CHUNK",
     "RefinedMasks",
     "align_masks",
     "cam_to_masks",
@@ -32,6 +33,7 @@ __all__ = [
 
 MASK_EPS = 1e-6  # of the normalization here: masks must not depend on the scale of the CAM
 CLIP_STEPS, CLIP_LR, CLIP_GRID = 5, 0.3, 16  # of `optimize`, where nothing else is asked for
+PAMR_CHUNK = 8  # masks that `pamr` works on at once
 LOGIT_EPS = 0.02  # masks are clamped to [0.02, 0.98] before their logit: how far d must go to fill an empty place
 
 Align = Callable[[Tensor, Tensor], Tensor]
@@ -91,36 +93,55 @@ def pamr(img: Tensor, masks: Tensor, iterations: int = 10, dilations: Sequence[i
     color channels, sigma_i the standard deviation of x over all neighbors of i; alpha = softmax of k over the neighbors;
     then `iterations` times m_i <- sum_j alpha_ij m_j.
 
+    Sums run over one neighbor at a time and `PAMR_CHUNK` masks at once. Memory is the weights alpha, one float32 per pixel and
+    neighbor (192 MB for 1000 x 1000 pixels and the 48 neighbors), and about two more copies of a chunk, whatever K is.
+
     Args:
-        img: (B, 3, H, W) in any linear scale.
+        img: (B, 3, H, W) in any linear scale; a constant, no gradient reaches it.
         masks: (B, K, H, W).
         iterations: number of updates.
         dilations: neighbor distances in pixels.
 
     Returns:
-        (B, K, H, W), within the range of `masks`.
+        (B, K, H, W), within the range of `masks`, attached to it.
     """
+    shifts = [(dy * d, dx * d) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
+    with torch.no_grad():
+        affinity = _affinity(img, shifts)  # (B, N, H, W)
+    results = []
+    for part in masks.split(PAMR_CHUNK, dim=1):
+        for _ in range(iterations):
+            updated = torch.zeros_like(part)
+            for n, neighbor in enumerate(_neighbors(part, shifts)):
+                updated.addcmul_(affinity[:, n : n + 1], neighbor)
+            part = updated
+        results.append(part)
+    return torch.cat(results, dim=1)
 
-    def neighbors(x: Tensor) -> Tensor:  # (B, K, H, W) -> (B, K, N, H, W), borders repeated
-        height, width = x.shape[2:]
-        reach = max(dilations)
-        padded = F.pad(x, (reach,) * 4, mode="replicate")
-        shifted = [
-            padded[:, :, reach + dy * d : reach + dy * d + height, reach + dx * d : reach + dx * d + width]
-            for d in dilations
-            for dy in (-1, 0, 1)
-            for dx in (-1, 0, 1)
-            if (dy, dx) != (0, 0)
-        ]
-        return torch.stack(shifted, dim=2)
 
-    around = neighbors(img)  # (B, 3, N, H, W)
-    deviation = around.std(dim=2, keepdim=True)
-    affinity = -(around - img[:, :, None]).abs() / (0.1 * deviation + 1e-8)
-    affinity = affinity.mean(dim=1, keepdim=True).softmax(dim=2)  # (B, 1, N, H, W)
-    for _ in range(iterations):
-        masks = (affinity * neighbors(masks)).sum(dim=2)
-    return masks
+def _neighbors(x: Tensor, shifts: Sequence[Tuple[int, int]]) -> Iterator[Tensor]:
+    """x (B, K, H, W) moved by each of `shifts` (rows, columns), borders repeated: N views (B, K, H, W) of one padded copy."""
+    height, width = x.shape[2:]
+    reach = max(max(abs(dy), abs(dx)) for dy, dx in shifts)
+    padded = F.pad(x, (reach,) * 4, mode="replicate")
+    for dy, dx in shifts:
+        yield padded[:, :, reach + dy : reach + dy + height, reach + dx : reach + dx + width]
+
+
+def _affinity(img: Tensor, shifts: Sequence[Tuple[int, int]]) -> Tensor:
+    """The weights alpha of `pamr`, (B, N, H, W)."""
+    mean, squares = torch.zeros_like(img), torch.zeros_like(img)
+    for n, neighbor in enumerate(_neighbors(img, shifts), start=1):  # Welford's: exactly 0 where all neighbors are equal
+        change = neighbor - mean
+        mean.add_(change, alpha=1 / n) if n > 1 else mean.copy_(neighbor)
+        if n > 1:
+            squares.addcmul_(change, neighbor - mean)
+    scale = 0.1 * (squares / (len(shifts) - 1)).sqrt_() + 1e-8  # (B, 3, H, W)
+    affinity = img.new_empty(len(img), len(shifts), *img.shape[2:])
+    for n, neighbor in enumerate(_neighbors(img, shifts)):
+        affinity[:, n] = (neighbor - img).abs_().div_(scale).mean(dim=1).neg_()
+    affinity.sub_(affinity.amax(dim=1, keepdim=True)).exp_()
+    return affinity.div_(affinity.sum(dim=1, keepdim=True))
 
 
 def align_masks(img: Tensor, masks: Tensor, pairs: Tensor, align: Union[None, str, Align]) -> Tensor:
@@ -193,6 +214,8 @@ def optimize(
     with Adam. So a region can grow where m is 0 and go where it is 1, while the detail of m stays. Masks do not influence one
     another; one that gets no gradient stays exactly as it is.
 
+    Computed in float32 whatever the dtype of `masks`, and also under `torch.inference_mode()`.
+
     Args:
         masks: (P, h, w) in [0, 1].
         pairs: (P, 2) image and class of each mask.
@@ -203,7 +226,7 @@ def optimize(
         at_once: p, masks that are worked on at once.
 
     Returns:
-        (P, h, w) in [0, 1], detached; (0, h, w) for no masks.
+        (P, h, w) float32 in [0, 1], detached; (0, h, w) for no masks.
     """
 
     def resized(maps: Tensor, size: Sequence[int]) -> Tensor:  # (p, a, b) -> (p, *size)
@@ -212,11 +235,12 @@ def optimize(
     def moved(masks: Tensor, d: Tensor) -> Tensor:
         return torch.sigmoid(torch.logit(masks, LOGIT_EPS) + resized(d, masks.shape[1:]))
 
-    results = [masks[:0]]
-    for part, own in zip(masks.split(at_once), pairs.split(at_once)):
-        if not len(part):  # interpolate refuses empty batches
-            continue
-        with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        masks, pairs = masks.detach().float().clone(), pairs.clone()  # ordinary tensors, which inference mode does not give
+        results = [masks[:0]]
+        for part, own in zip(masks.split(at_once), pairs.split(at_once)):
+            if not len(part):  # interpolate refuses empty batches
+                continue
             d = torch.zeros(len(part), grid, grid, device=masks.device, requires_grad=True)
             optimizer = torch.optim.Adam([d], lr=lr)
             for _ in range(steps):
@@ -226,7 +250,7 @@ def optimize(
                 optimizer.step()
             still = (d == 0).all(2).all(1)[:, None, None]  # no gradient reached it, as with a class of weight 0
             results.append(torch.where(still, part, moved(part, d)).detach())
-    return torch.cat(results)
+        return torch.cat(results)
 
 
 def pseudo_labels(masks: Tensor, threshold: float) -> Tensor:
