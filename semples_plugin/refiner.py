@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checking, losses, masks, prompt_learning, prompts, regions
-from ._checks import check_batch, check_classes, check_known, check_number, check_stats, warn
+from ._checks import check_batch, check_classes, check_known, check_number, check_share, check_stats, warn
 from ._files import PathLike
 from .check_report import CheckReport
 from .clip_backends import load_clip
@@ -342,7 +342,7 @@ class PromptRefiner(nn.Module):
 
         Args:
             img, cam, labels: as for `forward`; no gradient is needed.
-            threshold: background score; a class needs more than this.
+            threshold: background score from 0 to 1; a class needs more than this.
             suppress: weigh the masks with CLIP's dense features. It did harm with the demo world's small CLIP.
             align: `"pamr"`, None, or a callable (img (3, H, W) in [0, 1], masks (K, H, W)) -> (K, H, W) such as a CRF.
             clip_steps: gradient steps of `optimize_cam`; 0 leaves them out.
@@ -353,6 +353,7 @@ class PromptRefiner(nn.Module):
         """
         if align not in (None, "pamr") and not callable(align):
             raise ValueError(f"`align` must be 'pamr', None or a callable; got {align!r}.")
+        check_share("threshold", threshold)
         check_number("clip_steps", clip_steps, 0, whole=True)
         img, cam, labels = self._check(img, cam, labels)
         if clip_steps:
@@ -388,13 +389,13 @@ class PromptRefiner(nn.Module):
         not depend on the loss's scale.
 
         Args:
-            img, cam, labels: as for `forward`; the CAM is a constant.
+            img, cam, labels: as for `forward`; the CAM is a constant. A float64 CAM is normalized in float64, the rest is float32.
             steps: gradient steps; two image encodes per pair each, forward and backward.
             lr: Adam's learning rate for d.
             grid: side of the coarse grid.
 
         Returns:
-            (B, C, h, w) in [0, 1]: the normalized CAM of present classes after the steps, 0 for absent ones.
+            (B, C, h, w) float32 in [0, 1]: the normalized CAM of present classes after the steps, 0 for absent ones.
         """
         return self._optimize(*self._check(img, cam, labels), steps, lr, grid)
 
@@ -404,9 +405,9 @@ class PromptRefiner(nn.Module):
             check_number(name, value, 1, whole=True)
         check_number("lr", lr, 0)
         size, at_once = (self._encoder.image_size,) * 2, max(1, (self.config.max_views or 2 * labels.numel()) // 2)
-        with torch.inference_mode(False), torch.no_grad():  # tensors that gradients can pass, also under inference mode
-            cam, pairs = cam.detach().clone(), regions.positive_pairs(labels).clone()
-            clip_images = self._clip_images(img).clone()
+        with torch.inference_mode(False), torch.no_grad():
+            cam, pairs = cam.detach(), regions.positive_pairs(labels)
+            clip_images = self._clip_images(img).clone()  # an ordinary tensor also under inference mode
             base = regions.pair_masks(cam, pairs, cam.shape[2:], self.config.normalize, masks.MASK_EPS)  # (P, h, w)
 
             calls = itertools.count()
@@ -418,7 +419,7 @@ class PromptRefiner(nn.Module):
 
             result = torch.zeros(len(img), len(self.classes), *cam.shape[2:], device=cam.device)
             better = masks.optimize(base, pairs, loss_of, size, steps=steps, lr=lr, grid=grid, at_once=at_once)
-            result[pairs[:, 0], pairs[:, 1]] = better.float()
+            result[pairs[:, 0], pairs[:, 1]] = better
         return result
 
     # ------------------------------------------------------------------------------------------------ check
