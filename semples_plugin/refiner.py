@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Opt
 import torch
 from torch import Tensor, nn
 
-from . import checking, losses, masks, prompt_learning, prompts, regions
+from . import checking, crops, losses, masks, prompt_learning, prompts, regions
 from ._checks import check_batch, check_classes, check_known, check_number, check_share, check_stats, warn
 from ._files import PathLike
 from .check_report import CheckReport
@@ -389,7 +389,7 @@ class PromptRefiner(nn.Module):
         not depend on the loss's scale.
 
         Args:
-            img, cam, labels: as for `forward`; the CAM is a constant. A float64 CAM is normalized in float64, the rest is float32.
+            img, cam, labels: as for `forward`; the CAM is a constant. A float64 CAM is normalized as such, the rest is float32.
             steps: gradient steps; two image encodes per pair each, forward and backward.
             lr: Adam's learning rate for d.
             grid: side of the coarse grid.
@@ -407,14 +407,14 @@ class PromptRefiner(nn.Module):
         size, at_once = (self._encoder.image_size,) * 2, max(1, (self.config.max_views or 2 * labels.numel()) // 2)
         with torch.inference_mode(False), torch.no_grad():
             cam, pairs = cam.detach(), regions.positive_pairs(labels)
-            clip_images = self._clip_images(img).clone()  # an ordinary tensor also under inference mode
+            images = self._view_images(img).clone()  # an ordinary tensor also under inference mode
             base = regions.pair_masks(cam, pairs, cam.shape[2:], self.config.normalize, masks.MASK_EPS)  # (P, h, w)
 
             calls = itertools.count()
 
             def loss_of(pair_masks: Tensor, pairs: Tensor) -> Tensor:
                 levels = regions.cut_levels(next(calls) % steps, 1).expand(len(pairs))  # one level for all pairs of a step
-                views = torch.cat(self._views_of(clip_images, pair_masks, pairs, levels))
+                views = torch.cat(self._views_of(images, pair_masks, pairs, levels))
                 return self._terms(views, pair_masks, pairs)[0]
 
             result = torch.zeros(len(img), len(self.classes), *cam.shape[2:], device=cam.device)
@@ -596,10 +596,16 @@ class PromptRefiner(nn.Module):
 
     def _clip_images(self, img: Tensor) -> Tensor:
         """Images (B, 3, H, W) at CLIP's size, with CLIP's statistics (or the host's, as the reference)."""
-        x = regions.resize_image(img, self._encoder.image_size)
+        return self._with_clip_stats(regions.resize_image(img, self._encoder.image_size))
+
+    def _view_images(self, img: Tensor) -> Tensor:
+        """What views are made of: images at CLIP's size, or at their own where views are cropped, with CLIP's statistics."""
+        return self._clip_images(img) if self.config.view_crop is None else self._with_clip_stats(img.detach().float())
+
+    def _with_clip_stats(self, img: Tensor) -> Tensor:
         if not self.config.clip_stats:
-            return x
-        return regions.change_stats(x, self.image_stats, (self._encoder.mean, self._encoder.std))
+            return img
+        return regions.change_stats(img, self.image_stats, (self._encoder.mean, self._encoder.std))
 
     def _views(
         self, img: Tensor, cam: Tensor, pairs: Tensor, eps: float, start: int = 0
@@ -607,13 +613,22 @@ class PromptRefiner(nn.Module):
         """Masks (P, S, S), and foreground and background views (P, 3, S, S) of the pairs."""
         size = self._encoder.image_size
         pair_masks = regions.pair_masks(cam, pairs, (size, size), self.config.normalize, eps)
-        return pair_masks, self._views_of(self._clip_images(img), pair_masks, pairs, regions.cut_levels(start, len(pairs)))
+        return pair_masks, self._views_of(self._view_images(img), pair_masks, pairs, regions.cut_levels(start, len(pairs)))
 
     def _views_of(
         self, images: Tensor, pair_masks: Tensor, pairs: Tensor, levels: Optional[Tensor] = None
     ) -> Tuple[Tensor, Tensor]:
-        """Foreground and background views (P, 3, S, S) of images at CLIP's size; masks are cut at `levels` (P,), if at all."""
+        """Foreground and background views (P, 3, S, S) of `_view_images`; masks are cut at `levels` (P,), if at all.
+
+        Where views are cropped, images may have any size.
+        """
         config = self.config
+        if config.view_crop is not None:
+            size, height_width = self._encoder.image_size, images.shape[2:]
+            boxes = crops.crop_boxes(pair_masks, height_width, config.view_crop)  # (P, 4)
+            images = crops.crop_images(images, pairs, boxes, size)  # (P, 3, S, S), one per pair
+            pair_masks = crops.crop_masks(pair_masks, boxes, height_width, size)
+            pairs = torch.stack([torch.arange(len(pairs), device=pairs.device), pairs[:, 1]], dim=1)
         levels = regions.cut_levels(0, len(pairs)) if levels is None else levels
         cut = regions.sharpen(pair_masks, config.view_sharpness, levels)
         return regions.split(images, cut, pairs, config.view_fill)

@@ -356,7 +356,7 @@ def test_refined_masks_do_not_depend_on_the_scale_of_the_cam(align: Any, make_re
     assert (one.labels == thousandth.labels).float().mean() > 0.999
 
 
-# ------------------------------------------------------------------------------------------------ edge alignment: memory, accuracy
+# ------------------------------------------------------------------------------------------------ edge alignment
 
 
 @pytest.mark.parametrize("num_masks", [1, 8, 19])
