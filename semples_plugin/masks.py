@@ -6,6 +6,7 @@ step is a function of its own and can be left out. Flow: `regions` -> **masks** 
 
 from __future__ import annotations
 
+import itertools
 from typing import Callable, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "align_masks",
     "cam_to_masks",
     "optimize",
+    "optimize_cam",
     "pamr",
     "pseudo_labels",
     "suppression",
@@ -251,6 +253,45 @@ def optimize(
             still = (d == 0).all(2).all(1)[:, None, None]  # no gradient reached it, as with a class of weight 0
             results.append(torch.where(still, part, moved(part, d)).detach())
         return torch.cat(results)
+
+
+def optimize_cam(
+    cam: Tensor,
+    pairs: Tensor,
+    loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
+    size: int,
+    normalize: Optional[str],
+    *,
+    steps: int,
+    lr: float,
+    grid: int,
+    at_once: int,
+) -> Tensor:
+    """`optimize` on the normalized maps of the positive pairs of a CAM.
+
+    Args:
+        cam: (B, C, h, w), any resolution, range and float dtype.
+        pairs: (P, 2), see `regions.positive_pairs`.
+        loss_of: masks (p, size, size), attached, their pairs (p, 2) and the level of the step (p,), see `regions.cut_levels`
+            -> scalar, a mean over the p masks.
+        size: CLIP's input size.
+        normalize: as in `regions.pair_masks`.
+        steps, lr, grid, at_once: as for `optimize`.
+
+    Returns:
+        (B, C, h, w) float32 in [0, 1], detached; 0 for absent classes.
+    """
+    base = regions.pair_masks(cam.detach(), pairs, cam.shape[2:], normalize, MASK_EPS)  # (P, h, w)
+    calls = itertools.count()
+
+    def loss_of_step(masks: Tensor, pairs: Tensor) -> Tensor:
+        level = regions.cut_levels(next(calls) % steps, 1)  # one for all pairs of a step
+        return loss_of(masks, pairs, level.expand(len(pairs)))
+
+    better = optimize(base, pairs, loss_of_step, (size, size), steps=steps, lr=lr, grid=grid, at_once=at_once)
+    result = torch.zeros(cam.shape, device=cam.device)
+    result[pairs[:, 0], pairs[:, 1]] = better
+    return result
 
 
 def pseudo_labels(masks: Tensor, threshold: float) -> Tensor:
