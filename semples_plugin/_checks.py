@@ -56,6 +56,13 @@ def check_number(name: str, value: Any, minimum: float, whole: bool = False, adv
         raise ValueError(f"`{name}` must be at least {minimum:g}{advice or ('' if whole else ' and finite')}; got {value!r}.")
 
 
+def check_share(name: str, value: Any) -> None:
+    """`value` must be a number from 0 to 1."""
+    if isinstance(value, numbers.Real) and not 0 <= float(value) <= 1:
+        raise ValueError(f"`{name}` must be from 0 to 1; got {value!r}.")
+    check_number(name, value, 0)
+
+
 def hard_labels(labels: Tensor) -> Tensor:
     """Multi-hot `labels` as booleans; this is the one place that decides which values count as a label.
 
@@ -176,6 +183,8 @@ def check_batch(
     return img, cam, labels > 0.5
 
 
+_LARGEST = 1e38  # of a CAM: the difference of two values still fits into float32
+
 _NOT_FLOAT = {
     "img": "Convert with img.float() / 255 and normalize as your host does.",
     "cam": "A CAM of whole numbers carries no gradient; pass the activations, not a label map.",
@@ -224,8 +233,14 @@ def _check_values(img: Tensor, cam: Tensor, labels: Tensor, stats: Stats, normal
     cam_low, cam_high = cam.detach().amin().float(), cam.detach().amax().float()
     soft = _is_soft(labels).any().float()
     inside = ((img >= 0) & (img <= 1)).all().float()  # as only images that were never normalized are
-    facts = torch.stack([low, high, outside, inside, cam_low, cam_high, soft]).tolist()  # one transfer
-    img_low, img_high, img_outside, img_inside, cam_min, cam_max, any_soft = facts
+    finite = cam.detach().isfinite().all().float()  # in its own dtype
+    facts = torch.stack([low, high, outside, inside, cam_low, cam_high, finite, soft]).tolist()  # one transfer
+    img_low, img_high, img_outside, img_inside, cam_min, cam_max, cam_finite, any_soft = facts
+    if cam_finite and max(-cam_min, cam_max) > _LARGEST:
+        raise ValueError(
+            f"`cam` must be at most {_LARGEST:g} in size, or float32 overflows; got values from {float(cam.amin()):.3g} to "
+            f"{float(cam.amax()):.3g}. Divide it by its largest absolute value."
+        )
     for name, lowest, highest in (("cam", cam_min, cam_max), ("img", img_low, img_high)):
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             raise ValueError(

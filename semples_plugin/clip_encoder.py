@@ -152,8 +152,7 @@ class ClipEncoder:
             (N, D, g, g) float32, not normalized, g = number of patches per side.
         """
         visual = self.model.visual
-        pooled = getattr(visual, "attnpool", None) is not None
-        if pooled:
+        if getattr(visual, "attnpool", None) is not None:
             path = ["attnpool"]
         elif hasattr(visual, "transformer") and hasattr(visual, "ln_post"):
             path = ["transformer", "resblocks", str(len(visual.transformer.resblocks) - 1)]
@@ -163,10 +162,10 @@ class ClipEncoder:
                 "ResNet layout. Call refine_masks(..., suppress=False)."
             )
         target: Any = visual.get_submodule(".".join(path))
-        kept = _Keep()
-        _with_part(visual, path, kept)(views.to(self.dtype))
-        x = kept.seen
-        if pooled:  # x: (N, C, g, g)
+        recorder = _Recorder()
+        _with_submodule(visual, path, recorder)(views.to(self.dtype))
+        x = recorder.seen
+        if path == ["attnpool"]:  # x: (N, C, g, g)
             value = F.linear(x.flatten(2).transpose(1, 2), target.v_proj.weight, target.v_proj.bias)
             value = F.linear(value, target.c_proj.weight, target.c_proj.bias)  # (N, g*g, D)
             return value.transpose(1, 2).reshape(x.shape[0], -1, *x.shape[2:]).float()
@@ -265,17 +264,8 @@ class ClipEncoder:
         return next(p for n, p in self._text.transformer.named_parameters() if n.endswith("in_proj_weight")).dtype
 
 
-def _fingerprint(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().flatten()
-        digest.update(name.encode())
-        digest.update(values[:: max(1, values.numel() // 1024)].cpu().half().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-class _Keep(nn.Module):
-    """In the place of a tower's last part: keeps what it gets, and computes nothing."""
+class _Recorder(nn.Module):
+    """Stands in for a module: keeps the input of the call and hands it on."""
 
     seen: Tensor
 
@@ -284,9 +274,21 @@ class _Keep(nn.Module):
         return x
 
 
-def _with_part(module: nn.Module, path: Sequence[str], part: nn.Module) -> nn.Module:
-    """A shallow copy of a module, with its parameters, in which one part is another: the module itself serves other threads."""
-    clone = copy.copy(module)
-    clone._modules = dict(module._modules)
-    clone._modules[path[0]] = part if len(path) == 1 else _with_part(module.get_submodule(path[0]), path[1:], part)
-    return clone
+def _with_submodule(module: nn.Module, path: Sequence[str], new: nn.Module) -> nn.Module:
+    """A shallow copy of `module` with `new` at `path`. Weights are shared, and `module` itself stays as it is.
+
+    A hook would be seen by every thread that runs `module` at the same time; this copy belongs to the caller alone.
+    """
+    twin = copy.copy(module)
+    child = new if len(path) == 1 else _with_submodule(module._modules[path[0]], path[1:], new)  # type: ignore[arg-type]
+    twin._modules = {**module._modules, path[0]: child}
+    return twin
+
+
+def _fingerprint(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        values = parameter.detach().flatten()
+        digest.update(name.encode())
+        digest.update(values[:: max(1, values.numel() // 1024)].cpu().half().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -119,6 +119,9 @@ class RefinerConfig:
     pair and step; 0 multiplies the image by the soft mask (SemPLeS). 20 keeps a half mask from passing as both sides."""
     view_fill: Literal["mean", "blur"] = "mean"
     """What is put where the mask takes something away: `"mean"`, the mean color (SemPLeS), or `"blur"`, the blurred image."""
+    view_crop: Optional[Weight] = None
+    """Margin of views cropped around the CAM, as a share of the box on each side; None shows CLIP the whole image (SemPLeS).
+    For small objects. The box is where the map reaches 0.3 of its largest value, and at least an eighth of each side."""
     max_views: Optional[Annotated[int, _at_least(1, whole=True, advice=", or None for no limit")]] = 256
     """Views that CLIP encodes at once (two per positive pair). More are encoded in checkpointed chunks, which bounds memory and
     costs a second forward pass through CLIP. ViT-B/32 in float32 takes about 40 MiB per view."""

@@ -6,7 +6,8 @@ step is a function of its own and can be left out. Flow: `regions` -> **masks** 
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple, Optional, Sequence, Union
+import itertools
+from typing import Callable, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,12 @@ __all__ = [
     "CLIP_STEPS",
     "LOGIT_EPS",
     "MASK_EPS",
+    "PAMR_CHUNK",
     "RefinedMasks",
     "align_masks",
     "cam_to_masks",
     "optimize",
+    "optimize_cam",
     "pamr",
     "pseudo_labels",
     "suppression",
@@ -32,7 +35,7 @@ __all__ = [
 
 MASK_EPS = 1e-6  # of the normalization here: masks must not depend on the scale of the CAM
 CLIP_STEPS, CLIP_LR, CLIP_GRID = 5, 0.3, 16  # of `optimize`, where nothing else is asked for
-CLASSES_AT_ONCE = 8  # in the alignment to edges
+PAMR_CHUNK = 8  # masks that `pamr` works on at once
 LOGIT_EPS = 0.02  # masks are clamped to [0.02, 0.98] before their logit: how far d must go to fill an empty place
 
 Align = Callable[[Tensor, Tensor], Tensor]
@@ -85,7 +88,6 @@ def suppression(
         return torch.exp(own - torch.logsumexp(logits, dim=1))
 
 
-@torch.no_grad()
 def pamr(img: Tensor, masks: Tensor, iterations: int = 10, dilations: Sequence[int] = (1, 2, 4, 8, 12, 24)) -> Tensor:
     """Pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020, section 4.2): masks follow the image's edges.
 
@@ -93,49 +95,55 @@ def pamr(img: Tensor, masks: Tensor, iterations: int = 10, dilations: Sequence[i
     color channels, sigma_i the standard deviation of x over all neighbors of i; alpha = softmax of k over the neighbors;
     then `iterations` times m_i <- sum_j alpha_ij m_j.
 
-    No gradients. Besides masks and result it holds one map per neighbor and `CLASSES_AT_ONCE` masks, for any K.
+    Sums run over one neighbor at a time and `PAMR_CHUNK` masks at once. Memory is the weights alpha, one float32 per pixel and
+    neighbor (192 MB for 1000 x 1000 pixels and the 48 neighbors), and about two more copies of a chunk, whatever K is.
 
     Args:
-        img: (B, 3, H, W) in any linear scale.
+        img: (B, 3, H, W) in any linear scale; a constant, no gradient reaches it.
         masks: (B, K, H, W).
         iterations: number of updates.
         dilations: neighbor distances in pixels.
 
     Returns:
-        (B, K, H, W), within the range of `masks`.
+        (B, K, H, W), within the range of `masks`, attached to it.
     """
-
-    height, width = img.shape[2:]
-    reach = max(dilations)
-    steps = [(dy * d, dx * d) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
-
-    def padded(x: Tensor) -> Tensor:  # borders repeated
-        return F.pad(x, (reach,) * 4, mode="replicate")
-
-    def shifted(x: Tensor, dy: int, dx: int) -> Tensor:  # of padded values
-        return x[:, :, reach + dy : reach + dy + height, reach + dx : reach + dx + width]
-
-    around = padded(img)
-    mean = torch.zeros_like(img)
-    for step in steps:
-        mean += shifted(around, *step)
-    mean /= len(steps)
-    squares = torch.zeros_like(img)
-    for step in steps:
-        squares += (shifted(around, *step) - mean).square_()
-    scale = (squares / (len(steps) - 1)).sqrt_().mul_(0.1).add_(1e-8)  # (B, 3, H, W)
-    affinity = torch.empty(len(img), len(steps), height, width, dtype=img.dtype, device=img.device)
-    for n, step in enumerate(steps):
-        torch.mean((shifted(around, *step) - img).abs_().div_(scale), dim=1, out=affinity[:, n])
-    affinity = affinity.neg_().softmax(dim=1)  # (B, N, H, W)
+    shifts = [(dy * d, dx * d) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
+    with torch.no_grad():
+        affinity = _affinity(img, shifts)  # (B, N, H, W)
     results = []
-    for part in masks.split(CLASSES_AT_ONCE, dim=1):
+    for part in masks.split(PAMR_CHUNK, dim=1):
         for _ in range(iterations):
-            source, part = padded(part), torch.zeros_like(part)
-            for n, step in enumerate(steps):
-                part.addcmul_(affinity[:, n : n + 1], shifted(source, *step))
+            updated = torch.zeros_like(part)
+            for n, neighbor in enumerate(_neighbors(part, shifts)):
+                updated.addcmul_(affinity[:, n : n + 1], neighbor)
+            part = updated
         results.append(part)
     return torch.cat(results, dim=1)
+
+
+def _neighbors(x: Tensor, shifts: Sequence[Tuple[int, int]]) -> Iterator[Tensor]:
+    """x (B, K, H, W) moved by each of `shifts` (rows, columns), borders repeated: N views (B, K, H, W) of one padded copy."""
+    height, width = x.shape[2:]
+    reach = max(max(abs(dy), abs(dx)) for dy, dx in shifts)
+    padded = F.pad(x, (reach,) * 4, mode="replicate")
+    for dy, dx in shifts:
+        yield padded[:, :, reach + dy : reach + dy + height, reach + dx : reach + dx + width]
+
+
+def _affinity(img: Tensor, shifts: Sequence[Tuple[int, int]]) -> Tensor:
+    """The weights alpha of `pamr`, (B, N, H, W)."""
+    mean, squares = torch.zeros_like(img), torch.zeros_like(img)
+    for n, neighbor in enumerate(_neighbors(img, shifts), start=1):  # Welford's: exactly 0 where all neighbors are equal
+        change = neighbor - mean
+        mean.add_(change, alpha=1 / n) if n > 1 else mean.copy_(neighbor)
+        if n > 1:
+            squares.addcmul_(change, neighbor - mean)
+    scale = 0.1 * (squares / (len(shifts) - 1)).sqrt_() + 1e-8  # (B, 3, H, W)
+    affinity = img.new_empty(len(img), len(shifts), *img.shape[2:])
+    for n, neighbor in enumerate(_neighbors(img, shifts)):
+        affinity[:, n] = (neighbor - img).abs_().div_(scale).mean(dim=1).neg_()
+    affinity.sub_(affinity.amax(dim=1, keepdim=True)).exp_()
+    return affinity.div_(affinity.sum(dim=1, keepdim=True))
 
 
 def align_masks(img: Tensor, masks: Tensor, pairs: Tensor, align: Union[None, str, Align]) -> Tensor:
@@ -208,6 +216,8 @@ def optimize(
     with Adam. So a region can grow where m is 0 and go where it is 1, while the detail of m stays. Masks do not influence one
     another; one that gets no gradient stays exactly as it is.
 
+    Computed in float32 whatever the dtype of `masks`, and also under `torch.inference_mode()`.
+
     Args:
         masks: (P, h, w) in [0, 1].
         pairs: (P, 2) image and class of each mask.
@@ -218,7 +228,7 @@ def optimize(
         at_once: p, masks that are worked on at once.
 
     Returns:
-        (P, h, w) in [0, 1], detached; (0, h, w) for no masks.
+        (P, h, w) float32 in [0, 1], detached; (0, h, w) for no masks.
     """
 
     def resized(maps: Tensor, size: Sequence[int]) -> Tensor:  # (p, a, b) -> (p, *size)
@@ -227,11 +237,12 @@ def optimize(
     def moved(masks: Tensor, d: Tensor) -> Tensor:
         return torch.sigmoid(torch.logit(masks, LOGIT_EPS) + resized(d, masks.shape[1:]))
 
-    results = [masks[:0]]
-    for part, own in zip(masks.split(at_once), pairs.split(at_once)):
-        if not len(part):  # interpolate refuses empty batches
-            continue
-        with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        masks, pairs = masks.detach().float().clone(), pairs.clone()  # ordinary tensors, which inference mode does not give
+        results = [masks[:0]]
+        for part, own in zip(masks.split(at_once), pairs.split(at_once)):
+            if not len(part):  # interpolate refuses empty batches
+                continue
             d = torch.zeros(len(part), grid, grid, device=masks.device, requires_grad=True)
             optimizer = torch.optim.Adam([d], lr=lr)
             for _ in range(steps):
@@ -241,7 +252,46 @@ def optimize(
                 optimizer.step()
             still = (d == 0).all(2).all(1)[:, None, None]  # no gradient reached it, as with a class of weight 0
             results.append(torch.where(still, part, moved(part, d)).detach())
-    return torch.cat(results)
+        return torch.cat(results)
+
+
+def optimize_cam(
+    cam: Tensor,
+    pairs: Tensor,
+    loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
+    size: int,
+    normalize: Optional[str],
+    *,
+    steps: int,
+    lr: float,
+    grid: int,
+    at_once: int,
+) -> Tensor:
+    """`optimize` on the normalized maps of the positive pairs of a CAM.
+
+    Args:
+        cam: (B, C, h, w), any resolution, range and float dtype.
+        pairs: (P, 2), see `regions.positive_pairs`.
+        loss_of: masks (p, size, size), attached, their pairs (p, 2) and the level of the step (p,), see `regions.cut_levels`
+            -> scalar, a mean over the p masks.
+        size: CLIP's input size.
+        normalize: as in `regions.pair_masks`.
+        steps, lr, grid, at_once: as for `optimize`.
+
+    Returns:
+        (B, C, h, w) float32 in [0, 1], detached; 0 for absent classes.
+    """
+    base = regions.pair_masks(cam.detach(), pairs, cam.shape[2:], normalize, MASK_EPS)  # (P, h, w)
+    calls = itertools.count()
+
+    def loss_of_step(masks: Tensor, pairs: Tensor) -> Tensor:
+        level = regions.cut_levels(next(calls) % steps, 1)  # one for all pairs of a step
+        return loss_of(masks, pairs, level.expand(len(pairs)))
+
+    better = optimize(base, pairs, loss_of_step, (size, size), steps=steps, lr=lr, grid=grid, at_once=at_once)
+    result = torch.zeros(cam.shape, device=cam.device)
+    result[pairs[:, 0], pairs[:, 1]] = better
+    return result
 
 
 def pseudo_labels(masks: Tensor, threshold: float) -> Tensor:

@@ -1,20 +1,19 @@
 """`PromptRefiner`: the one module that people build. It holds the prompts, the text features and a frozen CLIP.
 
-Flow of a step: img, cam, labels -> `regions` -> `clip_encoder` -> `losses` -> one scalar. The module is a thin shell: the
-mathematics is in the functions of those files, the options are in `config`.
+Flow of a step: img, cam, labels -> `regions` -> `views` -> `clip_encoder` -> `terms` -> one scalar. The module is a thin
+shell: the mathematics is in the functions of those files, the options are in `config`.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
-from . import checking, losses, masks, prompt_learning, prompts, regions
-from ._checks import check_batch, check_classes, check_known, check_number, check_stats, warn
+from . import checking, masks, prompt_learning, prompts, regions, terms, views
+from ._checks import check_batch, check_classes, check_known, check_number, check_share, check_stats, warn
 from ._files import PathLike
 from .check_report import CheckReport
 from .clip_backends import load_clip
@@ -164,57 +163,23 @@ class PromptRefiner(nn.Module):
             )
         img, cam, labels = self._check(img, cam, labels)
         pairs = regions.positive_pairs(labels)  # (P, 2)
-        pair_masks, views = self._views(img, cam, pairs, self.config.eps, self._pairs_seen)
+        pair_masks, pair_views = self._views(img, cam, pairs, self.config.eps, self._pairs_seen)
         self._pairs_seen += len(pairs)
-        loss, terms = self._terms(torch.cat(views), pair_masks, pairs)
-        return RefinerOutput(loss, terms, pair_masks, pairs)
+        loss, by_name = self._terms(torch.cat(pair_views), pair_masks, pairs)
+        return RefinerOutput(loss, by_name, pair_masks, pairs)
 
     def _terms(self, views: Tensor, pair_masks: Tensor, pairs: Tensor) -> Tuple[Tensor, Dict[str, Tensor]]:
         """Weighted sum and unweighted terms, each the (weighted) mean over the pairs; arguments as for `_pair_terms`."""
         values, weights = self._pair_terms(views, pair_masks, pairs)
-        pair_weights = self._pair_weights(pairs)
-        terms = {name: losses.reduce(value, weights=pair_weights) for name, value in values.items()}
-        loss = torch.stack([weights[name] * term.float() for name, term in terms.items()]).sum()
-        return loss, terms
+        return terms.weighted_sum(values, weights, terms.class_weights(pairs, self.classes, self.config))
 
     def _pair_terms(self, views: Tensor, pair_masks: Tensor, pairs: Tensor) -> Tuple[Dict[str, Tensor], Dict[str, float]]:
-        """The unweighted terms of every pair, (P,) each, and the weight of each term.
-
-        Args:
-            views: (2P, 3, S, S), first the foregrounds, then the backgrounds of the pairs.
-            pair_masks: (P, S, S) or (P, h, w), the masks that the views were made with.
-            pairs: (P, 2).
-        """
-        config = self.config
-        features = self._encoder.encode_image(views, config.max_views)  # (2P, D)
-        v_f, v_b = features[: len(pairs)], features[len(pairs) :]  # (P, D) each
-        u_f = self.text_features[pairs[:, 1]]  # (P, D)
-        values = {
-            "match_foreground": losses.match_foreground(v_f, u_f, "none", config.match_form),
-            "match_background": losses.match_background(v_b, u_f, "none", config.match_form),
-        }
-        weights = {"match_foreground": 1.0, "match_background": config.lambda_b}
-        if self.stage == "refine":
-            u_b, alive = self.prompt_features()[pairs[:, 1]], self.prompts.alive[pairs[:, 1]]  # (P, N, D), (P, N)
-            values["refine"] = losses.refine(v_f, u_b, "none", alive, config.match_form)
-            weights["refine"] = config.lambda_refine
-        if config.lambda_background_texts:
-            present = self._background_owner[pairs[:, 1]]  # (P, K)
-            values["background_texts"] = losses.background_texts(
-                v_f, self.background_features, present, config.background_threshold, "none"
-            )
-            weights["background_texts"] = config.lambda_background_texts
-        if config.lambda_area:
-            values["area"] = losses.area(pair_masks, "none")
-            weights["area"] = config.lambda_area
-        return values, weights
-
-    def _pair_weights(self, pairs: Tensor) -> Optional[Tensor]:
-        """(P,) `class_weights` of the pairs' classes, or None without that option."""
-        if self.config.class_weights is None:
-            return None
-        weights = [float(self.config.class_weights.get(name, 1)) for name in self.classes]
-        return torch.tensor(weights, device=pairs.device)[pairs[:, 1]]
+        """`terms.pair_terms` of views (2P, 3, S, S), first the foregrounds, then the backgrounds of the pairs (P, 2)."""
+        own = pairs[:, 1]
+        learned = (self.prompt_features()[own], self.prompts.alive[own]) if self.stage == "refine" else None
+        texts = self.background_features, self._background_owner[own]
+        features = self._encoder.encode_image(views, self.config.max_views)  # (2P, D)
+        return terms.pair_terms(features, pair_masks, self.text_features[own], learned, texts, self.config)
 
     @property
     def stage(self) -> str:
@@ -342,7 +307,7 @@ class PromptRefiner(nn.Module):
 
         Args:
             img, cam, labels: as for `forward`; no gradient is needed.
-            threshold: background score; a class needs more than this.
+            threshold: background score from 0 to 1; a class needs more than this.
             suppress: weigh the masks with CLIP's dense features. It did harm with the demo world's small CLIP.
             align: `"pamr"`, None, or a callable (img (3, H, W) in [0, 1], masks (K, H, W)) -> (K, H, W) such as a CRF.
             clip_steps: gradient steps of `optimize_cam`; 0 leaves them out.
@@ -353,16 +318,16 @@ class PromptRefiner(nn.Module):
         """
         if align not in (None, "pamr") and not callable(align):
             raise ValueError(f"`align` must be 'pamr', None or a callable; got {align!r}.")
+        check_share("threshold", threshold)
         check_number("clip_steps", clip_steps, 0, whole=True)
-        check_number("threshold", threshold, 0)
         img, cam, labels = self._check(img, cam, labels)
         if clip_steps:
             cam = self._optimize(img, cam, labels, clip_steps, clip_lr, clip_grid)
         pairs = regions.positive_pairs(labels)
         weight = None
         if suppress and len(pairs):
-            views = self._clip_images(img)
-            dense = torch.cat([self._encoder.encode_dense(v) for v in views.split(self.config.max_views or len(views))])
+            parts = self._clip_images(img).split(self.config.max_views or len(img))
+            dense = torch.cat([self._encoder.encode_dense(part) for part in parts])
             u_b = self.prompt_features() if self.stage == "refine" else None
             alive, scale = self.prompts.alive, self._encoder.logit_scale
             weight = masks.suppression(dense, pairs, self.text_features, u_b, scale, alive)
@@ -389,13 +354,13 @@ class PromptRefiner(nn.Module):
         not depend on the loss's scale.
 
         Args:
-            img, cam, labels: as for `forward`; the CAM is a constant.
+            img, cam, labels: as for `forward`; the CAM is a constant. A float64 CAM is normalized as such, the rest is float32.
             steps: gradient steps; two image encodes per pair each, forward and backward.
             lr: Adam's learning rate for d.
             grid: side of the coarse grid.
 
         Returns:
-            (B, C, h, w) in [0, 1]: the normalized CAM of present classes after the steps, 0 for absent ones.
+            (B, C, h, w) float32 in [0, 1]: the normalized CAM of present classes after the steps, 0 for absent ones.
         """
         return self._optimize(*self._check(img, cam, labels), steps, lr, grid)
 
@@ -404,22 +369,18 @@ class PromptRefiner(nn.Module):
         for name, value in (("steps", steps), ("grid", grid)):
             check_number(name, value, 1, whole=True)
         check_number("lr", lr, 0)
-        size, at_once = (self._encoder.image_size,) * 2, max(1, (self.config.max_views or 2 * labels.numel()) // 2)
-        with torch.inference_mode(False), torch.no_grad():  # tensors that gradients can pass, also under inference mode
-            cam, pairs = cam.detach().clone(), regions.positive_pairs(labels).clone()
-            clip_images = self._clip_images(img).clone()
-            base = regions.pair_masks(cam, pairs, cam.shape[2:], self.config.normalize, masks.MASK_EPS).float()  # (P, h, w)
-            calls = itertools.count()
+        at_once = max(1, (self.config.max_views or 2 * labels.numel()) // 2)
+        with torch.inference_mode(False), torch.no_grad():
+            images = self._view_images(img).clone()  # an ordinary tensor also under inference mode
 
-            def loss_of(pair_masks: Tensor, pairs: Tensor) -> Tensor:
-                levels = regions.cut_levels(next(calls) % steps, 1).expand(len(pairs))  # one level for all pairs of a step
-                views = torch.cat(self._views_of(clip_images, pair_masks, pairs, levels))
-                return self._terms(views, pair_masks, pairs)[0]
+            def loss_of(pair_masks: Tensor, pairs: Tensor, levels: Tensor) -> Tensor:
+                pair_views = views.pair_views(images, pair_masks, pairs, self._encoder, self.config, levels)
+                return self._terms(torch.cat(pair_views), pair_masks, pairs)[0]
 
-            result = torch.zeros(len(img), len(self.classes), *cam.shape[2:], device=cam.device)
-            better = masks.optimize(base, pairs, loss_of, size, steps=steps, lr=lr, grid=grid, at_once=at_once)
-            result[pairs[:, 0], pairs[:, 1]] = better.float()
-        return result
+            return masks.optimize_cam(
+                cam, regions.positive_pairs(labels), loss_of, self._encoder.image_size, self.config.normalize,
+                steps=steps, lr=lr, grid=grid, at_once=at_once,
+            )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------ check
 
@@ -458,16 +419,17 @@ class PromptRefiner(nn.Module):
             masks_of = regions.pair_masks(cam, pairs, size, self.config.normalize, self.config.eps)
             return self._clip_images(img), masks_of, pairs
 
-        def terms(images: Tensor, shapes: Tensor, pairs: Tensor) -> Tuple[Dict[str, Tensor], Dict[str, float]]:
-            return self._pair_terms(torch.cat(self._views_of(images, shapes, pairs)), shapes, pairs)
+        def terms_of(images: Tensor, shapes: Tensor, pairs: Tensor) -> Tuple[Dict[str, Tensor], Dict[str, float]]:
+            pair_views = views.pair_views(images, shapes, pairs, self._encoder, self.config)
+            return self._pair_terms(torch.cat(pair_views), shapes, pairs)
 
         def configure(**options: Any) -> RefinerConfig:
             self.config = self.config.replace(**options)
             return self.config
 
         return checking.check(
-            loader, cam_of, self.classes, prepare, terms=terms, configure=configure,
-            encode=lambda views: self._encoder.encode_image(views, self.config.max_views),
+            loader, cam_of, self.classes, prepare, terms=terms_of, configure=configure,
+            encode=lambda pair_views: self._encoder.encode_image(pair_views, self.config.max_views),
             text_features=self.text_features, prompt_features=self.prompt_features() if self.stage == "refine" else None,
             config=self.config, clip=self._encoder.id, max_images=max_images, progress=progress,
         )  # fmt: skip
@@ -594,11 +556,10 @@ class PromptRefiner(nn.Module):
         return img, cam, labels
 
     def _clip_images(self, img: Tensor) -> Tensor:
-        """Images (B, 3, H, W) at CLIP's size, with CLIP's statistics (or the host's, as the reference)."""
-        x = regions.resize_image(img, self._encoder.image_size)
-        if not self.config.clip_stats:
-            return x
-        return regions.change_stats(x, self.image_stats, (self._encoder.mean, self._encoder.std))
+        return views.clip_images(img, self.image_stats, self._encoder, self.config)
+
+    def _view_images(self, img: Tensor) -> Tensor:
+        return views.view_images(img, self.image_stats, self._encoder, self.config)
 
     def _views(
         self, img: Tensor, cam: Tensor, pairs: Tensor, eps: float, start: int = 0
@@ -606,16 +567,8 @@ class PromptRefiner(nn.Module):
         """Masks (P, S, S), and foreground and background views (P, 3, S, S) of the pairs."""
         size = self._encoder.image_size
         pair_masks = regions.pair_masks(cam, pairs, (size, size), self.config.normalize, eps)
-        return pair_masks, self._views_of(self._clip_images(img), pair_masks, pairs, regions.cut_levels(start, len(pairs)))
-
-    def _views_of(
-        self, images: Tensor, pair_masks: Tensor, pairs: Tensor, levels: Optional[Tensor] = None
-    ) -> Tuple[Tensor, Tensor]:
-        """Foreground and background views (P, 3, S, S) of images at CLIP's size; masks are cut at `levels` (P,), if at all."""
-        config = self.config
-        levels = regions.cut_levels(0, len(pairs)) if levels is None else levels
-        cut = regions.sharpen(pair_masks, config.view_sharpness, levels)
-        return regions.split(images, cut, pairs, config.view_fill)
+        levels = regions.cut_levels(start, len(pairs))
+        return pair_masks, views.pair_views(self._view_images(img), pair_masks, pairs, self._encoder, self.config, levels)
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**self.__dict__, "_prompt_cache": None}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
@@ -321,3 +322,13 @@ def test_a_shared_encoder_of_another_precision_is_refused(tiny_clip: nn.Module) 
     assert PromptRefiner(["boat"], shared).encoder is shared
     with pytest.raises(ValueError, match="`clip_dtype` must be that of the ClipEncoder, .* torch.float32; got torch.bfloat16"):
         PromptRefiner(["boat"], shared, clip_dtype=torch.bfloat16)
+
+
+def test_dense_features_from_many_threads_are_those_of_one(aligned_clip: nn.Module, tiny_resnet_clip: nn.Module) -> None:
+    for model, size in ((aligned_clip, 32), (tiny_resnet_clip, 64)):
+        encoder = load_clip(model)
+        views = [torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(i)) for i in range(48)]
+        alone = [encoder.encode_dense(v) for v in views]
+        with ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(encoder.encode_dense, views))
+        assert all(torch.equal(a, b) for a, b in zip(alone, together))

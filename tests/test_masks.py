@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from semples_plugin import masks
 from semples_plugin.clip_backends import load_clip
@@ -353,3 +354,57 @@ def test_refined_masks_do_not_depend_on_the_scale_of_the_cam(align: Any, make_re
     one, thousandth = (refiner.refine_masks(img, scale * cam, labels, align=align) for scale in (1.0, 1e-3))
     assert torch.allclose(one.masks, thousandth.masks, atol=2e-3)
     assert (one.labels == thousandth.labels).float().mean() > 0.999
+
+
+# ------------------------------------------------------------------------------------------------ edge alignment
+
+
+@pytest.mark.parametrize("num_masks", [1, 8, 19])
+def test_pamr_is_as_exact_as_float32_allows(num_masks: int) -> None:
+    img = (255 * random(1, 3, 60, 50).sigmoid()).clamp(100, 170).round() / 255  # levels and saturated areas, as in photos
+    mask = random(1, num_masks, 60, 50, seed=1).sigmoid()
+    assert (masks.pamr(img, mask) - masks.pamr(img.double(), mask.double())).abs().max() < 4e-6
+
+
+def test_pamr_allocates_no_copy_of_the_masks_per_neighbor() -> None:
+    img, mask = random(1, 3, 50, 60).sigmoid(), random(1, 20, 50, 60, seed=1).sigmoid()
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    with Largest():
+        masks.pamr(img, mask)
+    assert largest <= 50 * 60 * 48  # the weights of the 48 neighbors
+
+
+def test_pamr_passes_the_gradient_of_the_masks() -> None:
+    img, mask = random(1, 3, 6, 5).double(), random(1, 10, 6, 5, seed=1).double().requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda m: masks.pamr(img, m, 2, (1, 2)), mask)
+
+
+def test_only_present_classes_are_aligned(make_refiner: Any, make_batch: Any) -> None:
+    counts: List[int] = []
+
+    def align(img: Tensor, own: Tensor) -> Tensor:
+        counts.append(len(own))
+        return own
+
+    make_refiner().refine_masks(*make_batch(LABELS), align=align, clip_steps=0)
+    assert counts == [2, 1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), -0.1, 1.5, float("inf")])
+def test_refine_refuses_wrong_thresholds(value: float, make_refiner: Any, make_batch: Any) -> None:
+    with pytest.raises(ValueError, match="`threshold` must be from 0 to 1; got"):
+        make_refiner().refine_masks(*make_batch(LABELS), threshold=value)
+
+
+def test_refine_refuses_a_threshold_that_is_no_number(make_refiner: Any, make_batch: Any) -> None:
+    with pytest.raises(TypeError, match="`threshold` must be a number; got '0.4' of type str"):
+        make_refiner().refine_masks(*make_batch(LABELS), threshold="0.4")

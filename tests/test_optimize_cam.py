@@ -208,3 +208,45 @@ def test_fit_prompts_on_nothing(make_refiner: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="`epochs` must be at least 1"):
         refiner.fit_prompts_on(torch.rand(1, 64), torch.zeros(1, 2, dtype=torch.long), epochs=0)
     assert refiner.stage == "match"
+
+
+# ---------------------------------------------------------------------------------------------------- dtypes
+
+
+def steps_towards_one_half(base: Tensor, head: nn.Module) -> Tensor:
+    pairs = torch.zeros(len(base), 2, dtype=torch.long)
+    options: Dict[str, Any] = {"steps": 2, "lr": 0.1, "grid": 4, "at_once": 2}
+    return masks.optimize(base, pairs, lambda m, _: (m - 0.5).abs().mean() + 0 * head(m).mean(), (8, 8), **options)
+
+
+def test_steps_take_float64_masks_and_inference_mode() -> None:
+    base = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    head = nn.Linear(8, 1)  # float32, as CLIP is
+    expected = steps_towards_one_half(base, head)
+    assert expected.dtype == torch.float32 and not torch.equal(expected, base)
+    assert torch.equal(steps_towards_one_half(base.double(), head), expected)
+    with torch.inference_mode():
+        assert torch.equal(steps_towards_one_half(base.clone(), head), expected)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_cams_of_other_dtypes(dtype: torch.dtype, inference: bool, make_refiner: Callable[..., Any]) -> None:
+    refiner, (img, cam, labels) = make_refiner(learned=True, lambda_area=0.5), scene()
+    cam = cam.half().float()  # values that all dtypes hold
+    expected = refiner.optimize_cam(img, cam, labels, steps=2)
+    with torch.inference_mode(inference):
+        got = refiner.optimize_cam(img.clone(), cam.to(dtype), labels.clone(), steps=2)
+    assert got.dtype == torch.float32 and torch.allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 3e38), (torch.float64, 1e300)])
+def test_a_cam_beyond_float32_is_an_error_that_says_so(
+    dtype: torch.dtype, size: float, make_refiner: Callable[..., Any]
+) -> None:
+    refiner, (img, cam, labels) = make_refiner(), scene()
+    cam = cam.sign().to(dtype)
+    for method in (refiner.optimize_cam, refiner.compute, refiner.refine_masks):
+        with pytest.raises(ValueError, match=r"`cam` must be at most 1e\+38 in size.*got values from -(3e\+38|1e\+300) to"):
+            method(img, size * cam, labels)
+    assert refiner.optimize_cam(img, 1e38 * cam, labels, steps=1).isfinite().all()
