@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import weakref
 from typing import Any, Callable, Dict, Mapping, Optional
 
 import torch
@@ -23,6 +25,8 @@ class ModelFinder:
         found: called with the network, or its wrapper, and its arguments, when its forward pass begins.
         training: count only forward passes in training mode with gradients.
         network: class name of the network; by default any.
+        by_parts: whether the network is called by a method, which no hook sees: then it is found when a part of it runs that was
+            registered in this `with`, and `found` gets no arguments.
 
     Attributes:
         model: the network, or None until it is found.
@@ -34,22 +38,42 @@ class ModelFinder:
         found: Callable[[nn.Module, Any, Mapping[str, Any]], None],
         training: bool = True,
         network: Optional[str] = None,
+        by_parts: bool = False,
     ):
         self.check, self.found, self.training, self.network = check, found, training, network
         self.model: Optional[nn.Module] = None
         self._refused: Dict[str, str] = {}  # type of each network that ran and is not the host's -> why
         self._first: Optional[str] = None  # the first of them, which is the outermost that ran
-        self._handle: Any = None
+        self._by_parts = by_parts
+        self._parents: "weakref.WeakKeyDictionary[nn.Module, nn.Module]" = weakref.WeakKeyDictionary()
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "ModelFinder":
-        self._handle = nn.modules.module.register_module_forward_pre_hook(self._hook)
+        hooks = nn.modules.module
+        self._stack.callback(hooks.register_module_forward_pre_hook(self._hook).remove)
+        if self._by_parts:
+            self._stack.callback(hooks.register_module_module_registration_hook(self._registered).remove)
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        self._handle.remove()
+        self._stack.close()
+        self._parents.clear()
+
+    def _registered(self, parent: nn.Module, name: str, part: Any) -> None:
+        if isinstance(part, nn.Module) and part is not parent:
+            self._parents[part] = parent
+
+    def _whole(self, part: nn.Module) -> nn.Module:
+        """The network that a part was registered in, however deep."""
+        for _ in range(100):
+            if part not in self._parents:
+                break
+            part = self._parents[part]
+        return part
 
     def _hook(self, module: nn.Module, inputs: Any) -> None:
-        inner = unwrap(module)
+        whole = self._whole(module) if self._by_parts else module
+        inner = unwrap(whole)
         if self.training and not (torch.is_grad_enabled() and inner.training):
             return
         name = type(inner).__name__
@@ -63,9 +87,12 @@ class ModelFinder:
             self._refused.setdefault(name, str(error))
             self._first = self._first or name
             return
-        self._handle.remove()
-        self.model = module
-        self.found(module, inputs, _keywords_of_the_call())
+        self._stack.close()
+        self.model = whole
+        if whole is module:
+            self.found(module, inputs, _keywords_of_the_call())
+        else:
+            self.found(whole, None, {})
 
     def none_fits(self, script: str, what: str) -> HostError:
         """The error for a script that ended without the network.

@@ -170,7 +170,7 @@ class LoopWatcher:
         if self.model is not None:
             self.bind(self.model)
         else:
-            self._finder = ModelFinder(self.source.modules, self._found, network=self.network)
+            self._finder = ModelFinder(self.source.modules, self._found, network=self.network, by_parts=bool(self.source.calls))
             self._stack.enter_context(self._finder)
         self._stack.enter_context(self.labels.watching())
         self._stack.enter_context(self._tap)
@@ -197,8 +197,8 @@ class LoopWatcher:
         if self.on_model is not None:
             self.on_model(model)
         self.bind(model)
-        assert self._recorder is not None
-        self._recorder.begin(model, inputs, keywords)
+        if inputs is not None and self._recorder is not None:  # else its forward pass cannot be seen before the next one
+            self._recorder.begin(model, inputs, keywords)
 
     def bind(self, model: nn.Module) -> None:
         """Put the hooks on a model; done on entry, or when the model is found."""
@@ -384,6 +384,8 @@ class LoopWatcher:
     def _count_other(self, name: str, result: Tensor, labels: Tensor, passes: Sequence[Capture]) -> None:
         if self._wrong_with(name, result, labels) is not None:
             return
+        if self._waits and self.model is not None and not self._forwards:
+            return  # of the pass in which the network was found
         never = not self._forwards and not passes and len(_active) == 1
         if never and not self._waits and unwrap(self._model()).training:
             raise HostError(

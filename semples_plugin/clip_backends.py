@@ -23,10 +23,11 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 import torch
 from torch import Tensor, nn
 
+from .archives import archive_tensors, is_torchscript
 from .clip_encoder import ClipEncoder
 from .errors import ClipError
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "OpenAIClip", "OpenClip", "load_clip", "openai_clip_module"]
+__all__ = ["CLIP_MEAN", "CLIP_STD", "OpenAIClip", "OpenClip", "load_clip", "openai_clip_module", "published_clips"]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -115,12 +116,8 @@ def _openai_weights(name: str) -> Path:
 
 def _read_state_dict(path: Path) -> Dict[str, Tensor]:
     """State dict of a CLIP weights file: OpenAI's TorchScript archives, or a plain state dict (tensors only)."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # OpenAI ships TorchScript, whatever torch thinks of it today
-            return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-    except RuntimeError:
-        pass  # not a TorchScript archive
+    if is_torchscript(path):
+        return archive_tensors(path)
     try:
         state = torch.load(str(path), map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling fails in many ways
@@ -175,6 +172,11 @@ class OpenClip(ClipEncoder):
 
     def _transform(self, x: Tensor, mask: Tensor) -> Tensor:
         return self._text.transformer(x, attn_mask=mask)
+
+
+def published_clips() -> List[str]:
+    """Names of OpenAI's published models."""
+    return list(_WEIGHTS)
 
 
 def load_clip(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from typing import List, NamedTuple, Sequence
 
 import torch
@@ -81,8 +82,17 @@ def read_file(path: PathLike) -> PromptFile:
     try:
         facts = json.loads(metadata["facts"])
         content = PromptFile(context=context, **{**facts, "config": VOC.replace(**facts["config"])})
-    except (KeyError, TypeError, ValueError) as error:
-        raise PromptFileError(f"{name} lacks its class names or settings ({error}); it is damaged.") from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise PromptFileError(f"{name} lacks its class names or settings ({str(error)[:200]}); it is damaged.") from error
+    lists = {"classes": content.classes, "prompt_names": content.prompt_names}
+    for field, value in lists.items():
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise PromptFileError(f"{name} is damaged: `{field}` must be a list of names; got {reprlib.repr(value)}.")
+    texts = (content.clip, content.clip_fingerprint, content.config.prompt_template, content.config.text_template)
+    if not all(isinstance(text, str) for text in texts):
+        raise PromptFileError(f"{name} is damaged: its CLIP and templates must be texts; got {reprlib.repr(texts)}.")
+    if context.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise PromptFileError(f"{name} is damaged: its vectors must be floats of 16 to 64 bits; got {context.dtype}.")
     shape_fits = context.ndim == 4 and context.shape[0] == len(content.classes) == len(content.prompt_names)
     if not shape_fits or not bool(torch.isfinite(context).all()):
         raise PromptFileError(

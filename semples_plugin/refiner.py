@@ -16,7 +16,7 @@ from . import checking, masks, prompt_learning, prompts, regions, terms, views
 from ._checks import check_batch, check_classes, check_known, check_number, check_share, check_stats, warn
 from ._files import PathLike
 from .check_report import CheckReport
-from .clip_backends import load_clip
+from .clip_backends import load_clip, published_clips
 from .clip_encoder import ClipEncoder
 from .config import VOC, RefinerConfig
 from .errors import ClipError, DetachedCamError, PromptFileError
@@ -498,11 +498,18 @@ class PromptRefiner(nn.Module):
 
         Args:
             path: a file of `save`.
-            clip: the CLIP to use; by default the one that the file names.
+            clip: the CLIP to use; by default the one that the file names, if it is one of OpenAI's published models. Files and
+                models of other makers are not opened because a file says so: name them here.
             **overrides: options of `RefinerConfig` to change.
         """
         content = read_file(path)
         classes = dict(zip(content.classes, content.prompt_names))
+        if clip is None and content.clip not in published_clips():
+            raise PromptFileError(
+                f"The prompts in {os.fspath(path)} were learned with CLIP {content.clip!r:.200}, which is none of OpenAI's "
+                "published models, so it is not opened because the file says so. Pass it: PromptRefiner.load(path, clip=...), "
+                "--clip FILE."
+            )
         try:
             refiner = cls(classes, content.clip if clip is None else clip, content.config, **overrides)
         except ClipError as error:

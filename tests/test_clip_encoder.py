@@ -122,8 +122,9 @@ def forget_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     importlib.invalidate_caches()
 
 
-def without_openai_clip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "clip").exists()])
+def without_openai_clip(monkeypatch: pytest.MonkeyPatch, *before: Path) -> None:
+    others = [p for p in sys.path if not (Path(p) / "clip").exists()]
+    monkeypatch.setattr(sys, "path", [*map(str, before), *others])
 
 
 @pytest.mark.parametrize("kind", ["package", "module"])
@@ -139,19 +140,17 @@ def test_a_clip_of_a_host_before_openais(kind: str, tmp_path: Path, monkeypatch:
 
 
 def test_foreign_clip_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_openai_clip(monkeypatch)
+    without_openai_clip(monkeypatch, tmp_path)
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "__init__.py").write_text("raise RuntimeError('must not be run')\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
     forget_clip(monkeypatch)
     with pytest.raises(ClipError, match=r"the `clip` in .* has no model.py \(PyPI's `clip` is another project\).*openai-clip"):
         openai_clip_module.__wrapped__("model")  # past the cache
 
 
 def test_foreign_clip_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_openai_clip(monkeypatch)
+    without_openai_clip(monkeypatch, tmp_path)
     (tmp_path / "clip.py").write_text("raise RuntimeError('must not be run')\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
     forget_clip(monkeypatch)
     with pytest.raises(ClipError, match="OpenAI's `clip` package was expected; .* Install OpenAI's: `pip install openai-clip`"):
         openai_clip_module.__wrapped__("model")

@@ -103,8 +103,8 @@ def evaluate_labels(pred: Path, gt: Path, names: Sequence[str], ids: Optional[Se
         try:
             check_id(name)
             one = confusion_matrix(read_label_png(pred / f"{name}.png"), read_label_png(gt / f"{name}.png"), len(names))
-        except ValueError as error:  # a CamFileError is one
-            failed[name] = str(error)
+        except (ValueError, OSError, MemoryError) as error:  # a CamFileError is a ValueError
+            failed[name] = str(error) or type(error).__name__
             continue
         total += one
         per_image[name] = mean_iou(one)
@@ -142,8 +142,8 @@ def evaluate_cams(
             if name not in paths:
                 raise CamFileError(f"there is no CAM file for it in {pred}")
             one.add(read_cam_file(paths[name], len(names) - 1).cams, read_label_png(gt / f"{name}.png"))
-        except ValueError as error:
-            failed[name] = str(error)
+        except (ValueError, OSError, MemoryError) as error:
+            failed[name] = str(error) or type(error).__name__
             continue
         total.merge(one)
         each[name] = one.miou()

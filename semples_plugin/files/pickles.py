@@ -211,7 +211,7 @@ class _Bounded:
 
     def read(self, count: int) -> Any:
         if count > self._size:
-            raise CamFileError(f"it asks for {count} bytes, but holds {self._size}")
+            raise EOFError(f"it asks for {count} bytes, but holds {self._size}")
         return self._file.read(count)
 
     def readinto(self, buffer: Any) -> Any:

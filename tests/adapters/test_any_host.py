@@ -462,6 +462,18 @@ def test_a_method_in_the_place_of_the_call(refiner: PromptRefiner, batch: Any) -
     nothing_is_left(model)
 
 
+def test_a_method_of_a_network_that_is_not_at_hand(refiner: PromptRefiner, batch: Any) -> None:
+    """Nothing of the network but its parts runs; they lead to it. The pass in which it is found does not count."""
+    img, labels = batch
+    with adapters.attach("generic", None, refiner, calls=["feature_list"], **CNN) as attached:
+        model = Methods().train()
+        for _ in range(3):
+            F.multilabel_soft_margin_loss(model.feature_list(img)[1], labels).backward()
+    assert attached.steps == 2 and attached.model is model and not sum(attached.others.values())
+    nothing_is_left(model)
+    assert not nn.modules.module._global_module_registration_hooks
+
+
 def test_forward_of_the_wrapper(refiner: PromptRefiner, batch: Any) -> None:
     """`wrapper.forward(...)` runs no hook of the wrapper; those of the network in it do."""
     img, labels = batch
