@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 OUT ?= runs/demo
 SEEDS ?= 5
 
-.PHONY: demo seeds clusters benchmark test test-hosts lint docs docs-serve build/api clean
+.PHONY: demo seeds clusters benchmark attack test test-hosts lint docs docs-serve build/api clean
 demo: $(VENV)/ready
 	$(RUN) -m examples.demo --out $(OUT)
 
@@ -20,6 +20,10 @@ clusters: $(VENV)/ready
 
 benchmark: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/reference_step.py
+
+# Crafted and mutated files, kills and interrupts; about five minutes.
+attack: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/attack.py
 
 # Two processes, each test file in one of them.
 test: $(VENV)/ready

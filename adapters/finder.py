@@ -25,8 +25,8 @@ class ModelFinder:
         found: called with the network, or its wrapper, and its arguments, when its forward pass begins.
         training: count only forward passes in training mode with gradients.
         network: class name of the network; by default any.
-        by_parts: whether the network is called by a method, which no hook sees: then it is found when a part of it runs that was
-            registered in this `with`, and `found` gets no arguments.
+        by_parts: whether the network is called by a method, which no hook sees: then it is found when a part of it runs that
+            was registered in this `with`, and `found` gets no arguments.
 
     Attributes:
         model: the network, or None until it is found.

@@ -83,7 +83,8 @@ def open_regular(path: PathLike) -> BinaryIO:
         FileNotFoundError: if there is no such file, or a link leads nowhere.
         ValueError: if it is no regular file.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+    flags = sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+    descriptor = os.open(path, os.O_RDONLY | flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ValueError(f"{os.fspath(path)} is a folder, a pipe or a device; a regular file was expected.")

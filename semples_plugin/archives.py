@@ -1,7 +1,7 @@
 """The tensors of a TorchScript archive, such as OpenAI publishes CLIP in, without running its code.
 
-`torch.jit.load` runs what an archive defines, its `__setstate__` for example. Here the archive is read as what it is: a zip with a
-pickle of nested attributes and one file per storage. Flow: a weights file -> **archives** -> `clip_backends`.
+`torch.jit.load` runs what an archive defines, its `__setstate__` for example. Here the archive is read as what it is: a zip
+with a pickle of nested attributes and one file per storage. Flow: a weights file -> **archives** -> `clip_backends`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-import warnings
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType

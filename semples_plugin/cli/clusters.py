@@ -11,7 +11,6 @@ from typing import Any, Dict, Optional
 from .._checks import check_classes
 from ..class_names import read_class_names
 from .arguments import add_classes
-from .printing import print_failed
 
 __all__ = ["add_parser", "run"]
 

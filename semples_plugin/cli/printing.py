@@ -1,7 +1,7 @@
 """What the commands print: text of others never reaches the terminal raw.
 
-`escaped_output` is around every command: names, paths and reasons may hold control characters (which can rewrite a terminal) and
-bytes that are no text. They appear as escapes.
+`escaped_output` is around every command: names, paths and reasons may hold control characters (which can rewrite a terminal)
+and bytes that are no text. They appear as escapes.
 """
 
 from __future__ import annotations

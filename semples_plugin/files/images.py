@@ -13,7 +13,17 @@ import numpy as np
 from .._files import PathLike, open_regular, write_atomically
 from ..errors import CamFileError
 
-__all__ = ["MOST_PIXELS", "check_id", "find_image", "image_id", "image_size", "read_image", "read_label_png", "voc_palette", "write_label_png"]
+__all__ = [
+    "MOST_PIXELS",
+    "check_id",
+    "find_image",
+    "image_id",
+    "image_size",
+    "read_image",
+    "read_label_png",
+    "voc_palette",
+    "write_label_png",
+]
 
 MOST_PIXELS = 100_000_000  # of an image; a larger one takes more than 1 GB as it is decoded
 SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")

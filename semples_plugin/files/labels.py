@@ -15,8 +15,8 @@ import numpy as np
 from .._files import PathLike, open_regular, read_bytes
 from ..class_names import COCO_CATEGORY_IDS, COCO_CLASSES
 from ..errors import CamFileError
-from .images import image_id
 from .cams import read_archive
+from .images import image_id
 from .pickles import as_array, read_npy
 
 __all__ = ["read_labels"]
@@ -77,8 +77,8 @@ def _row(path: Path, key: Any, value: Any, classes: Sequence[str]) -> np.ndarray
     row = as_array(path, value)
     if row.shape != (len(classes),) or row.dtype.kind not in "biuf" or not np.isin(row, (0, 1)).all():
         raise CamFileError(
-            f"{path}: image {reprlib.repr(key)} must have {len(classes)} labels of 0 and 1; got {row.dtype} of shape {row.shape}. "
-            "Was the file made for these classes?"
+            f"{path}: image {reprlib.repr(key)} must have {len(classes)} labels of 0 and 1; got {row.dtype} of shape "
+            f"{row.shape}. Was the file made for these classes?"
         )
     return row.astype(np.uint8)
 
@@ -124,7 +124,10 @@ def _named(path: Path, key: Any, value: Any, classes: Sequence[str]) -> np.ndarr
     for item in value:
         index = list(classes).index(item) if item in classes else item
         if type(index) is not int or not 0 <= index < len(classes):
-            raise CamFileError(f"{path}: image {reprlib.repr(key)} has the label {reprlib.repr(item)}, which is none of the {len(classes)} classes.")
+            raise CamFileError(
+                f"{path}: image {reprlib.repr(key)} has the label {reprlib.repr(item)}, which is none of the {len(classes)} "
+                "classes."
+            )
         row[index] = 1
     return row
 

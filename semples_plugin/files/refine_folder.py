@@ -190,7 +190,8 @@ def _refine_chunk(
         if len(loaded) == 1:
             size = "{} x {}".format(*loaded[0].item.size)
             failed[loaded[0].item.name] = (
-                f"not enough memory for its {size} pixels and {int(loaded[0].labels.sum())} classes; give a smaller --max-pixels"
+                f"not enough memory for its {size} pixels and {int(loaded[0].labels.sum())} classes; give a smaller "
+                "--max-pixels"
             )
             return 0
         half = len(loaded) // 2
@@ -201,7 +202,9 @@ def _refine_chunk(
     for i, one in enumerate(loaded):
         if one.item.name in wanted:
             if not (out / "settings.json").exists():
-                raise CamFileError(f"{out} was removed or emptied while its images were refined; {one.item.name} and the rest are lost.")
+                raise CamFileError(
+                    f"{out} was removed or emptied while its images were refined; {one.item.name} and the rest are lost."
+                )
             try:
                 _write(out, one, result[i : i + 1], options)
                 count += 1
@@ -233,8 +236,9 @@ def _masks_of(loaded: List[LoadedCam], num_classes: int, options: Options, refin
     cam = torch.stack([cam_tensor(one.content, img.shape[2:], num_classes) for one in loaded]).to(device)  # (B, C, h, w)
     if refiner is None:
         return masks.cam_to_masks(img, cam, regions.positive_pairs(present), align=options.align)
-    found = refiner.refine_masks(img, cam, present, suppress=options.suppress, align=options.align, clip_steps=options.clip_steps)
-    return found.masks
+    return refiner.refine_masks(
+        img, cam, present, suppress=options.suppress, align=options.align, clip_steps=options.clip_steps
+    ).masks
 
 
 def _write(out: Path, one: LoadedCam, result: Tensor, options: Options) -> None:
