@@ -128,7 +128,7 @@ def kills(count: int) -> str:
         folder = Path(name)
         for part in ("images", "cams"):
             (folder / part).mkdir()
-        for i in range(60):
+        for i in range(150):
             picture = cv2.blur(rng.integers(0, 256, (240, 320, 3), dtype=np.uint8), (9, 9))
             cv2.imwrite(str(folder / "images" / f"{i:03d}.jpg"), picture)
             cam = {int(k): rng.random((240, 320)).astype(np.float32) for k in rng.choice(20, 3, replace=False)}
@@ -136,7 +136,7 @@ def kills(count: int) -> str:
 
         def command(out: str) -> List[str]:
             places = ["--images", folder / "images", "--cams", folder / "cams", "--out", folder / out]
-            return [sys.executable, "-m", "semples_plugin", "refine", *map(str, places), "--quiet", "--batch-size", "2"]
+            return [sys.executable, "-m", "semples_plugin", "refine", *map(str, places), "--quiet", "--batch-size", "1"]
 
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         subprocess.run(command("whole"), check=True, **quiet)
@@ -144,7 +144,7 @@ def kills(count: int) -> str:
         for _ in range(count):
             process = subprocess.Popen(command("killed"), **quiet)
             try:
-                process.wait(random.Random(done).uniform(1.5, 4))
+                process.wait(random.Random(done).uniform(1.5, 2.5))
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()

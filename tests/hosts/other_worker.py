@@ -38,7 +38,9 @@ def reach(probe: adapters.Probe, model: nn.Module) -> Dict[str, Any]:
     return {"verdict": probe.verdict, "reached": probe.names, "missed": missed, "frozen": frozen}
 
 
-def compare(model: nn.Module, refiner: PromptRefiner, source: Any, step: Step, size: int, passes: int = 1) -> Dict[str, Any]:
+def compare(
+    model: nn.Module, refiner: PromptRefiner, source: Any, step: Step, size: int, which: str = "first"
+) -> Dict[str, Any]:
     """Two steps of a loop without, with, and again without the refiner, from the same weights and the same seed."""
     img, labels = photos(size, size, 2)
     start = copy.deepcopy(model.state_dict())
@@ -70,7 +72,7 @@ def compare(model: nn.Module, refiner: PromptRefiner, source: Any, step: Step, s
     plain = loop()
     terms: List[Dict[str, float]] = []
     on_step = lambda _, values: terms.append(values)  # noqa: E731
-    with adapters.attach(source, model, refiner, on_step=on_step, passes=passes) as attachment:
+    with adapters.attach(source, model, refiner, on_step=on_step, forward_pass=which) as attachment:
         attached = loop()
     again = loop()
     model.load_state_dict(start)
@@ -131,10 +133,10 @@ def seam(refiner: PromptRefiner) -> Dict[str, Any]:
 
     options = {"background_channel": True, "activation": "relu", "image_stats": "imagenet"}
     found: Dict[str, Any] = {}
-    for passes in (1, 2):
+    for which in ("first", "last"):
         function = adapters.make_source("generic", cam=lambda output, records: output[0], **options)
-        found[f"passes {passes}"] = compare(model, refiner, function, step, size, passes)
-        del found[f"passes {passes}"]["first cam"]
+        found[which] = compare(model, refiner, function, step, size, which)
+        del found[which]["first cam"]
     img, labels = photos(size, size, 2)
     found["probe"] = reach(adapters.probe("generic", model, refiner, img, labels, cam="fc8", **options), model)
     model.eval()

@@ -37,16 +37,16 @@ def test_irn_cam_and_reach(seen: Dict[str, Any]) -> None:
         assert seen[case]["difference"] <= EQUAL
 
 
-@pytest.mark.parametrize("passes, size", [(2, 64), (1, 19)])
+@pytest.mark.parametrize("which, size", [("first", 64), ("last", 19)])
 @pytest.mark.parametrize("seen", ["seam"], indirect=True)
-def test_seam_has_two_forward_passes_per_step(seen: Dict[str, Any], passes: int, size: int) -> None:
-    """With `passes=2` the first one counts, of the images; else the last one, of the images at 0.3 of their size."""
-    ran = seen[f"passes {passes}"]
+def test_seam_has_two_forward_passes_per_step(seen: Dict[str, Any], which: str, size: int) -> None:
+    """The first is of the images, the last of the images at 0.3 of their size; each is in a label loss of its own."""
+    ran = seen[which]
     print(f"gradients differ by {ran['gradient difference']:.3f} of their norm")
     assert ran["steps"] == 2
     assert ran["captured"] == [[2, 21, size, size]] * 2
     added = ran["losses"][0] - ran["plain losses"][0]
-    # Added to the first label loss; the loop takes the mean of two, so that half of it counts.
+    # Added to one label loss; the loop takes the mean of two, so that half of it counts.
     assert added == pytest.approx(ran["terms"][0]["loss"] / 2, rel=1e-4)
     assert ran["gradient difference"] > 0.01
     assert ran["same after"]
@@ -124,8 +124,7 @@ def test_its_own_script_through_three_stages(hosts: Any, name: str, tmp_path: Pa
         script += ["--weights", "none.pth"]
         saved = "resnet38_SEAM.pth"
     given = [part for key, value in options.items() for part in ("--host-option", f"{key}={value}")]
-    passes = "2" if name == "seam" else "1"  # SEAM looks at every image at two scales
-    hosts.run("generic", name, tmp_path, "--passes", passes, *given, "--", *script)
+    hosts.run("generic", name, tmp_path, *given, "--", *script)
     out = tmp_path / "out"
     record = json.loads((out / "record.json").read_text(encoding="utf-8"))
     assert [record["stages"][stage]["state"] for stage in ("match", "prompt", "refine")] == ["done"] * 3
