@@ -36,7 +36,7 @@ class Inspection(Attachment):
 
     Attributes:
         reached: names of the parameters that the refiner's loss of the first step has a gradient for.
-        grown: by how much the host's loss grew in the first step; it is the weighted refiner's loss.
+        grown: the weighted refiner's loss of the first step.
         batch: sizes of the image and the label batch of each step, without repetitions.
     """
 
@@ -45,6 +45,7 @@ class Inspection(Attachment):
         self.wanted = steps
         self.reached: Set[str] = set()
         self.grown: Optional[float] = None
+        self.losses: List[float] = []  # the host's loss of the first step, without and with the refiner's
         self.batches: List[str] = []
         self.others_in_this_run: List["Inspection"] = [self]
 
@@ -57,6 +58,12 @@ class Inspection(Attachment):
             self.grown = float(extra.detach())
             self.reached = self._reach(extra)
         return extra
+
+    def _sum(self, result: Tensor, extra: Optional[Tensor]) -> Tensor:
+        total = super()._sum(result, extra)
+        if extra is not None and not self.losses:
+            self.losses = [float(result.detach()), float(total.detach())]
+        return total
 
     def _reach(self, extra: Tensor) -> Set[str]:
         assert self.model is not None
@@ -88,13 +95,19 @@ class Inspection(Attachment):
             f"steps: {self.steps}; {'; '.join(self.batches)}",
             f"CAM: {listing(self.cam_shapes, quote=False)}{', ' + self.agreement if self.agreement else ''}",
             f"labels: {self.labels}",
-            f"loss: added {where}" + ("" if self.grown is None else f"; in the first step it grew by {self.grown:.4f}"),
+            f"loss: added {where}; {self._growth()}",
             f"terms of the last step: {', '.join(f'{name} {value:.4f}' for name, value in self.terms.items())}",
             f"reached: {self._reach_in_words(network)}",
             f"losses seen: {listing([f'{name} ({count}x)' for name, count in self._losses.most_common()], quote=False)}",
             f"label losses of other networks: {listing([f'{n} ({c}x)' for n, c in self.others.items() if c], quote=False)}",
         ]
         return "\n".join([*lines, *(f"later: {phase}" for phase in self.source.phases)])
+
+    def _growth(self) -> str:
+        if self.grown is None or not self.losses:
+            return "in no step yet"
+        before, after = self.losses
+        return f"the first was {before:.4f} and became {after:.4f}, the refiner's is {self.grown:.4f}"
 
     def _reach_in_words(self, network: nn.Module) -> str:
         groups: Dict[str, List[bool]] = {}

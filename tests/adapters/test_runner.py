@@ -843,7 +843,7 @@ def test_dry_run_prints_a_page_and_writes_no_weights(run: Run, start: Any, capsy
         "steps: 2; 3 images of 32 x 32, 3 rows of labels",
         "CAM: (3, 3, 8, 8)",
         "labels: the target of the label loss",
-        "loss: added at multilabel_soft_margin_loss, binary_cross_entropy_with_logits, binary_cross_entropy; in the first step",
+        "loss: added at multilabel_soft_margin_loss, binary_cross_entropy_with_logits, binary_cross_entropy; the first was ",
         "reached: stem (",
         "losses seen: multilabel_soft_margin_loss with targets tensor (3, 3)",
         "label losses of other networks: none",
