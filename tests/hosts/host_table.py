@@ -280,7 +280,62 @@ def excel_lists(repo: Path, photos: Path, work: Path) -> None:
 IRN = ("--voc12_root", "PHOTOS", "--num_workers", "0", "--cam_batch_size", "2")
 CNN = ("--host-option", "features=stage4", "--host-option", "classifier=classifier", "--host-option", "image_stats=imagenet")
 
+
+def voc_lists(repo: Path, photos: Path, work: Path) -> None:
+    """Lists, labels and a data folder as MCTformer, WeakTr and TransCAM read them."""
+    folder = work / "voc12"
+    folder.mkdir(parents=True, exist_ok=True)
+    link(folder / "cls_labels.npy", repo / "voc12/cls_labels.npy")
+    known = {str(key).replace(".jpg", "") for key in np.load(folder / "cls_labels.npy", allow_pickle=True).item()}
+    known |= {key if "_" in key else f"{key[:4]}_{key[4:]}" for key in known}
+    ids = [name for name in photo_ids(photos, 30) if name in known][:4]
+    for split in ("train_aug", "train", "val"):
+        (folder / f"{split}_id.txt").write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
+        pairs = "".join(f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in ids)
+        (folder / f"{split}.txt").write_text(pairs, encoding="utf-8")
+    (work / "voc12data" / "VOCdevkit").mkdir(parents=True, exist_ok=True)
+    link(work / "voc12data" / "VOCdevkit" / "VOC2012", photos)
+    (work / "saved").mkdir(exist_ok=True)
+    heads = [f"{head}_cls_head.{kind}" for head in ("trans", "conv") for kind in ("weight", "bias")]
+    torch.save({key: torch.zeros(1) for key in heads}, work / "init.pth")  # TransCAM's script drops these
+    torch.save({}, work / "none.pth")
+
+
+def timm_labels(repo: Path, photos: Path, work: Path) -> None:
+    labels = {name: np.float32(np.arange(20) == k) for k, name in enumerate(photo_ids(photos))}
+    np.save(work / "labels.npy", labels)  # type: ignore[arg-type]
+
+
+SMALL = ("--input-size", "64", "--batch-size", "2", "--epochs", "1", "--num_workers", "0", "--output_dir", "saved")
+OTHER_STEPS = "make_cam eval_cam cam_to_ir_label train_irn make_ins_seg eval_ins_seg make_sem_seg eval_sem_seg".split()
 RECIPES: Dict[str, Recipe] = {
+    "MCTformer": Recipe(
+        "MCTformer", ["mctformer"],
+        ["main.py", "--data-path", "PHOTOS", "--img-list", "voc12", "--device", "cpu", *SMALL], voc_lists, "MCTformerPlus",
+    ),
+    "WeakTr": Recipe(
+        "WeakTr", ["weaktr"],
+        ["main.py", "--data-path", "WORK/voc12data", "--img-ms-list", "voc12/train_aug_id.txt", "--label-file-path",
+         "voc12/cls_labels.npy", "--model", "deit_small_WeakTr_patch16_224", "--data-set", "VOC12", "--finetune", "",
+         "--no-if_eval_miou", *SMALL], voc_lists, "WeakTr",
+    ),
+    "TransCAM": Recipe(
+        "TransCAM", ["transcam"],
+        ["train_TransCAM.py", "--arch", "ti", "--voc12_root", "PHOTOS", "--batch_size", "2", "--max_epoches", "1",
+         "--crop_size", "64", "--weights", "init.pth", "--num_workers", "0", "--session_name", "saved/s"],
+        voc_lists, "Net",
+    ),
+    "IRN": Recipe(
+        "irn", ["generic", *CNN],
+        ["run_sample.py", *IRN, "--cam_num_epoches", "1", "--cam_learning_rate", "0.001",
+         *(part for step in OTHER_STEPS for part in (f"--{step}_pass", "no"))], numbers_lists, "Net",
+    ),
+    "SEAM": Recipe(
+        "SEAM", ["generic", "--host-option", "cam=fc8", "--host-option", "background_channel=True", "--host-option",
+                 "activation=relu", "--host-option", "image_stats=imagenet"],
+        ["train_SEAM.py", "--voc12_root", "PHOTOS", "--num_workers", "0", "--batch_size", "2", "--max_epoches", "1",
+         "--crop_size", "64", "--lr", "0.001", "--weights", "none.pth"], pair_lists, "Net",
+    ),
     "ToCo": toco_like(
         "ToCo", "scripts/dist_train_voc_seg_neg.py", "--backbone", "deit_tiny_patch16_224", "--local_rank", "0", "--spg", "2",
         "--local_crop_size", "32",
@@ -335,6 +390,16 @@ RECIPES: Dict[str, Recipe] = {
          "--max_iters", "2", "--crop_size", "320", "--spg", "4", "--num_workers", "1", "--local_rank", "0", "--work_dir",
          "WORK/work", "--log_iters", "1"], excel_lists, "ExCEL_model",
     ),
+    "timm ResNet-18": Recipe(
+        "timm_host", ["generic", "--host-option", "features=layer4", "--host-option", "classifier=fc", "--host-option",
+                      "image_stats=imagenet"],
+        ["train.py", "resnet18", "PHOTOS", "WORK/labels.npy"], timm_labels, "ResNet",
+    ),
+    "timm ViT-tiny": Recipe(
+        "timm_host", ["generic", "--host-option", "features=norm", "--host-option", "classifier=head", "--host-option",
+                      "image_stats=imagenet"],
+        ["train.py", "vit_tiny_patch16_224", "PHOTOS", "WORK/labels.npy"], timm_labels, "VisionTransformer",
+    ),
     "MoRe": toco_like(
         "MoRe", "scripts/train_voc.py", "--local_rank", "0", "--spg", "2", "--finetune", "", "--crop_size", "224",
     ),
@@ -356,7 +421,7 @@ def run(name: str, recipe: Recipe, repos: Path, photos: Path, out: Path) -> Dict
     """The dry run and the three stages of one baseline."""
     work = (out / name).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    repo = (repos / recipe.repo).resolve()
+    repo = (HERE if recipe.repo == "timm_host" else repos).joinpath(recipe.repo).resolve()
     photos = voc_folder(photos, work)
     recipe.prepare(repo, photos, work)
     tiny_clip(work / "clip.pt")
