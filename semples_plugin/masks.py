@@ -7,13 +7,14 @@ step is a function of its own and can be left out. Flow: `regions` -> **masks** 
 from __future__ import annotations
 
 import itertools
-from typing import Callable, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import regions
+from ._checks import check_share
 from ._torch import full_precision
 
 __all__ = [
@@ -22,10 +23,13 @@ __all__ = [
     "CLIP_STEPS",
     "LOGIT_EPS",
     "MASK_EPS",
+    "Threshold",
+    "UNCERTAIN",
     "PAMR_CHUNK",
     "RefinedMasks",
     "align_masks",
     "cam_to_masks",
+    "check_threshold",
     "optimize",
     "optimize_cam",
     "pamr",
@@ -36,6 +40,8 @@ __all__ = [
 MASK_EPS = 1e-6  # of the normalization here: masks must not depend on the scale of the CAM
 CLIP_STEPS, CLIP_LR, CLIP_GRID = 5, 0.3, 16  # of `optimize`, where nothing else is asked for
 PAMR_CHUNK = 8  # masks that `pamr` works on at once
+UNCERTAIN = 255  # label of pixels between two thresholds
+Threshold = Union[float, Tuple[float, float]]
 LOGIT_EPS = 0.02  # masks are clamped to [0.02, 0.98] before their logit: how far d must go to fill an empty place
 
 Align = Callable[[Tensor, Tensor], Tensor]
@@ -294,12 +300,25 @@ def optimize_cam(
     return result
 
 
-def pseudo_labels(masks: Tensor, threshold: float) -> Tensor:
-    """Label map (B, H, W): argmax over background and classes; 0 background, 1 + class index.
+def pseudo_labels(masks: Tensor, threshold: Threshold) -> Tensor:
+    """Label map (B, H, W): argmax over background and classes; 0 background, 1 + class index, 255 uncertain.
 
     Args:
         masks: (B, C, H, W) in [0, 1].
-        threshold: background score of every pixel; a class needs more than this.
+        threshold: background score of every pixel; a class needs more than this. Two of them, (low, high): a pixel whose best
+            class is above high gets the class, one at or below low is background, and one between them is 255, which training
+            of a segmentation network leaves out.
     """
+    low, high = threshold if isinstance(threshold, (tuple, list)) else (threshold, threshold)
     best, index = masks.max(dim=1)  # (B, H, W)
-    return torch.where(best > threshold, index + 1, torch.zeros_like(index))
+    labels = torch.where(best > high, index + 1, torch.full_like(index, UNCERTAIN))
+    return torch.where(best > low, labels, torch.zeros_like(index))
+
+
+def check_threshold(name: str, threshold: Any) -> None:
+    """Raise if `threshold` is neither a number from 0 to 1 nor two of them, low and high."""
+    values = threshold if isinstance(threshold, (tuple, list)) else (threshold,)
+    for value in values:
+        check_share(name, value)
+    if len(values) not in (1, 2) or list(values) != sorted(values):
+        raise ValueError(f"`{name}` must be a number from 0 to 1, or two of them, low and high; got {threshold!r}.")

@@ -292,7 +292,7 @@ class PromptRefiner(nn.Module):
         cam: Tensor,
         labels: Tensor,
         *,
-        threshold: float = 0.4,
+        threshold: masks.Threshold = 0.4,
         suppress: bool = False,
         align: Union[None, str, masks.Align] = "pamr",
         clip_steps: int = masks.CLIP_STEPS,
@@ -307,7 +307,8 @@ class PromptRefiner(nn.Module):
 
         Args:
             img, cam, labels: as for `forward`; no gradient is needed.
-            threshold: background score from 0 to 1; a class needs more than this.
+            threshold: background score from 0 to 1; a class needs more than this. With two, (low, high), pixels between them are
+                255, see `masks.pseudo_labels`.
             suppress: weigh the masks with CLIP's dense features. It did harm with the demo world's small CLIP.
             align: `"pamr"`, None, or a callable (img (3, H, W) in [0, 1], masks (K, H, W)) -> (K, H, W) such as a CRF.
             clip_steps: gradient steps of `optimize_cam`; 0 leaves them out.
@@ -318,7 +319,7 @@ class PromptRefiner(nn.Module):
         """
         if align not in (None, "pamr") and not callable(align):
             raise ValueError(f"`align` must be 'pamr', None or a callable; got {align!r}.")
-        check_share("threshold", threshold)
+        masks.check_threshold("threshold", threshold)
         check_number("clip_steps", clip_steps, 0, whole=True)
         img, cam, labels = self._check(img, cam, labels)
         if clip_steps:

@@ -408,3 +408,16 @@ def test_refine_refuses_wrong_thresholds(value: float, make_refiner: Any, make_b
 def test_refine_refuses_a_threshold_that_is_no_number(make_refiner: Any, make_batch: Any) -> None:
     with pytest.raises(TypeError, match="`threshold` must be a number; got '0.4' of type str"):
         make_refiner().refine_masks(*make_batch(LABELS), threshold="0.4")
+
+
+def test_two_thresholds_leave_uncertain_pixels() -> None:
+    soft = torch.tensor([[[[0.1, 0.3, 0.4, 0.6]], [[0.0, 0.35, 0.2, 0.7]]]])  # (1, 2, 1, 4)
+    assert masks.pseudo_labels(soft, 0.3).tolist() == [[[0, 2, 1, 2]]]
+    assert masks.pseudo_labels(soft, (0.3, 0.5)).tolist() == [[[0, 255, 255, 2]]]
+    assert masks.pseudo_labels(soft, (0.35, 0.35)).tolist() == masks.pseudo_labels(soft, 0.35).tolist()
+
+
+@pytest.mark.parametrize("threshold", [(0.5, 0.3), (0.1, 0.2, 0.3), (0.1, 1.2), (float("nan"), 0.5), ()])
+def test_two_thresholds_that_are_none(threshold: Any, make_refiner: Any, make_batch: Any) -> None:
+    with pytest.raises(ValueError, match="`threshold` must be"):
+        make_refiner(["boat", "train", "bird"]).refine_masks(*make_batch(), threshold=threshold, clip_steps=0)

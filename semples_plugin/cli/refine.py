@@ -10,7 +10,7 @@ from typing import Any, Dict, Mapping, Optional
 
 from ..class_names import read_class_names
 from ..config import parse_assignments
-from ..masks import CLIP_STEPS
+from ..masks import CLIP_STEPS, Threshold, check_threshold
 from .arguments import add_classes, build_refiner
 from .printing import print_failed
 
@@ -43,7 +43,8 @@ def add_parser(commands: Any) -> None:
     add_classes(parser)
     add("--prompts", type=Path, metavar="FILE", help="learned background prompts; CLIP is used")
     add("--clip", metavar="NAME", help="CLIP model or weights file; CLIP is used (default: that of the prompts, else ViT-B/32)")
-    add("--threshold", type=float, default=0.4, help="background score (default: %(default)s)")
+    add("--threshold", type=read_threshold, default=0.4, metavar="T|LOW:HIGH", help="background score; with two, pixels between "
+        "them are 255, which training leaves out (default: %(default)s)")  # fmt: skip
     add("--align", choices=["pamr", "none"], default="pamr",
         help="how masks follow the edges of the image (default: %(default)s)")  # fmt: skip
     add("--suppress", action="store_true", help="weight the CAMs by CLIP's dense features")
@@ -114,18 +115,30 @@ def run(options: argparse.Namespace) -> int:
         print(f"{counts}{speed}: {options.out}")
         if refiner is not None:
             print(f"CLIP: {refiner.encoder.name}, {how.clip_steps} steps{', suppression' if how.suppress else ''}")
-        print(f"labels: background threshold {how.threshold:g}")
+        print(f"labels: background threshold {_in_words(how.threshold)}")
         if summary.empty:
             print(f"{summary.empty} images have no positive label; their pseudo labels are all background")
     print_failed(summary.failed, options.out / "summary.json" if world == 1 else None)
     return 1 if summary.failed else 0
 
 
+def read_threshold(text: str) -> Threshold:
+    """`0.4`, or `0.3:0.5`."""
+    low, colon, high = text.partition(":")
+    try:
+        return (float(low), float(high)) if colon else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"a number, or two such as 0.3:0.5, was expected; got {text!r}") from error
+
+
+def _in_words(threshold: Threshold) -> str:
+    return f"{threshold[0]:g} to {threshold[1]:g}, 255 between" if isinstance(threshold, tuple) else f"{threshold:g}"
+
+
 def _check(options: argparse.Namespace, overrides: Mapping[str, Any], uses_clip: bool) -> None:
     if (options.clip_steps or 0) < 0 or options.batch_size < 1 or options.max_pixels < 1:
         raise ValueError("--clip-steps must be at least 0, --batch-size and --max-pixels at least 1.")
-    if not 0 <= options.threshold <= 1:
-        raise ValueError(f"--threshold must be from 0 to 1; got {options.threshold}.")
+    check_threshold("--threshold", options.threshold)
     for name in ("images", "cams"):
         inner, outer = options.out.resolve(), getattr(options, name).resolve()
         if inner == outer or outer in inner.parents:

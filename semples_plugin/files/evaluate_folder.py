@@ -8,6 +8,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from ..errors import CamFileError
+from ..masks import UNCERTAIN
 from ..metrics import ClassScore, Curve, class_scores, confusion_matrix, mean_iou
 from .cams import cam_paths, read_cam_file
 from .images import check_id, read_label_png
@@ -27,6 +28,7 @@ class Result(NamedTuple):
         curve: (threshold, mIoU) of every threshold that was tried.
         failed: id -> reason for images that were not counted.
         split: name of the split.
+        uncertain: share of the labelled pixels that the predictions leave at 255; these are not counted.
         per_image: id -> mIoU of that image alone, for ranking images. `miou` is not the mean of these.
     """
 
@@ -39,6 +41,7 @@ class Result(NamedTuple):
     failed: Dict[str, str]
     split: str
     per_image: Dict[str, float]
+    uncertain: float = 0.0
 
     @property
     def absent(self) -> List[str]:
@@ -63,6 +66,7 @@ class Result(NamedTuple):
             "classes": [score._asdict() for score in self.classes],
             "absent": self.absent,
             "curve": self.curve,
+            "uncertain": self.uncertain,
             "failed": self.failed,
         }
 
@@ -77,6 +81,8 @@ class Result(NamedTuple):
             lines.append(f"absent, not in the mean: {', '.join(self.absent)}")
         threshold = "" if self.threshold is None else f" {self.threshold:g}"
         lines.append(f"split {self.split}, {self.images} images; threshold{threshold}: {self.policy}")
+        if self.uncertain:
+            lines.append(f"{100 * self.uncertain:.2f} % of the labelled pixels are uncertain (255) and not counted")
         if self.failed:
             lines.append(f"{len(self.failed)} images were not counted")
         return "\n".join(lines)
@@ -98,17 +104,25 @@ def evaluate_labels(pred: Path, gt: Path, names: Sequence[str], ids: Optional[Se
     total = np.zeros((len(names), len(names)), np.int64)
     failed: Dict[str, str] = {}
     per_image: Dict[str, float] = {}
+    left_out = 0
     wanted = sorted(p.stem for p in pred.glob("*.png") if not p.name.startswith(".")) if ids is None else list(ids)
     for name in _ids_or_error(wanted, pred):
         try:
             check_id(name)
-            one = confusion_matrix(read_label_png(pred / f"{name}.png"), read_label_png(gt / f"{name}.png"), len(names))
+            guess, truth = read_label_png(pred / f"{name}.png"), read_label_png(gt / f"{name}.png")
+            uncertain = guess == UNCERTAIN
+            if guess.shape == truth.shape:
+                left = int((uncertain & (truth != UNCERTAIN)).sum())
+                guess, truth = np.where(uncertain, 0, guess), np.where(uncertain, UNCERTAIN, truth)
+            one = confusion_matrix(guess, truth, len(names))
         except (ValueError, OSError, MemoryError) as error:  # a CamFileError is a ValueError
             failed[name] = str(error) or type(error).__name__
             continue
         total += one
+        left_out += left
         per_image[name] = mean_iou(one)
-    return _result(total, names, per_image, None, False, [], failed, split)
+    share = left_out / max(1, left_out + int(total.sum()))
+    return _result(total, names, per_image, None, False, [], failed, split)._replace(uncertain=share)
 
 
 def evaluate_cams(

@@ -33,7 +33,7 @@ class Options(NamedTuple):
     """How a folder is refined.
 
     Attributes:
-        threshold: background score of the pseudo labels.
+        threshold: background score of the pseudo labels, or two, (low, high): pixels between them are 255.
         align: `"pamr"` to align the masks to the edges of the image, or None.
         suppress: weight the CAMs by CLIP's dense features; needs a refiner.
         clip_steps: gradient steps on the refiner's losses; needs a refiner.
@@ -42,7 +42,7 @@ class Options(NamedTuple):
         soft_masks: whether to write the refined masks also as 8-bit `.npz` files.
     """
 
-    threshold: float = 0.4
+    threshold: masks.Threshold = 0.4
     align: Optional[str] = "pamr"
     suppress: bool = False
     clip_steps: int = 0
@@ -249,7 +249,9 @@ def _write(out: Path, one: LoadedCam, result: Tensor, options: Options) -> None:
         label_map, cams = np.zeros(one.item.size, np.uint8), {}
     else:
         index = masks.pseudo_labels(full, options.threshold)[0].cpu().numpy()
-        label_map = np.array([0, *(k + 1 for k in present)], np.uint8)[index]
+        uncertain = index == masks.UNCERTAIN
+        label_map = np.array([0, *(k + 1 for k in present)], np.uint8)[np.where(uncertain, 0, index)]
+        label_map[uncertain] = masks.UNCERTAIN
         cams = {k: full[0, i].cpu().numpy() for i, k in enumerate(present)}
     if not all(np.isfinite(value).all() for value in cams.values()):
         raise CamFileError("its refined masks are not finite, so nothing is written; look at the range of its CAM")

@@ -67,7 +67,10 @@ def test_every_option_is_explained() -> None:
         ([], "the following arguments are required: COMMAND"),
         (["bogus"], "invalid choice: 'bogus'"),
         (["refine"], "the following arguments are required: --images, --cams, --out"),
-        (["refine", "--images", "a", "--cams", "b", "--out", "c", "--threshold", "much"], "invalid float value: 'much'"),
+        (
+            ["refine", "--images", "a", "--cams", "b", "--out", "c", "--threshold", "much"],
+            "a number, or two such as 0.3:0.5, was expected; got 'much'",
+        ),
         (["refine", "--images", "a", "--cams", "b", "--out", "c", "--align", "crf"], "invalid choice: 'crf'"),
         (["refine", "--images", "a", "--cams", "b", "--out", "c", "--bogus"], "unrecognized arguments: --bogus"),
         (["evaluate", "--pred", "a"], "the following arguments are required: --gt"),

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import semples_plugin.files.refine_folder as folders
+from semples_plugin import cli
 from semples_plugin.files.cams import cam_paths, read_cam_file
 from semples_plugin.files.refine_folder import Options, refine_folder
 from tests.files.refine_world import SIZE, World, parts, results, tensors
@@ -540,3 +541,24 @@ def test_memory_does_not_grow_with_the_folder_nor_with_absent_classes(tmp_path: 
     assert world.labels("a").shape == (4000, 6000) and world.labels("b").shape == SIZE
     assert read_cam_file(world.out / "cams" / "a.npy", 3).cams[1].shape == (4000, 6000)
     assert large - many < 1200  # one class of 20 is present: 92 MiB a map; all of them would take 1830 MiB
+
+
+def test_two_thresholds_and_their_evaluation(world: World, capsys: Any) -> None:
+    for name in ("a", "b"):
+        world.add(name)
+    assert world.refine("--threshold", "0.3") == 0 and world.refine("--threshold", "0.3:0.6", out=world.root / "two") == 0
+    assert "background threshold 0.3 to 0.6, 255 between" in capsys.readouterr().out
+    one, two = world.labels("a"), world.labels("a", world.root / "two")
+    assert set(np.unique(two)) <= {0, 1, 3, 255} and (two == 255).any()
+    assert ((two == one) | (two == 255)).all() and (one[two == 255] > 0).all()
+    gt = world.root / "gt"
+    gt.mkdir()
+    for name in ("a", "b"):
+        (gt / f"{name}.png").write_bytes((world.out / "labels" / f"{name}.png").read_bytes())
+    arguments = ["evaluate", "--pred", str(world.root / "two" / "labels"), "--gt", str(gt), "--classes", str(world.classes)]
+    assert cli.main(arguments) == 0
+    share = np.mean([(world.labels(name, world.root / "two") == 255).mean() for name in ("a", "b")])
+    printed = capsys.readouterr().out
+    assert f"{100 * share:.2f} % of the labelled pixels are uncertain (255) and not counted" in printed and "100.00" in printed
+    assert world.refine("--threshold", "0.6:0.3", out=world.root / "wrong") == 2
+    assert "`--threshold` must be a number from 0 to 1, or two of them, low and high" in capsys.readouterr().err
