@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checking, masks, prompt_learning, prompts, regions, terms, views
-from ._checks import check_batch, check_classes, check_known, check_number, check_share, check_stats, warn
+from ._checks import check_batch, check_classes, check_known, check_number, check_stats, warn
 from ._files import PathLike
 from .check_report import CheckReport
 from .clip_backends import load_clip, published_clips
@@ -307,8 +307,8 @@ class PromptRefiner(nn.Module):
 
         Args:
             img, cam, labels: as for `forward`; no gradient is needed.
-            threshold: background score from 0 to 1; a class needs more than this. With two, (low, high), pixels between them are
-                255, see `masks.pseudo_labels`.
+            threshold: background score from 0 to 1; a class needs more than this. With two, (low, high), pixels between them
+                are 255, see `masks.pseudo_labels`.
             suppress: weigh the masks with CLIP's dense features. It did harm with the demo world's small CLIP.
             align: `"pamr"`, None, or a callable (img (3, H, W) in [0, 1], masks (K, H, W)) -> (K, H, W) such as a CRF.
             clip_steps: gradient steps of `optimize_cam`; 0 leaves them out.

@@ -43,8 +43,8 @@ def add_parser(commands: Any) -> None:
     add_classes(parser)
     add("--prompts", type=Path, metavar="FILE", help="learned background prompts; CLIP is used")
     add("--clip", metavar="NAME", help="CLIP model or weights file; CLIP is used (default: that of the prompts, else ViT-B/32)")
-    add("--threshold", type=read_threshold, default=0.4, metavar="T|LOW:HIGH", help="background score; with two, pixels between "
-        "them are 255, which training leaves out (default: %(default)s)")  # fmt: skip
+    add("--threshold", type=read_threshold, default=0.4, metavar="T|LOW:HIGH", help="background score; with two, pixels "
+        "between them are 255, which training leaves out (default: %(default)s)")  # fmt: skip
     add("--align", choices=["pamr", "none"], default="pamr",
         help="how masks follow the edges of the image (default: %(default)s)")  # fmt: skip
     add("--suppress", action="store_true", help="weight the CAMs by CLIP's dense features")
