@@ -128,7 +128,7 @@ def read_threshold(text: str) -> Threshold:
     try:
         return (float(low), float(high)) if colon else float(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"a number, or two such as 0.3:0.5, was expected; got {text!r}") from error
+        raise argparse.ArgumentTypeError(f"must be a number, or two such as 0.3:0.5; got {text!r}") from error
 
 
 def _in_words(threshold: Threshold) -> str:

@@ -69,7 +69,7 @@ def test_every_option_is_explained() -> None:
         (["refine"], "the following arguments are required: --images, --cams, --out"),
         (
             ["refine", "--images", "a", "--cams", "b", "--out", "c", "--threshold", "much"],
-            "a number, or two such as 0.3:0.5, was expected; got 'much'",
+            "must be a number, or two such as 0.3:0.5; got 'much'",
         ),
         (["refine", "--images", "a", "--cams", "b", "--out", "c", "--align", "crf"], "invalid choice: 'crf'"),
         (["refine", "--images", "a", "--cams", "b", "--out", "c", "--bogus"], "unrecognized arguments: --bogus"),
