@@ -22,9 +22,7 @@ class ToCo(Generic):
     """
 
     name = "ToCo, SeCo or MoRe"
-    phases = (
-        "the segmentation terms begin at --cam_iters (SeCo, MoRe: --cam2mask or the like) and do not change the label loss",
-    )
+    phases = ("the terms of contrast and segmentation join later in the schedule; the label loss and the CAM stay as they are",)
 
     def __init__(self, patch_size: Optional[int] = None):
         super().__init__(features="encoder.norm", classifier="classifier", patch_size=patch_size, image_stats="imagenet")
