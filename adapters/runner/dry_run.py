@@ -36,6 +36,7 @@ class Inspection(Attachment):
 
     Attributes:
         reached: names of the parameters that the refiner's loss of the first step has a gradient for.
+        flat: whether that gradient is zero, as with a rectified CAM that is negative everywhere.
         grown: the weighted refiner's loss of the first step.
         batch: sizes of the image and the label batch of each step, without repetitions.
     """
@@ -44,6 +45,7 @@ class Inspection(Attachment):
         super().__init__(target.source, None, refiner, **target.options)
         self.wanted = steps
         self.reached: Set[str] = set()
+        self.flat = False
         self.grown: Optional[float] = None
         self.losses: List[float] = []  # the host's loss of the first step, without and with the refiner's
         self.batches: List[str] = []
@@ -69,7 +71,9 @@ class Inspection(Attachment):
         assert self.model is not None
         named = [(name, p) for name, p in unwrap(self.model).named_parameters() if p.requires_grad]
         gradients = torch.autograd.grad(extra, [p for _, p in named], retain_graph=True, allow_unused=True)
-        return {name for (name, _), gradient in zip(named, gradients) if gradient is not None and bool(gradient.any())}
+        found = {name: gradient for (name, _), gradient in zip(named, gradients) if gradient is not None}
+        self.flat = not any(bool(gradient.any()) for gradient in found.values())
+        return set(found)
 
     def _on_forward(self, capture: Capture) -> None:
         if all(other.steps >= other.wanted for other in self.others_in_this_run):
@@ -116,7 +120,8 @@ class Inspection(Attachment):
                 groups.setdefault(name.partition(".")[0], []).append(name in self.reached)
         words = [f"{group} ({sum(hits)} of {len(hits)} tensors)" for group, hits in groups.items() if any(hits)]
         missed = [group for group, hits in groups.items() if not any(hits)]
-        return listing(words, quote=False) + (f"; not {listing(missed, quote=False)}" if missed else "")
+        zero = "; the gradient was zero in the first step" if self.flat else ""
+        return listing(words, quote=False) + (f"; not {listing(missed, quote=False)}" if missed else "") + zero
 
 
 def dry_run(job: Job) -> int:
