@@ -26,7 +26,8 @@ __all__ = [
 ]
 
 MOST_PIXELS = 100_000_000  # of an image; a larger one takes more than 1 GB as it is decoded
-SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
+SUFFIXES = (*SUFFIXES, *(suffix.upper() for suffix in SUFFIXES))
 
 
 def image_id(key: Any) -> str:
@@ -42,7 +43,7 @@ def image_id(key: Any) -> str:
     text = str(int(key)) if isinstance(key, (int, np.integer)) else str(key)
     if isinstance(key, (int, np.integer)) and len(text) == 10:
         return f"{text[:4]}_{text[4:]}"
-    return re.sub(r"\.(jpe?g|png)$", "", text, flags=re.IGNORECASE)
+    return re.sub(r"\.(jpe?g|png|tiff?|webp|bmp)$", "", text, flags=re.IGNORECASE)
 
 
 def check_id(name: str) -> None:
@@ -66,13 +67,15 @@ def find_image(folder: Path, name: str) -> Path:
         path = folder / f"{name}{suffix}"
         if path.exists() and path.is_file():
             return path
-    raise CamFileError(f"no image {name}{SUFFIXES[0]} (or {', '.join(SUFFIXES[1:3])}) in {folder}")
+    raise CamFileError(f"no image {name}{SUFFIXES[0]} (or {', '.join(SUFFIXES[1:7])}) in {folder}")
 
 
 def read_image(path: Path) -> np.ndarray:
     """An image as (H, W, 3) uint8 RGB.
 
-    A rotation in the EXIF data is not applied, because the loaders of CAM networks do not apply it either.
+    Grey images get three equal channels; transparency is dropped, the colors below it stay; CMYK becomes RGB; of 16 bits the upper
+    eight count; of several pages the first. A rotation in the EXIF data is not applied, because the loaders of CAM networks do not
+    apply it either.
 
     Raises:
         CamFileError: if the file is not a readable image.
