@@ -73,9 +73,9 @@ def find_image(folder: Path, name: str) -> Path:
 def read_image(path: Path) -> np.ndarray:
     """An image as (H, W, 3) uint8 RGB.
 
-    Grey images get three equal channels; transparency is dropped, the colors below it stay; CMYK becomes RGB; of 16 bits the upper
-    eight count; of several pages the first. A rotation in the EXIF data is not applied, because the loaders of CAM networks do not
-    apply it either.
+    Grey images get three equal channels; transparency is dropped, the colors below it stay; CMYK becomes RGB; of 16 bits the
+    upper eight count; of several pages the first. A rotation in the EXIF data is not applied, because the loaders of CAM
+    networks do not apply it either.
 
     Raises:
         CamFileError: if the file is not a readable image.
