@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -233,11 +234,24 @@ def _load_by_name(name: str, dtype: torch.dtype) -> ClipEncoder:
     state = _read_state_dict(path)
     build_model = openai_clip_module("model").build_model
     try:
+        _check_shapes(build_model, state)
         model = build_model(state).float()  # rounds to half precision on the way
         model.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError, ArithmeticError, AssertionError) as error:
         raise ClipError(f"{path} does not hold a CLIP model in OpenAI's layout ({error}).") from error
     return _wrap(model, name, dtype)
+
+
+def _check_shapes(build_model: Any, state: Dict[str, Tensor]) -> None:
+    """Raise ValueError if the model that these weights imply has other shapes than they have, before it takes any memory."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing is copied into a model without memory
+        built = build_model(dict(state)).state_dict()
+    for name, value in state.items():
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"{name} is larger than its storage")
+        if name in built and built[name].shape != value.shape:
+            raise ValueError(f"{name} is {tuple(value.shape)}, but the other weights say {tuple(built[name].shape)}")
 
 
 def _wrap(model: Any, name: str, dtype: torch.dtype) -> ClipEncoder:

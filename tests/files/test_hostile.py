@@ -373,3 +373,20 @@ def test_bytes_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "replace", lambda *names: (order.append("replace"), replace(*names))[1])
     write_atomically(tmp_path / "a", lambda file: file.write(b"abc"))
     assert order == ["fsync", "replace"] and (tmp_path / "a").read_bytes() == b"abc"
+
+
+@pytest.mark.parametrize("kind", ["width", "expanded"])
+def test_weights_that_contradict_one_another_take_no_memory(kind: str, tmp_path: Path) -> None:
+    import resource
+
+    state = openai_clip_module("model").CLIP(32, 32, 1, 64, 8, 77, 49408, 64, 1, 1).state_dict()
+    if kind == "width":  # the text tower's blocks would be 30,000 wide
+        state["ln_final.weight"] = torch.ones(30_000)
+    else:
+        state["token_embedding.weight"] = torch.ones(1, 64).expand(200_000_000, 64)
+    torch.save(state, tmp_path / "clip.pt")
+    assert (tmp_path / "clip.pt").stat().st_size < 20_000_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ClipError, match="does not hold a CLIP model in OpenAI's layout"):
+        limited(20, lambda: load_clip(tmp_path / "clip.pt"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
