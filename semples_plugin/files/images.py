@@ -26,8 +26,8 @@ __all__ = [
 ]
 
 MOST_PIXELS = 100_000_000  # of an image; a larger one takes more than 1 GB as it is decoded
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
-SUFFIXES = (*SUFFIXES, *(suffix.upper() for suffix in SUFFIXES))
+_LOWER = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
+SUFFIXES = (*_LOWER, *(suffix.upper() for suffix in _LOWER))
 
 
 def image_id(key: Any) -> str:
