@@ -37,10 +37,11 @@ _PythonUnpickler: Any = getattr(pickle, "_Unpickler")  # noqa: B009  # only ther
 
 def is_torchscript(path: Path) -> bool:
     """Whether a file is a zip that holds code, which a state dict does not."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
+    except Exception:  # no zip, or a damaged one, which can raise nearly anything
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
 
 
 def archive_tensors(path: Path) -> Dict[str, Tensor]:

@@ -119,9 +119,12 @@ def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
         archive.writestr("a/data.pkl", pickle.dumps(os.getcwd))
     with pytest.raises(ClipError, match=r"a.pt is no CLIP weights file: it names posix.getcwd, but only tensors"):
         load_clip(tmp_path / "a.pt")
-    (tmp_path / "a.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:-30])
-    with pytest.raises(ClipError):
-        load_clip(tmp_path / "a.pt")
+    whole = (tmp_path / "a.pt").read_bytes()
+    directory = whole.index(b"PK\x01\x02")
+    for damaged in (whole[:-30], whole[:directory] + b"PK\x01\x09" + whole[directory + 4 :], b"PK\x03\x04"):
+        (tmp_path / "a.pt").write_bytes(damaged)
+        with pytest.raises(ClipError):
+            load_clip(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("name", ["{}/clip.pt", "open_clip:ViT-B-32/laion2b"])
