@@ -29,7 +29,7 @@ from .branch_training import BranchTraining
 from .finder import ModelFinder
 from .graph import found_in
 from .interrupts import HeldInterrupts
-from .label_loss import LabelLoss, LossTap
+from .label_loss import AT_BACKWARD, LabelLoss, LossTap
 from .labels import Labels, LabelSource, multi_hot
 from .recorder import Capture, Recorder, models_being_probed
 from .sources import CamSource, check_model
@@ -93,7 +93,7 @@ class LoopWatcher:
         if model is not None and network is not None:
             raise ValueError("`network` is for model=None, where the network is not known yet; got both.")
         labels = source.labels if labels is None else labels
-        label_loss = "backward" if label_loss is None and labels is not None else label_loss
+        label_loss = AT_BACKWARD if label_loss is None and labels is not None else label_loss
         self.source, self.classes, self.mode, self.forward_pass = source, list(classes), mode, forward_pass
         self.branch, self.steps, self.network, self.on_model = branch, 0, network, on_model
         self.labels = LabelSource(labels, len(self.classes))
@@ -118,6 +118,7 @@ class LoopWatcher:
         self._steps_before = self.steps
         self._losses: "Counter[str]" = Counter()  # all that were seen, for messages
         self.others: "Counter[str]" = Counter()
+        self._last_own: Any = None  # weak references to label losses
         self._last_other: Any = None
         self._said: Set[str] = set()
         if self._waits:
@@ -254,15 +255,14 @@ class LoopWatcher:
             return result
         passes = self._passes()
         owned = found_in(result, [capture.nodes for capture in passes])
-        if not owned and len(passes) > len(self._captures) and not passes[-1].nodes:
-            self._problem = self._problem or HostError(
-                f"{self._model_name()} computes its loss inside its forward, before there is an output to make a CAM of. Make "
-                "it of the outputs of modules: cam=function, modules=[...], or features=... with classifier=..."
-            )
-        elif not owned:
-            if labels is not None:
-                self._count_other(name, result, labels, passes)
         if not owned:
+            if len(passes) > len(self._captures) and not passes[-1].nodes:
+                self._problem = self._problem or HostError(
+                    f"{self._model_name()} computes its loss inside its forward, before there is an output to make a CAM of. "
+                    "Make it of the outputs of modules: cam=function, modules=[...], or features=... with classifier=..."
+                )
+            elif labels is not None:
+                self._count_other(name, result, labels, passes)
             return result
         self._claim(name, result)
         index = self._index(owned, passes)
@@ -398,8 +398,6 @@ class LoopWatcher:
             return
         self.others[name] += 1
         self._last_other = weakref.ref(result)
-
-    _last_own: Any = None
 
     def _owns_last(self, result: Tensor) -> bool:
         return self._last_own is not None and self._last_own() is result

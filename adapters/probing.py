@@ -12,6 +12,7 @@ from .._hooks import unwrap
 from .._text import listing
 from ..errors import HostError
 from ..refiner import PromptRefiner
+from .graph import tensors_in
 from .recorder import Capture, Recorder, models_being_probed
 from .sources import CamSource, check_model, check_source, foreground_cams
 
@@ -75,8 +76,7 @@ class _Trace:
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            for tensor in _tensors(output):
-                self.outputs.append((name, tensor))
+            self.outputs += [(name, tensor) for tensor in tensors_in(output) if tensor.is_floating_point()]
 
         return hook
 
@@ -110,8 +110,11 @@ def probe_host(
         if not captures:
             raise HostError(f"{type(inner).__name__} was called, but its forward hooks did not fire; nothing was captured.")
         with torch.enable_grad():
-            found = _judge(source, inner, refiner, captures[0], labels, trace.outputs, depth)
-        return found._replace(cam=_cam_in_words(source, captures[0]))
+            cams = foreground_cams(source, captures[0].img, captures[0].output, captures[0].records)
+            found = _judge(source, inner, refiner, captures[0], cams, labels, trace.outputs, depth)
+        agreement = source.agreement(captures[0].records)
+        shapes = listing([tuple(cam.shape) for cam in cams], quote=False)
+        return found._replace(cam=f"{shapes}, {agreement}" if agreement else shapes)
     finally:
         models_being_probed.discard(inner)
         trace.remove()
@@ -129,12 +132,12 @@ def _judge(
     model: nn.Module,
     refiner: PromptRefiner,
     capture: Capture,
+    cams: List[Tensor],
     labels: Tensor,
     outputs: List[Tuple[str, Tensor]],
     depth: int,
 ) -> Probe:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    cams = foreground_cams(source, capture.img, capture.output, capture.records)
     nothing: Dict[str, Optional[Tensor]] = dict.fromkeys(parameters)
     bad = next((name for name, value in outputs if not bool(torch.isfinite(value).all())), None)
     if bad is not None or not all(bool(torch.isfinite(cam).all()) for cam in cams):
@@ -186,13 +189,6 @@ def _judge(
     return _probe(verdict, True, loss, gradients, parameters, depth)
 
 
-def _cam_in_words(source: CamSource, capture: Capture) -> str:
-    with torch.no_grad():
-        cams = foreground_cams(source, capture.img, capture.output, capture.records)
-    agreement = source.agreement(capture.records)
-    return listing([tuple(cam.shape) for cam in cams], quote=False) + (f", {agreement}" if agreement else "")
-
-
 def _probe(
     verdict: str,
     attached: bool,
@@ -241,13 +237,3 @@ def _cut(outputs: List[Tuple[str, Tensor]], watched: Sequence[str]) -> str:
 
 def _flat(terms: Dict[str, Tensor]) -> str:
     return ", ".join(f"{name} {float(value.detach()):.3f}" for name, value in terms.items())
-
-
-def _tensors(value: Any) -> List[Tensor]:
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (tuple, list)):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []

@@ -1,17 +1,27 @@
-"""Writing files whole or not at all, and tensors with JSON facts as safetensors (the same content gives the same bytes)."""
+"""Writing files whole or not at all, reading those of strangers, and tensors with JSON facts as safetensors."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, Mapping, Optional, Tuple, Union
+from typing import Any, BinaryIO, Callable, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 from torch import Tensor
 
-__all__ = ["PathLike", "open_regular", "read_bytes", "read_tensors", "remove_parts", "write_atomically", "write_tensors"]
+__all__ = [
+    "PathLike",
+    "fits_storage",
+    "open_regular",
+    "read_bytes",
+    "read_tensors",
+    "remove_parts",
+    "write_atomically",
+    "write_tensors",
+]
 
 PathLike = Union[str, "os.PathLike[str]"]
 
@@ -89,6 +99,13 @@ def open_regular(path: PathLike) -> BinaryIO:
         os.close(descriptor)
         raise ValueError(f"{os.fspath(path)} is a folder, a pipe or a device; a regular file was expected.")
     return os.fdopen(descriptor, "rb")
+
+
+def fits_storage(held: int, offset: int, size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether a tensor that a file describes lies inside its storage of `held` values and has no more values than that."""
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+    inside = len(size) == len(stride) and min((0, offset, *size, *stride)) >= 0 and (0 in size or last < held)
+    return inside and math.prod(size) <= held
 
 
 def read_bytes(path: PathLike, most: int) -> bytes:

@@ -6,7 +6,6 @@ with a pickle of nested attributes and one file per storage. Flow: a weights fil
 
 from __future__ import annotations
 
-import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Dict, List, Tuple
 import torch
 from torch import Tensor
 
+from ._files import fits_storage
 from .errors import ClipError
 
 __all__ = ["archive_tensors", "is_torchscript"]
@@ -134,11 +134,8 @@ class _Reader(_PythonUnpickler):
 
 def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
     size, stride = tuple(size), tuple(stride)
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-    if len(size) != len(stride) or min((0, offset, *size, *stride)) < 0 or (0 not in size and last >= len(storage)):
-        raise ClipError("a tensor in it lies outside of its storage")
-    if math.prod(size) > len(storage):
-        raise ClipError("a tensor in it is larger than its storage")
+    if not fits_storage(len(storage), offset, size, stride):
+        raise ClipError("a tensor in it is larger than its storage, or lies outside of it")
     return storage.as_strided(size, stride, offset)
 
 

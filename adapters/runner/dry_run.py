@@ -38,7 +38,8 @@ class Inspection(Attachment):
         reached: names of the parameters that the refiner's loss of the first step has a gradient for.
         flat: whether that gradient is zero, as with a rectified CAM that is negative everywhere.
         grown: the weighted refiner's loss of the first step.
-        batch: sizes of the image and the label batch of each step, without repetitions.
+        losses: the host's loss of the first step, without and with the refiner's.
+        batches: sizes of the image and the label batch of each step, without repetitions.
     """
 
     def __init__(self, target: Target, refiner: PromptRefiner, steps: int):
@@ -47,7 +48,7 @@ class Inspection(Attachment):
         self.reached: Set[str] = set()
         self.flat = False
         self.grown: Optional[float] = None
-        self.losses: List[float] = []  # the host's loss of the first step, without and with the refiner's
+        self.losses: List[float] = []
         self.batches: List[str] = []
         self.others_in_this_run: List["Inspection"] = [self]
 

@@ -7,6 +7,7 @@ and bytes that are no text. They appear as escapes.
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Optional
@@ -26,23 +27,13 @@ class _Escaped:
 
     def write(self, text: str) -> int:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        parts = [part if part in "\n\t\r" else printable(part) for part in _pieces(text)]
+        pieces = re.split("([\n\t\r])", text)  # newline, tab and carriage return (of progress bars) stay
+        parts = [piece if piece in "\n\t\r" else printable(piece) for piece in pieces]
         self._stream.write("".join(parts).encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Runs of other text, and newline, tab and carriage return (of progress bars) one by one."""
-    start = 0
-    for i, char in enumerate(text):
-        if char in "\n\t\r":
-            yield text[start:i]
-            yield char
-            start = i + 1
-    yield text[start:]
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import Any, Callable, Dict, Tuple
 
 import numpy as np
 
-from .._files import PathLike, open_regular
+from .._files import PathLike, fits_storage, open_regular
 from ..errors import CamFileError
 
 __all__ = ["LARGEST", "MOST_VALUES", "as_array", "read_npy"]
@@ -71,9 +71,7 @@ def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Any:
 
     held = storage.untyped().nbytes() // torch.empty(0, dtype=storage.dtype).element_size()
     size, stride = tuple(size), tuple(stride)
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-    fits = len(size) == len(stride) and min((0, offset, *size, *stride)) >= 0 and (0 in size or last < held)
-    if not fits or math.prod(size) > held:
+    if not fits_storage(held, offset, size, stride):
         raise CamFileError("a tensor in it is larger than its storage, or lies outside of it")
     tensor = torch.empty(0, dtype=storage.dtype).set_(storage, offset, size, stride)
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy().copy()

@@ -187,13 +187,14 @@ def _refine_chunk(
     except Exception as error:
         if not _out_of_memory(error):
             raise
-        if len(loaded) == 1:
-            size = "{} x {}".format(*loaded[0].item.size)
-            failed[loaded[0].item.name] = (
-                f"not enough memory for its {size} pixels and {int(loaded[0].labels.sum())} classes; give a smaller "
-                "--max-pixels"
-            )
-            return 0
+        result = None  # go on outside of this `except`, whose error holds the tensors of the failed try
+    if result is None and len(loaded) == 1:
+        size = "{} x {}".format(*loaded[0].item.size)
+        failed[loaded[0].item.name] = (
+            f"not enough memory for its {size} pixels and {int(loaded[0].labels.sum())} classes; give a smaller --max-pixels"
+        )
+        return 0
+    if result is None:
         half = len(loaded) // 2
         return sum(
             _refine_chunk(part, wanted, out, num_classes, options, refiner, failed) for part in (loaded[:half], loaded[half:])

@@ -54,13 +54,40 @@ def photo_ids(photos: Path, count: int = 4) -> List[str]:
     return [path.stem for path in sorted((photos / "JPEGImages").glob("*.jpg"))][:count]
 
 
+def labelled_ids(photos: Path, labels: Path) -> List[str]:
+    """Four photos that a host's file of labels has, whose keys are ids as texts or as numbers, or names of files."""
+    known = {str(key).replace(".jpg", "").replace("_", "") for key in np.load(labels, allow_pickle=True).item()}
+    return [name for name in photo_ids(photos, 30) if name.replace("_", "") in known][:4]
+
+
+def write_pairs(path: Path, ids: Sequence[str]) -> None:
+    """A list of photos and their masks, by paths below the folder of photos."""
+    pairs = "".join(f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in ids)
+    path.write_text(pairs, encoding="utf-8")
+
+
+def write_chainercv(work: Path) -> None:
+    """A stand-in for the library that scores masks, which is not run."""
+    for part in ("datasets", "evaluations"):
+        (work / "chainercv" / part).mkdir(parents=True, exist_ok=True)
+        (work / "chainercv" / "__init__.py").touch()
+        (work / "chainercv" / part / "__init__.py").write_text(CHAINERCV, encoding="utf-8")
+
+
+def save_clip_archive(path: Path, *sizes: int) -> None:
+    """OpenAI's CLIP with random weights, as an archive, which is what these hosts can read."""
+    torch.manual_seed(0)
+    model = openai_clip_module("model").CLIP(*sizes).eval()
+    texts = torch.ones(1, 77, dtype=torch.long)
+    torch.jit.save(torch.jit.trace(model, (torch.zeros(1, 3, 224, 224), texts), check_trace=False), str(path))
+
+
 def onehot_lists(repo: Path, photos: Path, work: Path) -> None:
     """Lists of ids and one-hot labels, as ToCo and its successors read them."""
     folder = work / "lists"
     folder.mkdir(parents=True, exist_ok=True)
     source = repo / "datasets/voc/cls_labels_onehot.npy"
-    named = np.load(source, allow_pickle=True).item()
-    ids = [name for name in photo_ids(photos, 30) if name in named][:4]
+    ids = labelled_ids(photos, source)
     for split in ("train_aug", "train", "val", "trainval"):
         (folder / f"{split}.txt").write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
     link(folder / "cls_labels_onehot.npy", source)
@@ -116,15 +143,11 @@ def numbers_lists(repo: Path, photos: Path, work: Path) -> None:
     folder = work / "voc12"
     folder.mkdir(parents=True, exist_ok=True)
     link(folder / "cls_labels.npy", repo / "voc12/cls_labels.npy")
-    known = np.load(folder / "cls_labels.npy", allow_pickle=True).item()
-    ids = [name for name in photo_ids(photos, 30) if int(name.replace("_", "")) in known][:4]
+    ids = labelled_ids(photos, folder / "cls_labels.npy")
     for split in ("train_aug", "train", "val"):  # NumPy >= 1.23 reads no underscores
         (folder / f"{split}.txt").write_text("".join(name.replace("_", "") + "\n" for name in ids), encoding="utf-8")
     (work / "ids.txt").write_text("\n".join(ids), encoding="utf-8")
-    for part in ("datasets", "evaluations"):  # for evaluation, which is not run
-        (work / "chainercv" / part).mkdir(parents=True, exist_ok=True)
-        (work / "chainercv" / "__init__.py").touch()
-        (work / "chainercv" / part / "__init__.py").write_text(CHAINERCV, encoding="utf-8")
+    write_chainercv(work)
     (work / "cmapy.py").write_text(STAND_INS["cmapy"], encoding="utf-8")
     (work / "pykeops").mkdir(exist_ok=True)
     (work / "pykeops" / "__init__.py").touch()
@@ -201,10 +224,7 @@ torch.save(importlib.import_module("net.resnet50_cam").Net().state_dict(), "sess
 
 def clims_lists(repo: Path, photos: Path, work: Path) -> None:
     numbers_lists(repo, photos, work)
-    torch.manual_seed(0)
-    model = openai_clip_module("model").CLIP(32, 224, 2, 64, 32, 77, 49408, 64, 1, 2).eval()
-    traced = torch.jit.trace(model, (torch.zeros(1, 3, 224, 224), torch.ones(1, 77, dtype=torch.long)), check_trace=False)
-    torch.jit.save(traced, str(work / "its_clip.pt"))
+    save_clip_archive(work / "its_clip.pt", 32, 224, 2, 64, 32, 77, 49408, 64, 1, 2)
     python(
         repo,
         work,
@@ -223,11 +243,9 @@ def pair_lists(repo: Path, photos: Path, work: Path) -> None:
     folder = work / "voc12"
     folder.mkdir(parents=True, exist_ok=True)
     link(folder / "cls_labels.npy", repo / "voc12/cls_labels.npy")
-    known = np.load(folder / "cls_labels.npy", allow_pickle=True).item()
-    ids = [name for name in photo_ids(photos, 30) if name in known][:4]
+    ids = labelled_ids(photos, folder / "cls_labels.npy")
     for split in ("train_aug", "val"):
-        lines = "".join(f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in ids)
-        (folder / f"{split}.txt").write_text(lines, encoding="utf-8")
+        write_pairs(folder / f"{split}.txt", ids)
     torch.save({}, work / "none.pth")
 
 
@@ -236,28 +254,19 @@ def sipe_lists(repo: Path, photos: Path, work: Path) -> None:
     folder = work / "inside" / "data"
     folder.mkdir(parents=True, exist_ok=True)
     link(folder / "cls_labels_voc.npy", repo / "data/cls_labels_voc.npy")
-    known = np.load(folder / "cls_labels_voc.npy", allow_pickle=True).item()
-    ids = [name for name in photo_ids(photos, 30) if name in known][:4]
+    ids = labelled_ids(photos, folder / "cls_labels_voc.npy")
     for split in ("trainaug", "train"):
-        lines = "".join(f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in ids)
-        (folder / f"{split}_voc.txt").write_text(lines, encoding="utf-8")
+        write_pairs(folder / f"{split}_voc.txt", ids)
     (work / "PascalVOC2012" / "VOCdevkit").mkdir(parents=True, exist_ok=True)
     link(work / "PascalVOC2012" / "VOCdevkit" / "VOC2012", photos)
-    for part in ("datasets", "evaluations"):
-        (work / "chainercv" / part).mkdir(parents=True, exist_ok=True)
-        (work / "chainercv" / "__init__.py").touch()
-        (work / "chainercv" / part / "__init__.py").write_text(CHAINERCV, encoding="utf-8")
+    write_chainercv(work)
     python(repo, work, WEIGHTS.format(module="network.resnet50", arguments="strides=(2, 2, 2, 1), dilations=(1, 1, 1, 1)"))
 
 
 def vit_b16(work: Path) -> Path:
-    """OpenAI's ViT-B/16 with random weights, as an archive, which is what these hosts can read."""
     path = work / "ViT-B-16.pt"
     if not path.exists():
-        torch.manual_seed(0)
-        model = openai_clip_module("model").CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12).eval()
-        texts = torch.ones(1, 77, dtype=torch.long)
-        torch.jit.save(torch.jit.trace(model, (torch.zeros(1, 3, 224, 224), texts), check_trace=False), str(path))
+        save_clip_archive(path, 512, 224, 12, 768, 16, 77, 49408, 512, 8, 12)
     return path
 
 
@@ -286,13 +295,10 @@ def voc_lists(repo: Path, photos: Path, work: Path) -> None:
     folder = work / "voc12"
     folder.mkdir(parents=True, exist_ok=True)
     link(folder / "cls_labels.npy", repo / "voc12/cls_labels.npy")
-    known = {str(key).replace(".jpg", "") for key in np.load(folder / "cls_labels.npy", allow_pickle=True).item()}
-    known |= {key if "_" in key else f"{key[:4]}_{key[4:]}" for key in known}
-    ids = [name for name in photo_ids(photos, 30) if name in known][:4]
+    ids = labelled_ids(photos, folder / "cls_labels.npy")
     for split in ("train_aug", "train", "val"):
         (folder / f"{split}_id.txt").write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
-        pairs = "".join(f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in ids)
-        (folder / f"{split}.txt").write_text(pairs, encoding="utf-8")
+        write_pairs(folder / f"{split}.txt", ids)
     (work / "voc12data" / "VOCdevkit").mkdir(parents=True, exist_ok=True)
     link(work / "voc12data" / "VOCdevkit" / "VOC2012", photos)
     (work / "saved").mkdir(exist_ok=True)
