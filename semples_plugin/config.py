@@ -156,6 +156,10 @@ class RefinerConfig:
     prompt_restarts: Annotated[int, _at_least(0, whole=True)] = 2
     """How often a prompt that failed is learned again from other initial values; the best attempt is kept. A prompt has failed
     if it is no nearer to its backgrounds than a prompt without context vectors."""
+    online_steps: Optional[Count] = None
+    """Learn the prompts along the way, in one run instead of three (ours, not in the paper): each training step also takes a step
+    on the prompts, with `prompt_lr` and `weight_decay`, and lambda rises from 0 to `lambda_refine` over this many steps. None
+    learns them in a stage of their own."""
     seed: Annotated[int, _at_least(0, whole=True)] = 0
     """Of the prompts' initial values and of the order of images in `fit_prompts`."""
 
@@ -172,6 +176,11 @@ class RefinerConfig:
             raise ValueError("`background_texts` needs `lambda_background_texts` > 0, or they would do nothing; got 0.")
         if self.lambda_background_texts and not self.background_texts:
             raise ValueError("`lambda_background_texts` needs `background_texts`, such as ['a photo of railway.']; got none.")
+        if self.online_steps and self.prompts_per_class > 1:
+            raise ValueError(
+                "`online_steps` learns one prompt per class, since groups of backgrounds are not known beforehand; got "
+                f"prompts_per_class={self.prompts_per_class}. Use 1, or learn the prompts in a stage of their own: fit_prompts."
+            )
         if self.clusters is not None and not isinstance(self.clusters, Mapping):
             raise TypeError(
                 "`clusters` must be CategoryClusters or a mapping cluster name -> classes; got "

@@ -27,7 +27,9 @@ __all__ = [
     "failure_message",
     "gather_pairs",
     "group_features",
+    "in_several_processes",
     "learn",
+    "says_something",
 ]
 
 
@@ -199,7 +201,7 @@ def learn(
     attempts = torch.zeros_like(count)
     history: List[float] = []
     for attempt in range(1 + config.prompt_restarts):
-        failed = (count > 0) & ~_works(best, empty_similarity)  # (C * N,)
+        failed = (count > 0) & ~says_something(best, empty_similarity)  # (C * N,)
         if not bool(failed.any()):
             break
         title = "learning prompts" if attempt == 0 else f"learning {int(failed.sum())} failed prompts again"
@@ -217,7 +219,7 @@ def learn(
         )  # prompts without pairs: u_b of their first values
         context = torch.where(taken[:, None, None], tried, context)
         kept = torch.where(taken[:, None], u_b, kept)
-    alive = (count > 0) & _works(best, empty_similarity)
+    alive = (count > 0) & says_something(best, empty_similarity)
     prompts.take(context.view_as(prompts.context), alive.view(-1, per_class))
 
     mean = F.cosine_similarity(features, kept[target]).mean().item()
@@ -241,7 +243,7 @@ def learn(
     return PromptFit(history, mean, own[count > 0].mean().item(), len(features), figures)
 
 
-def _works(similarity: Tensor, empty_similarity: Tensor) -> Tensor:
+def says_something(similarity: Tensor, empty_similarity: Tensor) -> Tensor:
     """Whether a prompt says something of its backgrounds: it is nearer to them than a prompt without content."""
     return (similarity > empty_similarity) & (similarity > losses.COSINE_MIN)
 
@@ -374,10 +376,16 @@ def group_features(features: Tensor, classes: Tensor, count: int, seed: int = 0,
 # -------------------------------------------------------------------------------------------------- several processes
 
 
+def in_several_processes() -> bool:
+    """Whether `torch.distributed` runs with more than one process."""
+    dist = torch.distributed
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def gather_pairs(features: Tensor, pairs: Tensor) -> Tuple[Tensor, Tensor]:
     """Features and pairs of all processes, images numbered through, in rank order; unchanged without `torch.distributed`."""
     dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not in_several_processes():
         return features, pairs
     shares: List[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, (features, pairs))
@@ -391,7 +399,7 @@ def gather_pairs(features: Tensor, pairs: Tensor) -> Tuple[Tensor, Tensor]:
 def broadcast_prompts(prompts: BackgroundPrompts) -> None:
     """Rank 0's prompts to all processes: the same data and seed give the same prompts up to the machines' rounding."""
     dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not in_several_processes():
         return
     shared = []
     for value in (prompts.context.detach(), prompts.alive.to(torch.uint8)):

@@ -20,6 +20,7 @@ from .clip_backends import load_clip, published_clips
 from .clip_encoder import ClipEncoder
 from .config import VOC, RefinerConfig
 from .errors import ClipError, DetachedCamError, PromptFileError
+from .online_prompts import OnlinePrompts
 from .prompt_files import PromptFile, check_fits, read_file, write_file
 from .prompt_learning import PromptFit
 from .prompts import BackgroundPrompts, NearestWords
@@ -122,6 +123,7 @@ class PromptRefiner(nn.Module):
             self.register_buffer("text_features", self._encoder.encode_text(texts), persistent=False)  # (C, D)
             self.register_buffer("background_features", self._encoder.encode_text(background_texts), persistent=False)  # (K, D)
             self.register_buffer("_background_owner", owner, persistent=False)  # (C, K)
+            self.online_prompts = OnlinePrompts(len(self.classes)) if config.online_steps else None
             self._pairs_seen = 0  # numbers the levels at which masks are cut, see `regions.cut_levels`
             self._prompt_cache: Optional[Tuple[Tensor, int, torch.device, Tensor]] = None
             self.to(self._encoder.device)
@@ -165,21 +167,36 @@ class PromptRefiner(nn.Module):
         pairs = regions.positive_pairs(labels)  # (P, 2)
         pair_masks, pair_views = self._views(img, cam, pairs, self.config.eps, self._pairs_seen)
         self._pairs_seen += len(pairs)
-        loss, by_name = self._terms(torch.cat(pair_views), pair_masks, pairs)
-        return RefinerOutput(loss, by_name, pair_masks, pairs)
+        features = self._encoder.encode_image(torch.cat(pair_views), self.config.max_views)  # (2P, D)
+        config, online = self.config, self.online_prompts
+        if online is None or not (torch.is_grad_enabled() and cam.requires_grad):
+            loss, by_name = self._terms(features, pair_masks, pairs, self._learned(pairs), config)
+            return RefinerOutput(loss, by_name, pair_masks, pairs)
+        own, related = pairs[:, 1], None if self._related is None else self._related.to(cam.device)
+        step = online.step(self.prompts, self._encoder, config, self.text_features, features[len(pairs) :], own, related)
+        config = config.replace(lambda_refine=step.factor * config.lambda_refine)
+        loss, by_name = self._terms(features, pair_masks, pairs, (step.u_b, self.prompts.alive[own]), config)
+        return RefinerOutput(loss, {**by_name, "prompt": step.loss}, pair_masks, pairs)
 
-    def _terms(self, views: Tensor, pair_masks: Tensor, pairs: Tensor) -> Tuple[Tensor, Dict[str, Tensor]]:
+    def _terms(
+        self, features: Tensor, pair_masks: Tensor, pairs: Tensor, learned: Optional[Tuple[Tensor, Tensor]], config: RefinerConfig
+    ) -> Tuple[Tensor, Dict[str, Tensor]]:
         """Weighted sum and unweighted terms, each the (weighted) mean over the pairs; arguments as for `_pair_terms`."""
-        values, weights = self._pair_terms(views, pair_masks, pairs)
-        return terms.weighted_sum(values, weights, terms.class_weights(pairs, self.classes, self.config))
+        values, weights = self._pair_terms(features, pair_masks, pairs, learned, config)
+        return terms.weighted_sum(values, weights, terms.class_weights(pairs, self.classes, config))
 
-    def _pair_terms(self, views: Tensor, pair_masks: Tensor, pairs: Tensor) -> Tuple[Dict[str, Tensor], Dict[str, float]]:
-        """`terms.pair_terms` of views (2P, 3, S, S), first the foregrounds, then the backgrounds of the pairs (P, 2)."""
+    def _pair_terms(
+        self, features: Tensor, pair_masks: Tensor, pairs: Tensor, learned: Optional[Tuple[Tensor, Tensor]], config: RefinerConfig
+    ) -> Tuple[Dict[str, Tensor], Dict[str, float]]:
+        """`terms.pair_terms` of features (2P, D), first of the foregrounds, then of the backgrounds of the pairs (P, 2)."""
         own = pairs[:, 1]
-        learned = (self.prompt_features()[own], self.prompts.alive[own]) if self.stage == "refine" else None
         texts = self.background_features, self._background_owner[own]
-        features = self._encoder.encode_image(views, self.config.max_views)  # (2P, D)
-        return terms.pair_terms(features, pair_masks, self.text_features[own], learned, texts, self.config)
+        return terms.pair_terms(features, pair_masks, self.text_features[own], learned, texts, config)
+
+    def _learned(self, pairs: Tensor) -> Optional[Tuple[Tensor, Tensor]]:
+        """Features (P, N, D) of the pairs' prompts, and which are in use (P, N); None before prompts were learned."""
+        own = pairs[:, 1]
+        return (self.prompt_features()[own], self.prompts.alive[own]) if self.stage == "refine" else None
 
     @property
     def stage(self) -> str:
@@ -376,7 +393,8 @@ class PromptRefiner(nn.Module):
 
             def loss_of(pair_masks: Tensor, pairs: Tensor, levels: Tensor) -> Tensor:
                 pair_views = views.pair_views(images, pair_masks, pairs, self._encoder, self.config, levels)
-                return self._terms(torch.cat(pair_views), pair_masks, pairs)[0]
+                features = self._encoder.encode_image(torch.cat(pair_views), self.config.max_views)
+                return self._terms(features, pair_masks, pairs, self._learned(pairs), self.config)[0]
 
             return masks.optimize_cam(
                 cam, regions.positive_pairs(labels), loss_of, self._encoder.image_size, self.config.normalize,
@@ -422,7 +440,8 @@ class PromptRefiner(nn.Module):
 
         def terms_of(images: Tensor, shapes: Tensor, pairs: Tensor) -> Tuple[Dict[str, Tensor], Dict[str, float]]:
             pair_views = views.pair_views(images, shapes, pairs, self._encoder, self.config)
-            return self._pair_terms(torch.cat(pair_views), shapes, pairs)
+            features = self._encoder.encode_image(torch.cat(pair_views), self.config.max_views)
+            return self._pair_terms(features, shapes, pairs, self._learned(pairs), self.config)
 
         def configure(**options: Any) -> RefinerConfig:
             self.config = self.config.replace(**options)
