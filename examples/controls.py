@@ -8,8 +8,9 @@ from typing import Callable, Dict, Tuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from semples_plugin import losses, regions
+from semples_plugin import PromptRefiner, losses, regions
 from semples_plugin.config import RefinerConfig
+from semples_plugin.refiner import RefinerOutput
 
 Clip = TypeVar("Clip", bound=nn.Module)
 
@@ -48,6 +49,17 @@ def area_loss(cam: Tensor, labels: Tensor, config: RefinerConfig, size: int) -> 
     """
     masks = regions.pair_masks(cam, regions.positive_pairs(labels), (size, size), config.normalize, config.eps)
     return config.lambda_area * losses.area(masks)
+
+
+class AreaOnly(PromptRefiner):
+    """A refiner whose loss is its area term alone, for loops that a refiner is attached to. CLIP is never called."""
+
+    def compute(self, img: Tensor, cam: Tensor, labels: Tensor) -> RefinerOutput:
+        img, cam, labels = self._check(img, cam, labels)
+        pairs, size = regions.positive_pairs(labels), (self.encoder.image_size,) * 2
+        masks = regions.pair_masks(cam, pairs, size, self.config.normalize, self.config.eps)
+        area = losses.area(masks)
+        return RefinerOutput(self.config.lambda_area * area, {"area": area}, masks, pairs)
 
 
 def area_only(config: RefinerConfig, size: int) -> Callable[[Tensor, Tensor, Tensor], Tuple[Tensor, Dict[str, Tensor]]]:

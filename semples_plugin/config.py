@@ -157,9 +157,9 @@ class RefinerConfig:
     """How often a prompt that failed is learned again from other initial values; the best attempt is kept. A prompt has failed
     if it is no nearer to its backgrounds than a prompt without context vectors."""
     online_steps: Optional[Count] = None
-    """Learn the prompts along the way, in one run instead of three (ours, not in the paper): each training step also takes a step
-    on the prompts, with `prompt_lr` and `weight_decay`, and lambda rises from 0 to `lambda_refine` over this many steps. None
-    learns them in a stage of their own."""
+    """Learn the prompts along the way, in one run instead of three (ours, not in the paper): each training step also takes a
+    step on the prompts, with `prompt_lr` and `weight_decay`, and lambda rises from 0 to `lambda_refine` over this many steps.
+    None learns them in a stage of their own."""
     seed: Annotated[int, _at_least(0, whole=True)] = 0
     """Of the prompts' initial values and of the order of images in `fit_prompts`."""
 

@@ -27,6 +27,8 @@ from .prompts import BackgroundPrompts, NearestWords
 
 __all__ = ["PromptRefiner", "RefinerOutput"]
 
+PromptsOfPairs = Tuple[Tensor, Tensor]  # u_b (P, N, D), and which are in use (P, N)
+
 
 class RefinerOutput(NamedTuple):
     """What `PromptRefiner.compute` returns.
@@ -179,21 +181,31 @@ class PromptRefiner(nn.Module):
         return RefinerOutput(loss, {**by_name, "prompt": step.loss}, pair_masks, pairs)
 
     def _terms(
-        self, features: Tensor, pair_masks: Tensor, pairs: Tensor, learned: Optional[Tuple[Tensor, Tensor]], config: RefinerConfig
+        self,
+        features: Tensor,
+        pair_masks: Tensor,
+        pairs: Tensor,
+        learned: Optional[Tuple[Tensor, Tensor]],
+        config: RefinerConfig,
     ) -> Tuple[Tensor, Dict[str, Tensor]]:
         """Weighted sum and unweighted terms, each the (weighted) mean over the pairs; arguments as for `_pair_terms`."""
         values, weights = self._pair_terms(features, pair_masks, pairs, learned, config)
         return terms.weighted_sum(values, weights, terms.class_weights(pairs, self.classes, config))
 
     def _pair_terms(
-        self, features: Tensor, pair_masks: Tensor, pairs: Tensor, learned: Optional[Tuple[Tensor, Tensor]], config: RefinerConfig
+        self,
+        features: Tensor,
+        pair_masks: Tensor,
+        pairs: Tensor,
+        learned: Optional[Tuple[Tensor, Tensor]],
+        config: RefinerConfig,
     ) -> Tuple[Dict[str, Tensor], Dict[str, float]]:
         """`terms.pair_terms` of features (2P, D), first of the foregrounds, then of the backgrounds of the pairs (P, 2)."""
         own = pairs[:, 1]
         texts = self.background_features, self._background_owner[own]
         return terms.pair_terms(features, pair_masks, self.text_features[own], learned, texts, config)
 
-    def _learned(self, pairs: Tensor) -> Optional[Tuple[Tensor, Tensor]]:
+    def _learned(self, pairs: Tensor) -> Optional[PromptsOfPairs]:
         """Features (P, N, D) of the pairs' prompts, and which are in use (P, N); None before prompts were learned."""
         own = pairs[:, 1]
         return (self.prompt_features()[own], self.prompts.alive[own]) if self.stage == "refine" else None

@@ -86,10 +86,11 @@ def train_host(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     history: List[Dict[str, float]] = []
     source = random_batches(split, batch_size, seed)
+    device = next(host.parameters()).device
     host.train()
-    bar = tqdm(range(steps), desc=title)
+    bar = tqdm(range(steps), desc=title, mininterval=1)
     for _ in bar:
-        img, labels = next(source)
+        img, labels = (part.to(device) for part in next(source))
         cam, *logits = host(img)
         loss = torch.stack([F.multilabel_soft_margin_loss(each, labels) for each in logits]).sum()
         record = {"classification": loss.item()}

@@ -1,0 +1,124 @@
+"""The ablation: controls without CLIP's knowledge, the stages, other kinds of prompts, and every option of the recipe.
+
+    python -m examples.ablation --seeds 5 --jobs 2 --out runs/ablation
+    python -m examples.ablation --rows "host alone" "area" "+ match" --seeds 3            some rows
+    python -m examples.ablation --host mctformer --repos HOSTS ...                        another host
+    python -m examples.ablation --data VOCdevkit/VOC2012 --clip ViT-B/32 --host resnet18  photos
+
+Writes table.md, table.csv and table.png into the folder. A finished cell (row and seed) is not computed again, so a run that
+was stopped goes on where it was. `--jobs N` computes N cells at a time; with several GPUs these take turns on them.
+
+Seeds are 1, 2, ...; settings were chosen on seed 0. Rows that change one option are run with the first three seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any, Dict, List, Sequence
+
+from semples_plugin.class_names import VOC_CLASSES
+from semples_plugin.config import VOC, parse_assignments
+
+from ..cells import Cell, run_cells
+from ..demo import experiment as demo
+from ..hosts import HOSTS
+from ..recipe import COMPACT_CLIP
+from ..seeds import select_rows, source_hash
+from ..tables import Line, as_csv, as_markdown, draw
+from .data import demo_world, voc_folder
+from .experiment import Settings, run_cell
+from .rows import BASE, MATCH, ROWS
+
+FEW = 3  # seeds of a row that changes one option
+FIGURES = ["mIoU", "mIoU, aligned", "co-occurrence share"]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.ablation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--seeds", type=int, default=5, help="number of seeds, from 1; at least 2 (%(default)s)")
+    add("--rows", nargs="+", metavar="ROW", help="rows, or how their names begin; all by default")
+    add("--jobs", type=int, default=1, help="cells that are computed at a time (%(default)s)")
+    add("--out", type=Path, default=Path("runs/ablation"), help="folder for everything that is written (%(default)s)")
+    add("--data", type=Path, help="folder in VOC's layout; by default the demo world")
+    add("--labels", type=Path, help="with --data: JSON, image id -> class names; by default its Annotations")
+    add("--classes", nargs="+", choices=VOC_CLASSES, metavar="CLASS", help="with --data: classes of VOC; by default all")
+    add("--size", type=int, default=64, help="side of the images in pixels (%(default)s)")
+    add("--host", choices=HOSTS, default="demo", help="host (%(default)s)")
+    add("--repos", type=Path, help="folder with clones of the hosts' repositories")
+    add("--clip", help="CLIP model or weights file; by default the demo's, with --data ViT-B/32")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="option of RefinerConfig for all rows")
+    add("--host-steps", type=int, default=300, help="steps before the rows part (%(default)s)")
+    add("--steps", type=int, default=150, help="steps of each row (%(default)s)")
+    add("--lr", type=float, default=2e-3, help="learning rate (%(default)s)")
+    add("--host-batch-size", type=int, default=32, help="before the rows part (%(default)s)")
+    add("--batch-size", type=int, default=24, help="of each row (%(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] = ()) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv or None)
+    if args.seeds < 2:
+        parser.error("--seeds must be 2 or more, for a standard deviation")
+    try:
+        chosen = select_rows([row.name for row in ROWS], args.rows)
+        base = COMPACT_CLIP if args.data is None else VOC
+        config = base.replace(**parse_assignments("--set", args.set))
+        data = demo_world() if args.data is None else voc_folder(
+            args.data, args.labels, list(args.classes or VOC_CLASSES), args.size
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    rows = [row for row in ROWS if row.name in chosen and (row.texts != "own" or data.own_texts)]
+    clip = args.clip or (str(demo.CLIP_FILE) if args.data is None else "ViT-B/32")
+    weights = {"text_weight": 4.0, "text_threshold": 0.25} if args.data is None else {"text_weight": 1.0, "text_threshold": 0.0}
+    settings = Settings(
+        args.host, args.repos, clip, config, args.size, args.host_steps, args.steps, args.lr, args.host_batch_size,
+        args.batch_size, parts=args.out, **weights,
+    )  # fmt: skip
+    facts = [settings._replace(parts=Path())._asdict(), str(args.data), str(args.labels), data.classes]
+    made_with = hashlib.sha256((source_hash(Path(__file__).parent) + repr(facts)).encode()).hexdigest()
+    settings = settings._replace(parts=args.out / f"parts_{made_with[:8]}")  # parts of other code are not taken over
+    seeds = range(1, args.seeds + 1)
+    cells = [Cell(BASE, seed, 0) for seed in seeds]
+    cells += [Cell(r.name, s, 1 if r.name == MATCH else 2) for s in seeds for r in rows if r.all_seeds or s <= FEW]
+    if any(row.prompts for row in rows) and MATCH not in chosen:
+        cells += [Cell(MATCH, seed, 1) for seed in seeds]
+    found = run_cells(args.out, cells, made_with, functools.partial(run_cell, settings=settings, data=data), args.jobs)
+    write_tables(args.out, [line_of(row, found) for row in rows], title_of(args, data.classes))
+
+
+def line_of(row: Any, found: Dict[Cell, Dict[str, Any]]) -> Line:
+    """A row of the table from the records of its cells."""
+    own = {cell.seed: record for cell, record in found.items() if cell.row == row.name}
+    names = [name for name in FIGURES if all(name in record for record in own.values())]
+    figures = {name: {seed: 100 * record[name] for seed, record in own.items()} for name in names}
+    dead = sum(not alive for record in own.values() for of in record.get("alive", []) for alive in of)
+    return Line(row.group, row.name, figures, row.against, {"prompts not in use": str(dead)} if dead else {})
+
+
+def title_of(args: argparse.Namespace, classes: List[str]) -> str:
+    where = "demo world" if args.data is None else f"{args.data.name}, {len(classes)} classes"
+    return f"Ablation: {args.host}, {where}, {args.steps} steps after {args.host_steps} of the host"
+
+
+def write_tables(out: Path, lines: Sequence[Line], title: str) -> None:
+    figures = [name for name in FIGURES if any(name in line.figures for line in lines)]
+    compared = [name for name in figures if name.startswith("mIoU")]
+    text = f"{title}\n\n{as_markdown(lines, figures, compared)}\n"
+    (out / "table.md").write_text(text, encoding="utf-8")
+    (out / "table.csv").write_text(as_csv(lines), encoding="utf-8")
+    for name in compared:
+        ending = "" if name == "mIoU" else "_aligned"
+        draw(lines, name, title, out / f"table{ending}.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
