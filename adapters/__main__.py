@@ -4,6 +4,7 @@
 
 Stages: match (train with L_match), prompt (learn the background prompts with the trained host), refine (train again from the
 start with L_match + lambda L_refine); `all` runs the three, each in a process of its own, and continues an interrupted run.
+`online` is one stage instead of three, with --set online_steps=N: prompts are learned along the way.
 `plain` runs the script with nothing attached, for baselines and for the host's CAM files.
 """
 
@@ -28,7 +29,7 @@ from ..errors import SemplesError
 from ..refiner import PromptRefiner
 from .registry import make_source, names
 from .runner.dry_run import dry_run
-from .runner.job import STAGES, Job, Target
+from .runner.job import ONLINE, STAGES, Job, Target
 from .runner.record import forget
 from .runner.stages import run_all, run_stage
 from .sources import CamSource
@@ -48,7 +49,8 @@ def make_parser() -> argparse.ArgumentParser:
     assignments: Dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
     add("host", metavar="HOST", help=f"{', '.join(names())}; with --source any name")
     add("--repo", type=Path, required=True, metavar="DIR", help="folder of the host; the runner changes nothing in it")
-    add("--stage", choices=["all", *STAGES, "plain"], default="all", help="default: %(default)s")
+    add("--stage", choices=["all", *STAGES, ONLINE, "plain"], default="all", help="default: %(default)s; with "
+        "--set online_steps=N `all` is the one stage online")  # fmt: skip
     add("--out", type=Path, metavar="DIR", help="folder for prompts, weights, logs and record; default: runs/HOST")
     add("--cwd", type=Path, metavar="DIR", help="folder that the script runs in; default: the host's")
     add("--classes", default="voc", metavar="voc|coco|FILE", help="names in the order of the labels, and with coco the COCO "
@@ -120,7 +122,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         parser.error(str(error))
     if options.stage == "all" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         parser.error("--stage all starts processes of its own; under torchrun run --stage match, prompt and refine in turn.")
-    stages = ["refine"] if options.prompts else list(STAGES)  # match is only needed to learn prompts
+    online = job.facts["refiner"]["online_steps"] is not None
+    stages = ["refine"] if options.prompts else [ONLINE] if online else list(STAGES)  # match is only for learning prompts
     if options.restart and int(os.environ.get("RANK", "0")) == 0:
         forget(job.out, stages if options.stage == "all" else [options.stage], options.stage == "all")
     if options.cpu:
@@ -273,6 +276,12 @@ def _job(options: argparse.Namespace, script: List[str]) -> Job:
         if options.cluster_prompts:
             overrides["clusters"] = clusters.as_dict()
     config = config_for(options.classes).replace(**overrides)
+    if (options.stage == ONLINE) != bool(config.online_steps) and options.stage not in ("all", "plain"):
+        raise ValueError(
+            "--set online_steps=N learns the prompts along the way, in the one stage online; got "
+            f"--stage {options.stage} and online_steps={config.online_steps}. Use --stage all or online with --set "
+            "online_steps=N, and leave it out for the three stages."
+        )
     targets = _targets(options)
     described = [{"host": target.host, "adapter": given, **target.options} for target, given in targets]
     facts = {

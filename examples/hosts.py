@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from semples_plugin import PromptRefiner, adapters
 from semples_plugin.adapters.runner import compat
+from semples_plugin.adapters.transcam import TransCAM
 from semples_plugin.clusters import ClusterBranch
 
 from .demo.host import HostCam, Split, train_host
@@ -32,27 +33,30 @@ class SmallHost(nn.Module):
 
     Args:
         net: the host's own network, the object that `adapters.attach` is given.
-        adapter: name of the adapter.
+        adapter: name of the adapter, or a CamSource.
         options: of the adapter.
         logits: (net, img) -> the logits (B, C) that get a label loss each.
         imagenet: whether the network takes ImageNet's image statistics; else it takes images in [0, 1].
         enlarge: factor on the size of the images, for networks with a large stride.
-        vit: whether a cluster branch can be put into it.
+        width: size of a token of a transformer, or None.
+        branch_options: of `ClusterBranch`, where its blocks and its patch embedding are; None if no branch can be put into it.
     """
 
     def __init__(
         self,
         net: nn.Module,
-        adapter: str,
+        adapter: Union[str, adapters.CamSource],
         options: Dict[str, Any],
         logits: Callable[[nn.Module, Tensor], List[Tensor]],
         imagenet: bool = True,
         enlarge: int = 1,
-        vit: bool = False,
+        width: Optional[int] = None,
+        branch_options: Optional[Dict[str, str]] = None,
     ):
         super().__init__()
         self.net, self.adapter, self.options, self.logits = net, adapter, options, logits
-        self.image_stats, self.enlarge, self.vit = "imagenet" if imagenet else None, enlarge, vit
+        self.image_stats, self.enlarge = "imagenet" if imagenet else None, enlarge
+        self.width, self.branch_options = width, branch_options
 
     def prepare(self, img: Tensor) -> Tensor:
         if self.enlarge > 1:
@@ -123,7 +127,9 @@ def mctformer(num_classes: int, size: int, repos: Optional[Path]) -> SmallHost:
         input_size=size, img_size=size, patch_size=8, embed_dim=96, depth=4, num_heads=3, mlp_ratio=4, qkv_bias=True,
         num_classes=num_classes,
     )  # fmt: skip
-    return SmallHost(net, "mctformer", {}, _logits(num_classes), vit=True)
+    return SmallHost(
+        net, "mctformer", {}, _logits(num_classes), width=96, branch_options={"blocks": "blocks", "patch_embed": "patch_embed"}
+    )
 
 
 def weaktr(num_classes: int, size: int, repos: Optional[Path]) -> SmallHost:
@@ -133,22 +139,28 @@ def weaktr(num_classes: int, size: int, repos: Optional[Path]) -> SmallHost:
         img_size=size, patch_size=8, embed_dim=96, depth=4, num_heads=3, mlp_ratio=4, qkv_bias=True, num_classes=num_classes,
         reduction=4, feat_reduction=4, pool="avg", AdaptiveAttentionFusion=models.AAF,
     )  # fmt: skip
-    return SmallHost(net, "weaktr", {}, _logits(num_classes), vit=True)
+    return SmallHost(
+        net, "weaktr", {}, _logits(num_classes), width=96, branch_options={"blocks": "blocks", "patch_embed": "patch_embed"}
+    )
 
 
 def transcam(num_classes: int, size: int, repos: Optional[Path]) -> SmallHost:
-    """TransCAM's Conformer with width 96, all its 12 blocks, on images of twice the size, since its stride is 16."""
+    """TransCAM's Conformer with width 96, all its 12 blocks, on images of twice the size, since its stride is 16. Its forward
+    has 21 classes written into it; the first ones are used."""
     conformer = _module(repos, "TransCAM", "network.conformer")
     net = conformer.Net(
-        patch_size=16, channel_ratio=1, embed_dim=96, depth=12, num_heads=3, mlp_ratio=4, qkv_bias=True,
-        num_classes=num_classes + 1,
-    )  # fmt: skip
+        patch_size=16, channel_ratio=1, embed_dim=96, depth=12, num_heads=3, mlp_ratio=4, qkv_bias=True, num_classes=21
+    )
+
+    class FirstClasses(TransCAM):
+        def cam(self, img: Tensor, output: Any, records: Any) -> Tensor:
+            return super().cam(img, output, records)[:, : num_classes + 1]
 
     def logits(net: nn.Module, img: Tensor) -> List[Tensor]:
         conv, trans, _ = net("transcam", img)
-        return [(conv + trans)[:, 1:]]
+        return [(conv + trans)[:, 1 : num_classes + 1]]
 
-    return SmallHost(net, "transcam", {}, logits, enlarge=2)
+    return SmallHost(net, FirstClasses(), {}, logits, enlarge=2)
 
 
 def toco(num_classes: int, size: int, repos: Optional[Path]) -> SmallHost:
@@ -168,18 +180,25 @@ def toco(num_classes: int, size: int, repos: Optional[Path]) -> SmallHost:
         found = net(img)
         return [found[0], found[3]]
 
-    return SmallHost(net, "toco", {"patch_size": 8}, logits, vit=False)
+    return SmallHost(
+        net,
+        "toco",
+        {"patch_size": 8},
+        logits,
+        width=96,
+        branch_options={"blocks": "encoder.blocks", "patch_embed": "encoder.patch_embed"},
+    )
 
 
-def resnet18(num_classes: int, size: int, repos: Optional[Path]) -> SmallHost:
-    """timm's ResNet-18 with an output stride of 8 and random weights, and the classical CAM of its classifier."""
+def resnet10t(num_classes: int, size: int, repos: Optional[Path]) -> SmallHost:
+    """timm's ResNet-10-T with an output stride of 8 and random weights, and the classical CAM of its classifier."""
     timm = importlib.import_module("timm.models.resnet")
-    net = timm.resnet18(pretrained=False, num_classes=num_classes, output_stride=8)
+    net = timm.resnet10t(pretrained=False, num_classes=num_classes, output_stride=8)
     return SmallHost(net, "generic", {"features": "layer4", "classifier": "fc"}, _logits(num_classes))
 
 
 HOSTS: Dict[str, Callable[[int, int, Optional[Path]], SmallHost]] = {
-    "demo": demo, "mctformer": mctformer, "weaktr": weaktr, "transcam": transcam, "toco": toco, "resnet18": resnet18,
+    "demo": demo, "mctformer": mctformer, "weaktr": weaktr, "transcam": transcam, "toco": toco, "resnet10t": resnet10t,
 }  # fmt: skip
 
 

@@ -11,9 +11,10 @@ from ...clusters.branch import ClusterBranch
 from ...refiner import PromptRefiner
 from ..sources import CamSource
 
-__all__ = ["Job", "STAGES", "Target"]
+__all__ = ["Job", "ONLINE", "STAGES", "Target"]
 
 STAGES = ("match", "prompt", "refine")
+ONLINE = "online"  # the one stage of a run that learns its prompts along the way
 
 
 class Target(NamedTuple):

@@ -83,7 +83,7 @@ def forget(out: Path, stages: Sequence[str], whole: bool) -> None:
             f"{stage}.jsonl",
             *(path.name for end in ("pt", "jsonl") for path in out.glob(f"{stage}.[0-9]*.{end}")),
             f"{stage}.clusters.safetensors",
-            *(["prompts.safetensors"] if stage == "prompt" else []),
+            *(["prompts.safetensors"] if stage in ("prompt", "online") else []),
         ):
             (out / name).unlink(missing_ok=True)
     if whole:

@@ -1,4 +1,4 @@
-"""The stages of a run, each in this process: match and refine (training), prompt (learning the prompts), plain.
+"""The stages of a run, each in this process: match, refine and online (training), prompt (learning the prompts), plain.
 
 Flow: `job` -> **stages** -> `process`, `collector`, `record`.
 """
@@ -25,7 +25,7 @@ from ..branch_training import BranchTraining
 from ..finder import ModelFinder
 from ..loop import LoopWatcher
 from .collector import Collector, one_pass
-from .job import Job, Target
+from .job import ONLINE, Job, Target
 from .process import host_process, run_script
 from .record import Record, is_main, now, versions
 
@@ -134,7 +134,7 @@ def _when_found(
 
 
 def _train(job: Job, stage: str) -> Dict[str, Any]:
-    """Stages (a) and (c)."""
+    """Stages (a) and (c), or both in one with prompts that are learned along the way."""
     start = _start(job, stage)
     refiner = _refiner(job)
     if stage == "refine":
@@ -166,6 +166,9 @@ def _train(job: Job, stage: str) -> Dict[str, Any]:
         for attachment in attachments:
             if attachment.model is None:
                 raise attachment.none_fits()
+    learned = {}
+    if stage == ONLINE:
+        learned = _keep_prompts(job, refiner, [k for k, alive in enumerate(refiner.prompts.alive.any(1).tolist()) if alive])
     if is_main() and first.branch is not None:  # before the weights: the next stage looks for those
         first.branch.branch.save(_branch_file(job, stage))
     for number, attachment in reversed(list(enumerate(attachments, 1))):  # the first, which the next stage looks for, last
@@ -184,7 +187,7 @@ def _train(job: Job, stage: str) -> Dict[str, Any]:
             f"that were trained are in {job.out}."
         )
     values = {"networks": [type(unwrap(a.model)).__name__ for a in attachments if a.model is not None]}
-    return {"steps": first.steps, "weights": f"{stage}.pt", "shims": notes, **values}
+    return {"steps": first.steps, "weights": f"{stage}.pt", "shims": notes, **values, **learned}
 
 
 def _number(number: int) -> str:
@@ -235,17 +238,22 @@ def _prompt(job: Job) -> Dict[str, Any]:
     features, pairs = collector.collected()
     print(f"semples: learning prompts from {len(pairs)} pairs of {collector.images} images", file=sys.stderr)
     fit = refiner.fit_prompts_on(features, pairs, epochs=job.prompt_epochs, progress=is_main())
-    seen = {refiner.classes[k] for k in pairs[:, 1].unique().tolist()}  # prompts of other classes learned nothing
-    readings = [found for found in refiner.nearest_words() if found.name in seen]
+    words = _keep_prompts(job, refiner, pairs[:, 1].unique().tolist())  # prompts of other classes learned nothing
+    failed = [prompt.title for prompt in fit.failed]
+    return {"images": collector.images, "pairs": fit.num_pairs, **words, "failed": failed, "shims": notes}
+
+
+def _keep_prompts(job: Job, refiner: PromptRefiner, classes: Sequence[int]) -> Dict[str, Any]:
+    """Write the prompts, print what those of some classes say, and return that for the record."""
+    names = {refiner.classes[k] for k in classes}
+    readings = [found for found in refiner.nearest_words() if found.name in names]
     if is_main():
         job.prompts.parent.mkdir(parents=True, exist_ok=True)
         refiner.save(job.prompts)
         for found in readings:
             note = "" if found.alive else " (failed, not used)"
             print(f"semples: background of {found.title}{note}: {', '.join(word for word, _ in found.words)}", file=sys.stderr)
-    words = {found.title: [word for word, _ in found.words] for found in readings}
-    failed = [prompt.title for prompt in fit.failed]
-    return {"images": collector.images, "pairs": fit.num_pairs, "nearest_words": words, "failed": failed, "shims": notes}
+    return {"nearest_words": {found.title: [word for word, _ in found.words] for found in readings}}
 
 
 def _load_weights(path: Path, model: nn.Module, own: bool = False) -> None:

@@ -3,7 +3,7 @@
     python -m examples.ablation --seeds 5 --jobs 2 --out runs/ablation
     python -m examples.ablation --rows "host alone" "area" "+ match" --seeds 3            some rows
     python -m examples.ablation --host mctformer --repos HOSTS ...                        another host
-    python -m examples.ablation --data VOCdevkit/VOC2012 --clip ViT-B/32 --host resnet18  photos
+    python -m examples.ablation --data VOCdevkit/VOC2012 --clip ViT-B/32 --host resnet10t  photos
 
 Writes table.md, table.csv and table.png into the folder. A finished cell (row and seed) is not computed again, so a run that
 was stopped goes on where it was. `--jobs N` computes N cells at a time; with several GPUs these take turns on them.

@@ -25,7 +25,7 @@ from ..hosts import MEAN, STD, SmallHost, make_host, train_attached
 from .data import Data
 from .rows import BASE, HOST, MATCH, ROWS, Row
 
-__all__ = ["Settings", "run_cell"]
+__all__ = ["Settings", "run_cell", "soft_masks"]
 
 
 class Settings(NamedTuple):
@@ -193,20 +193,21 @@ class Run:
 
     def figures(self, cams: List[Tuple[Split, Tensor]], edges: bool) -> Dict[str, float]:
         (val, val_cam), (test, test_cam) = cams
-        return self.data.score(self.masks(val, val_cam, edges), val, self.masks(test, test_cam, edges), test)
+        return self.data.score(soft_masks(val, val_cam, edges), val, soft_masks(test, test_cam, edges), test)
 
-    def masks(self, split: Split, cam: Tensor, edges: bool) -> Tensor:
-        """Masks (N, C, S, S), normalized, and aligned to the edges of the images if asked for."""
-        size = split.images.shape[-2:]
-        dense = torch.zeros(len(cam), cam.shape[1], *size)
-        for start in range(0, len(cam), 50):
-            part = slice(start, start + 50)
-            pairs = positive_pairs(split.labels[part])
-            found = pair_masks(cam[part], pairs, (size[0], size[1]), "minmax", 1e-6)
-            if edges:
-                found = align_masks(split.images[part], found, pairs, "pamr")
-            dense[part][pairs[:, 0], pairs[:, 1]] = found
-        return dense
+
+def soft_masks(split: Split, cam: Tensor, edges: bool) -> Tensor:
+    """Masks (N, C, S, S) of CAMs (N, C, h, w), normalized, and aligned to the edges of the images if asked for."""
+    size = split.images.shape[-2:]
+    dense = torch.zeros(len(cam), cam.shape[1], *size)
+    for start in range(0, len(cam), 50):
+        part = slice(start, start + 50)
+        pairs = positive_pairs(split.labels[part])
+        found = pair_masks(cam[part], pairs, (size[0], size[1]), "minmax", 1e-6)
+        if edges:
+            found = align_masks(split.images[part], found, pairs, "pamr")
+        dense[part][pairs[:, 0], pairs[:, 1]] = found
+    return dense
 
 
 class RawImages(PromptRefiner):

@@ -992,6 +992,26 @@ def test_settings_that_no_record_can_hold(setting: str, run: Run, start: Any, ca
         read_record(run.out)
 
 
+def test_online_is_one_stage(run: Run, start: Any) -> None:
+    assert start(run.arguments("--set", "online_steps=3")) == 0
+    assert sorted(os.listdir(run.out)) == ["online.jsonl", "online.pt", "prompts.safetensors", "record.json"]
+    stages_of = read_record(run.out)["stages"]
+    assert list(stages_of) == ["online"] and stages_of["online"]["steps"] == BATCHES * EPOCHS
+    lines = read_log(run.out, "online")
+    assert all(set(line) == {"step", "match_foreground", "match_background", "refine", "prompt", "loss"} for line in lines)
+    refiner = PromptRefiner.load(run.out / "prompts.safetensors", clip=run.clip, image_stats=None)
+    assert refiner.stage == "refine" and refiner.config.online_steps == 3
+    before = refiner.prompts.initial()
+    assert not torch.equal(refiner.prompts.context[0], before[0]) and refiner.prompts.alive[2].tolist() == [False]  # no bird
+
+
+@pytest.mark.parametrize("arguments", [("--stage", "online"), ("--stage", "match", "--set", "online_steps=3")])
+def test_online_and_the_three_stages_do_not_mix(arguments: Tuple[str, ...], run: Run, start: Any, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        start(run.arguments(*arguments))
+    assert "--set online_steps=N learns the prompts along the way, in the one stage online; got --stage" in capsys.readouterr().err
+
+
 def test_all_is_refused_under_torchrun(run: Run, start: Any, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     run.out.mkdir()
