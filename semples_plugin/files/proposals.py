@@ -14,11 +14,11 @@ import numpy as np
 
 from .._files import read_bytes
 from ..errors import CamFileError
-from .images import check_id, read_label_png
+from .images import check_id, image_size, read_label_png
 
 __all__ = ["LARGEST", "MOST_CELLS", "MOST_MASKS", "decode_rle", "read_proposals"]
 
-LARGEST = 2**26  # bytes of a JSON file
+LARGEST = 2**25  # bytes of a JSON file
 MOST_CELLS = 2**29  # pixels of all masks of an image together, one byte each
 MOST_MASKS = 20_000  # of an image
 _MOST_CHARACTERS = 6  # of one run length: 30 bits
@@ -105,9 +105,13 @@ def _json(path: Path, size: Size) -> Iterator[np.ndarray]:
             raise CamFileError(f"{what} is damaged: {error}") from error
 
 
+def _png(path: Path, size: Size) -> np.ndarray:
+    _check_size(str(path), image_size(path), size)  # by its header, before it takes memory
+    return read_label_png(path)
+
+
 def _label_map(path: Path, size: Size) -> Iterator[np.ndarray]:
-    labels = read_label_png(path)
-    _check_size(str(path), labels.shape, size)
+    labels = _png(path, size)
     for value in np.unique(labels):
         if value > 0:
             yield labels == value
@@ -118,9 +122,7 @@ def _pngs(path: Path, size: Size) -> Iterator[np.ndarray]:
     if not files:
         raise CamFileError(f"{path} holds no .png file")
     for file in files:
-        mask = read_label_png(file)
-        _check_size(str(file), mask.shape, size)
-        yield mask > 0
+        yield _png(file, size) > 0
 
 
 def decode_rle(counts: Any, size: Size) -> np.ndarray:
