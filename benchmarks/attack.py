@@ -40,7 +40,9 @@ def seeds(folder: Path) -> Dict[str, Tuple[Path, Reader]]:
     from semples_plugin.clip_backends import load_clip, openai_clip_module
     from semples_plugin.clusters import CategoryClusters, ClusterBranch
     from semples_plugin.files.cams import read_cam_file
+    from semples_plugin.files.images import write_label_png
     from semples_plugin.files.labels import read_labels
+    from semples_plugin.files.proposals import read_proposals
     from semples_plugin.prompt_files import read_file
 
     torch.manual_seed(0)
@@ -51,6 +53,11 @@ def seeds(folder: Path) -> Dict[str, Tuple[Path, Reader]]:
     np.savez(folder / "cam.npz", keys=np.arange(3), cam=maps)
     np.save(folder / "labels.npy", {"a": np.array([1, 0, 1])})  # type: ignore[arg-type]
     (folder / "labels.json").write_text(json.dumps({"a": ["boat"], "b": [0, 1, 1]}))
+    for part in ("map", "runs"):  # folders of their own: an image has one file of masks
+        (folder / part).mkdir()
+    write_label_png(folder / "map" / "masks.png", rng.integers(0, 9, (16, 16)))
+    runs = [{"segmentation": {"size": [16, 16], "counts": counts}} for counts in ("`14<000000000`3", [3, 13, 240])]
+    (folder / "runs" / "masks.json").write_text(json.dumps(runs))
     model = openai_clip_module("model").CLIP(32, 32, 1, 64, 8, 77, 49408, 64, 1, 1).eval()
     torch.save(model.state_dict(), folder / "state.pt")
     traced = torch.jit.trace(model, (torch.zeros(1, 3, 32, 32), torch.ones(1, 77, dtype=torch.long)), check_trace=False)
@@ -64,10 +71,12 @@ def seeds(folder: Path) -> Dict[str, Tuple[Path, Reader]]:
     ClusterBranch(clusters, 8).save(folder / "branch.safetensors")
     cams: Reader = lambda path: read_cam_file(path, 3)  # noqa: E731
     label: Reader = lambda path: read_labels(path, classes)  # noqa: E731
+    masks: Reader = lambda path: read_proposals(path.parent, path.stem, (16, 16), (16, 16))  # noqa: E731
     readers: Dict[str, Reader] = {
         "dict.npy": cams, "tensor.npy": cams, "cam.npz": cams, "labels.npy": label, "labels.json": label, "state.pt": load_clip,
         "archive.pt": load_clip, "prompts.safetensors": read_file, "clusters.json": CategoryClusters.load,
-        "branch.safetensors": ClusterBranch.load,
+        "branch.safetensors": ClusterBranch.load, "map/masks.png": masks,
+        "runs/masks.json": masks,
     }  # fmt: skip
     return {name: (folder / name, reader) for name, reader in readers.items()}
 

@@ -11,7 +11,9 @@ __all__ = [
     "DetachedCamError",
     "HostError",
     "LanguageModelError",
+    "MissingLibraryError",
     "PromptFileError",
+    "SamError",
     "SemplesError",
 ]
 
@@ -56,5 +58,13 @@ class LanguageModelError(SemplesError, RuntimeError):
         self.answer, self.record, self.clusters = answer, record, clusters
 
 
+class MissingLibraryError(SemplesError, ModuleNotFoundError):
+    """Raised when an optional library is not installed; the message says what to install."""
+
+
 class PromptFileError(SemplesError, ValueError):
     """Raised when a prompt file is damaged or foreign, or was made for other classes or another CLIP."""
+
+
+class SamError(SemplesError, RuntimeError):
+    """Raised when a Segment Anything model cannot be loaded."""

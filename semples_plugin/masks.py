@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import regions
+from . import crf, regions
 from ._checks import check_share
 from ._torch import full_precision
 
 __all__ = [
+    "Align",
+    "Aligns",
     "CLIP_GRID",
     "CLIP_LR",
     "CLIP_STEPS",
@@ -29,6 +31,7 @@ __all__ = [
     "RefinedMasks",
     "align_masks",
     "cam_to_masks",
+    "check_align",
     "check_threshold",
     "optimize",
     "optimize_cam",
@@ -45,6 +48,7 @@ Threshold = Union[float, Tuple[float, float]]
 LOGIT_EPS = 0.02  # masks are clamped to [0.02, 0.98] before their logit: how far d must go to fill an empty place
 
 Align = Callable[[Tensor, Tensor], Tensor]
+Aligns = Union[None, str, Align, Sequence[Union[None, str, Align]]]  # one for all images, or one for each
 
 
 class RefinedMasks(NamedTuple):
@@ -152,25 +156,41 @@ def _affinity(img: Tensor, shifts: Sequence[Tuple[int, int]]) -> Tensor:
     return affinity.div_(affinity.sum(dim=1, keepdim=True))
 
 
-def align_masks(img: Tensor, masks: Tensor, pairs: Tensor, align: Union[None, str, Align]) -> Tensor:
+def align_masks(img: Tensor, masks: Tensor, pairs: Tensor, align: Aligns) -> Tensor:
     """Masks (P, H, W) of the positive pairs, aligned to the edges of their images, all classes of an image together.
 
     Args:
         img: (B, 3, H, W) in [0, 1].
         masks: (P, H, W) in [0, 1].
         pairs: (P, 2) image and class of each mask.
-        align: `"pamr"`, None for the masks as they are, or a callable (img (3, H, W), masks (K, H, W)) -> (K, H, W).
+        align: `"pamr"`, `"crf"` (see `crf.dense_crf`), None for the masks as they are, or a callable (img (3, H, W), masks
+            (K, H, W)) -> (K, H, W); or a list of these, one for each image.
     """
     if align is None:
         return masks
     result = masks.clone()
     for i in pairs[:, 0].unique().tolist():
+        how = align[i] if isinstance(align, (list, tuple)) else align
         own = pairs[:, 0] == i
-        if align == "pamr":
+        if how == "pamr":
             result[own] = pamr(img[i : i + 1], masks[own][None])[0]
-        else:
-            result[own] = align(img[i], masks[own]).to(result)  # type: ignore[operator]
+        elif how == "crf":
+            result[own] = crf.dense_crf(img[i], masks[own]).to(result)
+        elif how is not None:
+            result[own] = how(img[i], masks[own]).to(result)  # type: ignore[operator]
     return result
+
+
+def check_align(align: Any, count: int) -> None:
+    """Raise if `align` is not what `align_masks` takes for `count` images, or needs what is not installed."""
+    each = align if isinstance(align, (list, tuple)) else [align]
+    if each is align and len(align) != count:
+        raise ValueError(f"`align` must have an entry for each of the {count} images; got {len(align)}.")
+    for how in each:
+        if how not in (None, "pamr", "crf") and not callable(how):
+            raise ValueError(f"`align` must be 'pamr', 'crf', None, a callable, or a list of these; got {how!r}.")
+    if any(how == "crf" for how in each):
+        crf.check_crf()
 
 
 def cam_to_masks(
@@ -179,7 +199,7 @@ def cam_to_masks(
     pairs: Tensor,
     *,
     normalize: Optional[str] = "minmax",
-    align: Union[None, str, Align] = "pamr",
+    align: Aligns = "pamr",
     weight: Optional[Tensor] = None,
 ) -> Tensor:
     """Masks at image size: the normalized CAM of every positive pair, weighted and aligned to the edges of the image.

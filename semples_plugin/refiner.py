@@ -323,7 +323,7 @@ class PromptRefiner(nn.Module):
         *,
         threshold: masks.Threshold = 0.4,
         suppress: bool = False,
-        align: Union[None, str, masks.Align] = "pamr",
+        align: masks.Aligns = "pamr",
         clip_steps: int = masks.CLIP_STEPS,
         clip_lr: float = masks.CLIP_LR,
         clip_grid: int = masks.CLIP_GRID,
@@ -339,18 +339,18 @@ class PromptRefiner(nn.Module):
             threshold: background score from 0 to 1; a class needs more than this. With two, (low, high), pixels between them
                 are 255, see `masks.pseudo_labels`.
             suppress: weigh the masks with CLIP's dense features. It did harm with the demo world's small CLIP.
-            align: `"pamr"`, None, or a callable (img (3, H, W) in [0, 1], masks (K, H, W)) -> (K, H, W) such as a CRF.
+            align: `"pamr"`; `"crf"`, a dense CRF, which needs pydensecrf; None; or a callable (img (3, H, W) in [0, 1], masks
+                (K, H, W)) -> (K, H, W). Also a list of these, one for each image, such as `mask_proposals.ProposalAlign`.
             clip_steps: gradient steps of `optimize_cam`; 0 leaves them out.
             clip_lr, clip_grid: `lr` and `grid` of `optimize_cam`.
 
         Returns:
             `RefinedMasks`: masks (B, C, H, W), zero for absent classes, and labels (B, H, W).
         """
-        if align not in (None, "pamr") and not callable(align):
-            raise ValueError(f"`align` must be 'pamr', None or a callable; got {align!r}.")
         masks.check_threshold("threshold", threshold)
         check_number("clip_steps", clip_steps, 0, whole=True)
         img, cam, labels = self._check(img, cam, labels)
+        masks.check_align(align, len(img))
         if clip_steps:
             cam = self._optimize(img, cam, labels, clip_steps, clip_lr, clip_grid)
         pairs = regions.positive_pairs(labels)

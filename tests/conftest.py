@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import pytest
@@ -149,3 +150,33 @@ def _doctest_names(doctest_namespace: dict, tiny_clip: nn.Module) -> None:
     clusters = CategoryClusters({"vehicles": CLASSES[:2], "animals": CLASSES[2:]}, CLASSES)
     doctest_namespace.update(clusters=clusters, model=ToyViT(), img=img, labels=labels)
     doctest_namespace.update(host_loss=nn.functional.multilabel_soft_margin_loss)
+
+
+@pytest.fixture(scope="session")
+def sam_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Segment Anything model of transformers with random weights, as `save_pretrained` writes it.
+
+    The heads are scaled, so that masks are neither empty nor full and the predicted IoU is about 0.9.
+    """
+    import transformers as t
+
+    vision = t.SamVisionConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16, output_channels=16,
+        mlp_dim=32, window_size=2, global_attn_indexes=[1], num_pos_feats=8)  # fmt: skip
+    prompts = t.SamPromptEncoderConfig(hidden_size=16, image_size=64, patch_size=16, mask_input_channels=4)
+    decoder = t.SamMaskDecoderConfig(
+        hidden_size=16, mlp_dim=32, num_hidden_layers=2, num_attention_heads=2, iou_head_hidden_dim=16)  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        parts = {"vision_config": vision, "prompt_encoder_config": prompts, "mask_decoder_config": decoder}
+        model = t.SamModel(t.SamConfig(**{name: part.to_dict() for name, part in parts.items()}))
+        with torch.no_grad():
+            model.mask_decoder.iou_prediction_head.proj_out.bias.fill_(0.9)
+            for mlp in model.mask_decoder.output_hypernetworks_mlps:
+                mlp.proj_out.weight.mul_(1e8)
+    folder = tmp_path_factory.mktemp("sam")
+    model.save_pretrained(folder)
+    sides = {"size": {"longest_edge": 64}, "pad_size": {"height": 64, "width": 64}}
+    masks = {"mask_size": {"longest_edge": 16}, "mask_pad_size": {"height": 16, "width": 16}}
+    t.SamImageProcessor(**sides, **masks).save_pretrained(folder)
+    return folder

@@ -298,8 +298,17 @@ def test_refine_takes_detached_cams_and_unknown_align_is_an_error(make_refiner: 
     refiner = make_refiner()
     img, cam, labels = make_batch()
     assert torch.equal(refiner.refine_masks(img, cam.detach(), labels).masks, refiner.refine_masks(img, cam, labels).masks)
-    with pytest.raises(ValueError, match="`align` must be 'pamr', None or a callable; got 'crf'"):
-        refiner.refine_masks(img, cam, labels, align="crf")
+    with pytest.raises(ValueError, match="`align` must be 'pamr', 'crf', None, a callable, or a list of these; got 'edges'"):
+        refiner.refine_masks(img, cam, labels, align="edges")
+    with pytest.raises(ValueError, match="`align` must have an entry for each of the 2 images; got 1"):
+        refiner.refine_masks(img, cam, labels, align=["pamr"])
+
+
+def test_refine_takes_an_align_per_image(make_refiner: Any, make_batch: Any) -> None:
+    refiner, (img, cam, labels) = make_refiner(), make_batch()
+    plain, edges = (refiner.refine_masks(img, cam, labels, align=align, clip_steps=0).masks for align in (None, "pamr"))
+    got = refiner.refine_masks(img, cam, labels, align=["pamr", None], clip_steps=0).masks
+    assert torch.equal(got[0], edges[0]) and torch.equal(got[1], plain[1]) and not torch.equal(plain[0], edges[0])
 
 
 # ------------------------------------------------------------------------------------------------ dense features

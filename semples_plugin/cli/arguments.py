@@ -11,7 +11,7 @@ from ..config import config_for
 if TYPE_CHECKING:
     from ..refiner import PromptRefiner
 
-__all__ = ["add_classes", "add_ids_and_split", "build_refiner", "read_ids", "split_name"]
+__all__ = ["add_classes", "add_ids_and_split", "build_refiner", "check_device", "read_ids", "split_name"]
 
 
 def add_classes(parser: argparse.ArgumentParser) -> None:
@@ -75,8 +75,16 @@ def build_refiner(
                 f"{options.prompts} was learned for {len(refiner.classes)} classes ({', '.join(refiner.classes[:3])}, ...) and "
                 f"--classes names {len(classes)} ({', '.join(list(classes)[:3])}, ...). They must be the same, in this order."
             )
+    check_device(options.device)
+    return refiner.to(options.device)
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError if torch cannot use the device."""
+    import torch
+
     try:
-        return refiner.to(options.device)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {options.device!r} cannot be used: {reason}") from error
+        raise ValueError(f"--device {device!r} cannot be used: {reason}") from error

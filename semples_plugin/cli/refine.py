@@ -6,13 +6,17 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional
 
 from ..class_names import read_class_names
 from ..config import parse_assignments
-from ..masks import CLIP_STEPS, Threshold, check_threshold
-from .arguments import add_classes, build_refiner
+from ..errors import CamFileError
+from ..masks import CLIP_STEPS, Threshold, check_align, check_threshold
+from .arguments import add_classes, build_refiner, check_device
 from .printing import print_failed
+
+if TYPE_CHECKING:
+    from ..files.refine_folder import Proposals
 
 __all__ = ["add_parser", "run"]
 
@@ -23,7 +27,8 @@ The same command resumes an interrupted run; under torchrun the processes share 
 
 Without a CLIP the CAMs are aligned to the edges of the images. With one (--clip, --prompts or --suppress) they are first
 aligned to CLIP, by --clip-steps gradient steps on the refiner's losses; each step encodes two views per image and class. With
---prompts, the configuration in that file counts, and --set overrides it."""
+--prompts, the configuration in that file counts, and --set overrides it. With --masks or --sam, each class becomes the union of
+the masks that its CAM chooses."""
 
 
 def add_parser(commands: Any) -> None:
@@ -45,8 +50,13 @@ def add_parser(commands: Any) -> None:
     add("--clip", metavar="NAME", help="CLIP model or weights file; CLIP is used (default: that of the prompts, else ViT-B/32)")
     add("--threshold", type=read_threshold, default=0.4, metavar="T|LOW:HIGH", help="background score; with two, pixels "
         "between them are 255, which training leaves out (default: %(default)s)")  # fmt: skip
-    add("--align", choices=["pamr", "none"], default="pamr",
-        help="how masks follow the edges of the image (default: %(default)s)")  # fmt: skip
+    add("--align", choices=["pamr", "crf", "none"], default="pamr",
+        help="how masks follow the edges of the image; crf needs pydensecrf (default: %(default)s)")  # fmt: skip
+    add("--masks", type=Path, metavar="DIR", help="masks without a class, such as those of Segment Anything: ID.json (COCO run "
+        "lengths), ID.png (label map) or ID/ (PNGs) per image; after --align, each class becomes the union of the masks that "
+        "its CAM chooses at --threshold")  # fmt: skip
+    add("--sam", metavar="MODEL", help="make these masks with a Segment Anything model, a name on the Hugging Face hub or a "
+        "folder, on --device; needs transformers")  # fmt: skip
     add("--suppress", action="store_true", help="weight the CAMs by CLIP's dense features")
     add("--clip-steps", type=int, metavar="N",
         help=f"gradient steps on the refiner's losses, 0 for none (default: {CLIP_STEPS} where CLIP is used)")  # fmt: skip
@@ -74,6 +84,7 @@ def run(options: argparse.Namespace) -> int:
         clip_steps = CLIP_STEPS if options.clip or options.prompts or options.suppress else 0
     uses_clip = options.suppress or clip_steps > 0
     _check(options, overrides, uses_clip)
+    check_align(None if options.align == "none" else options.align, 1)
     labels = None if options.labels is None else read_labels(options.labels, list(classes))
     refiner = build_refiner(options, classes, overrides) if uses_clip else None
     how = Options(
@@ -91,6 +102,9 @@ def run(options: argparse.Namespace) -> int:
         "images": str(options.images.resolve()),
         "labels": None if options.labels is None else str(options.labels.resolve()),
     }
+    proposals = _proposals(options)
+    if proposals is not None:
+        settings.update(masks=None if options.masks is None else str(options.masks.resolve()), sam=options.sam)
     if refiner is not None:
         settings.update(clip=refiner.encoder.id, prompts=_sha256(options.prompts), refiner=overrides)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -102,6 +116,7 @@ def run(options: argparse.Namespace) -> int:
         how,
         labels=labels,
         refiner=refiner,
+        proposals=proposals,
         shard=(rank, world),
         progress=not options.quiet and rank == 0,
         settings=settings,
@@ -116,6 +131,8 @@ def run(options: argparse.Namespace) -> int:
         if refiner is not None:
             print(f"CLIP: {refiner.encoder.name}, {how.clip_steps} steps{', suppression' if how.suppress else ''}")
         print(f"labels: background threshold {_in_words(how.threshold)}")
+        if proposals is not None:
+            print(f"masks: of {options.sam or options.masks}, chosen at {_high(how.threshold):g}")
         if summary.empty:
             print(f"{summary.empty} images have no positive label; their pseudo labels are all background")
     print_failed(summary.failed, options.out / "summary.json" if world == 1 else None)
@@ -131,6 +148,28 @@ def read_threshold(text: str) -> Threshold:
         raise argparse.ArgumentTypeError(f"must be a number, or two such as 0.3:0.5; got {text!r}") from error
 
 
+def _proposals(options: argparse.Namespace) -> Optional["Proposals"]:
+    """What gives the masks without a class of an image, by `--masks` or `--sam`; None without them."""
+    from ..files.proposals import read_proposals
+
+    if options.masks is not None:
+        folder: Path = options.masks
+        if not folder.is_dir():
+            raise CamFileError(f"Expected a folder of masks; there is no folder {folder}.")
+        return lambda one: read_proposals(folder, one.item.name, one.item.size, one.img.shape[1:])
+    if options.sam is None:
+        return None
+    from ..sam import SamProposals
+
+    check_device(options.device)
+    sam = SamProposals(options.sam, options.device)
+    return lambda one: sam(one.img)
+
+
+def _high(threshold: Threshold) -> float:
+    return threshold[1] if isinstance(threshold, tuple) else threshold
+
+
 def _in_words(threshold: Threshold) -> str:
     return f"{threshold[0]:g} to {threshold[1]:g}, 255 between" if isinstance(threshold, tuple) else f"{threshold:g}"
 
@@ -139,11 +178,16 @@ def _check(options: argparse.Namespace, overrides: Mapping[str, Any], uses_clip:
     if (options.clip_steps or 0) < 0 or options.batch_size < 1 or options.max_pixels < 1:
         raise ValueError("--clip-steps must be at least 0, --batch-size and --max-pixels at least 1.")
     check_threshold("--threshold", options.threshold)
-    for name in ("images", "cams"):
+    if options.masks is not None and options.sam is not None:
+        raise ValueError("--masks and --sam both give masks without a class; choose one.")
+    for name in ("images", "cams", "masks"):
+        if getattr(options, name) is None:
+            continue
         inner, outer = options.out.resolve(), getattr(options, name).resolve()
         if inner == outer or outer in inner.parents:
             raise ValueError(f"--out {options.out} is inside --{name} {outer}; choose a folder of its own.")
-    if not uses_clip and (options.prompts or options.clip or overrides or options.device != "cpu"):
+    device = options.device != "cpu" and options.sam is None
+    if not uses_clip and (options.prompts or options.clip or overrides or device):
         raise ValueError(
             "--prompts, --clip, --set and --device matter only where CLIP is used: give --clip NAME, --prompts FILE or "
             "--suppress, and no --clip-steps 0 without --suppress."

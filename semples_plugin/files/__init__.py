@@ -5,6 +5,7 @@ evaluating whole folders; pages.
     pickles          the restricted reader for `.npy` files that hold pickles
     labels           image-level labels, from the formats that pipelines use
     images           image ids, images, and label maps as PNGs
+    proposals        masks without a class: run lengths, label maps, folders of PNGs
     cam_folder       CAM files together with their images and labels
     refine_folder    a folder of CAM files -> refined CAM files and pseudo labels
     evaluate_folder  pseudo labels or CAM files against ground truth

@@ -11,7 +11,7 @@ import errno
 import json
 import time
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -21,12 +21,13 @@ from torch import Tensor
 from .. import masks, regions
 from .._files import remove_parts, write_atomically
 from ..errors import CamFileError
+from ..mask_proposals import ProposalAlign
 from ..refiner import PromptRefiner
 from .cam_folder import LoadedCam, cam_tensor, chunks, load, plan
 from .cams import CamFile, write_cam_file
 from .images import write_label_png
 
-__all__ = ["Options", "Summary", "refine_folder", "write_summary"]
+__all__ = ["Options", "Proposals", "Summary", "refine_folder", "write_summary"]
 
 
 class Options(NamedTuple):
@@ -34,7 +35,7 @@ class Options(NamedTuple):
 
     Attributes:
         threshold: background score of the pseudo labels, or two, (low, high): pixels between them are 255.
-        align: `"pamr"` to align the masks to the edges of the image, or None.
+        align: `"pamr"` or `"crf"` to align the masks to the edges of the image, or None.
         suppress: weight the CAMs by CLIP's dense features; needs a refiner.
         clip_steps: gradient steps on the refiner's losses; needs a refiner.
         batch_size: images per chunk.
@@ -49,6 +50,9 @@ class Options(NamedTuple):
     batch_size: int = 8
     max_pixels: int = 1_000_000
     soft_masks: bool = False
+
+
+Proposals = Callable[[LoadedCam], Any]  # an image -> its masks (M, h, w) bool, at the size of `img`
 
 
 class Summary(NamedTuple):
@@ -78,6 +82,7 @@ def refine_folder(
     *,
     labels: Optional[Dict[str, np.ndarray]] = None,
     refiner: Optional[PromptRefiner] = None,
+    proposals: Optional[Proposals] = None,
     shard: Tuple[int, int] = (0, 1),
     progress: bool = True,
     settings: Optional[Dict[str, Any]] = None,
@@ -92,6 +97,9 @@ def refine_folder(
         options: how to refine.
         labels: image id -> (C,) multi-hot; by default the classes that each CAM file holds.
         refiner: a `PromptRefiner` built with `image_stats=None`; needed for `suppress` and `clip_steps`.
+        proposals: gives the masks without a class of an image, array or tensor; the refined masks are then their unions, see
+            `mask_proposals.choose_proposals`, chosen after `align` at the background threshold (of two, the higher). An error
+            of it fails its own image.
         shard: (index, number) of this process among those that share the work.
         progress: whether to show a progress bar.
         settings: everything else that decides the result (prompts, CLIP), as JSON can hold it. `out/settings.json` records it.
@@ -102,6 +110,7 @@ def refine_folder(
     """
     from tqdm import tqdm
 
+    masks.check_align(options.align, 1)
     if (options.suppress or options.clip_steps) and refiner is None:
         raise ValueError("`suppress` and `clip_steps` use CLIP, so they need a refiner; got none.")
     start = time.monotonic()
@@ -119,13 +128,33 @@ def refine_folder(
         if todo:
             loaded, broken = load(chunk, labels, num_classes, options.max_pixels)
             failed.update(broken)
+            aligns = _aligns(loaded, options, proposals, failed)
+            loaded = [one for one in loaded if one.item.name in aligns]
             if loaded:
                 empty += sum(not one.labels.any() for one in loaded if one.item in todo)
                 wanted = {item.name for item in todo}
-                refined += _refine_chunk(loaded, wanted, out, num_classes, options, refiner, failed)
+                refined += _refine_chunk(loaded, wanted, out, num_classes, options, refiner, aligns, failed)
         bar.update(len(chunk))
     bar.close()
     return Summary(refined, skipped, empty, failed, time.monotonic() - start)
+
+
+def _aligns(
+    loaded: List[LoadedCam], options: Options, proposals: Optional[Proposals], failed: Dict[str, str]
+) -> Dict[str, Any]:
+    """How the masks of each image are aligned; images whose proposals cannot be had are in `failed` instead."""
+    if proposals is None:
+        return {one.item.name: options.align for one in loaded}
+    found: Dict[str, Any] = {}
+    threshold = options.threshold[1] if isinstance(options.threshold, (tuple, list)) else options.threshold
+    for one in loaded:
+        try:
+            found[one.item.name] = ProposalAlign(proposals(one), threshold=threshold, first=options.align)
+        except CamFileError as error:
+            failed[one.item.name] = str(error)
+        except Exception as error:  # as of a model; one image must not end the run
+            failed[one.item.name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return found
 
 
 def _remember(out: Path, settings: Dict[str, Any]) -> None:
@@ -180,10 +209,11 @@ def _refine_chunk(
     num_classes: int,
     options: Options,
     refiner: Optional[PromptRefiner],
+    aligns: Dict[str, Any],
     failed: Dict[str, str],
 ) -> int:
     try:
-        result = _masks_of(loaded, num_classes, options, refiner)
+        result = _masks_of(loaded, num_classes, options, refiner, aligns)
     except Exception as error:
         if not _out_of_memory(error):
             raise
@@ -197,7 +227,8 @@ def _refine_chunk(
     if result is None:
         half = len(loaded) // 2
         return sum(
-            _refine_chunk(part, wanted, out, num_classes, options, refiner, failed) for part in (loaded[:half], loaded[half:])
+            _refine_chunk(part, wanted, out, num_classes, options, refiner, aligns, failed)
+            for part in (loaded[:half], loaded[half:])
         )
     count = 0
     for i, one in enumerate(loaded):
@@ -229,17 +260,18 @@ def _out_of_memory(error: Exception) -> bool:
     )
 
 
-def _masks_of(loaded: List[LoadedCam], num_classes: int, options: Options, refiner: Optional[PromptRefiner]) -> Tensor:
+def _masks_of(
+    loaded: List[LoadedCam], num_classes: int, options: Options, refiner: Optional[PromptRefiner], aligns: Dict[str, Any]
+) -> Tensor:
     """Refined masks (B, C, h, w) of a chunk."""
     device = refiner.device if refiner is not None else torch.device("cpu")
     img = torch.stack([one.img for one in loaded]).to(device)  # (B, 3, h, w)
     present = torch.from_numpy(np.stack([one.labels for one in loaded])).to(device)  # (B, C)
     cam = torch.stack([cam_tensor(one.content, img.shape[2:], num_classes) for one in loaded]).to(device)  # (B, C, h, w)
+    align = [aligns[one.item.name] for one in loaded]
     if refiner is None:
-        return masks.cam_to_masks(img, cam, regions.positive_pairs(present), align=options.align)
-    return refiner.refine_masks(
-        img, cam, present, suppress=options.suppress, align=options.align, clip_steps=options.clip_steps
-    ).masks
+        return masks.cam_to_masks(img, cam, regions.positive_pairs(present), align=align)
+    return refiner.refine_masks(img, cam, present, suppress=options.suppress, align=align, clip_steps=options.clip_steps).masks
 
 
 def _write(out: Path, one: LoadedCam, result: Tensor, options: Options) -> None:

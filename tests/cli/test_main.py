@@ -71,7 +71,7 @@ def test_every_option_is_explained() -> None:
             ["refine", "--images", "a", "--cams", "b", "--out", "c", "--threshold", "much"],
             "must be a number, or two such as 0.3:0.5; got 'much'",
         ),
-        (["refine", "--images", "a", "--cams", "b", "--out", "c", "--align", "crf"], "invalid choice: 'crf'"),
+        (["refine", "--images", "a", "--cams", "b", "--out", "c", "--align", "edges"], "invalid choice: 'edges'"),
         (["refine", "--images", "a", "--cams", "b", "--out", "c", "--bogus"], "unrecognized arguments: --bogus"),
         (["evaluate", "--pred", "a"], "the following arguments are required: --gt"),
         (["report"], "the following arguments are required: --images, --before, --after, --gt, --out"),

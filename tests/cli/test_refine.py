@@ -249,3 +249,124 @@ def test_the_configuration_in_the_prompt_file_counts_and_set_overrides_it(
     assert refine(folder, "back", *how, other, "--set", "lambda_b=2.4", "--set", "lambda_area=0") == 0
     assert made(folder / "from_the_file") == made(folder / "set") != made(folder / "usual")
     assert made(folder / "back") == made(folder / "usual")
+
+
+# ---------------------------------------------------------------------------------------------------- masks, sam, crf
+
+
+def label_maps(world: World, skip: Sequence[str] = ()) -> Path:
+    """A label map of 12 masks per image."""
+    folder = world.root / "proposals"
+    folder.mkdir()
+    for path in sorted(world.images.iterdir()):
+        if path.stem not in skip:
+            height, width = cv2.imread(str(path)).shape[:2]
+            low = np.arange(1, 13, dtype=np.uint8).reshape(3, 4)
+            cv2.imwrite(str(folder / f"{path.stem}.png"), cv2.resize(low, (width, height), interpolation=cv2.INTER_NEAREST))
+    return folder
+
+
+def test_masks_give_the_classes_their_shape(some: World, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = label_maps(some)
+    assert some.refine("--masks", folder, "--align", "none", "--threshold", 0.45) == 0
+    assert f"masks: of {folder}, chosen at 0.45\n" in capsys.readouterr().out
+    changed = 0
+    for path in folder.iterdir():
+        proposals = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        cams = read_cam_file(some.cams / f"{path.stem}.npy", 3).cams
+        refined = read_cam_file(some.out / "cams" / f"{path.stem}.npy", 3).cams
+        maps = {k: (cam - cam.min()) / (cam.max() - cam.min() + 1e-6) for k, cam in cams.items()}
+        best = np.stack(list(maps.values())).max(0)
+        for k, value in refined.items():
+            if set(np.unique(value)) <= {0, 1}:  # a union of proposals, and chosen by the rules
+                region = (maps[k] == best) & (best > 0.45)
+                for m in np.unique(proposals):
+                    assert len(np.unique(value[proposals == m])) == 1
+                    if value[proposals == m].all():
+                        assert region[proposals == m].mean() > 0.5
+                        changed += 1
+    assert changed > 5
+    facts = json.loads((some.out / "settings.json").read_text())
+    assert facts["masks"] == str(folder) and facts["sam"] is None
+    capsys.readouterr()
+    assert some.refine("--align", "none", "--threshold", 0.45) == 2  # other settings
+    assert "masks: " in capsys.readouterr().err
+
+
+def test_runs_with_masks_write_the_same_bytes_and_can_be_cut_in_processes(some: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = ["--masks", label_maps(some), "--threshold", "0.3:0.5", "--max-pixels", 500]
+    assert some.refine(*how) == 0 and some.refine(*how, out=some.root / "b") == 0
+    assert results(some.out) == results(some.root / "b")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert some.refine(*how, out=some.root / "c") == 0
+    assert results(some.out) == results(some.root / "c")
+
+
+def test_masks_with_clip(folder: Path, clip_file: Path) -> None:
+    (folder / "m").mkdir()
+    for i in range(3):
+        cv2.imwrite(str(folder / "m" / f"img{i}.png"), np.tile(np.arange(48, dtype=np.uint8) // 12, (40, 1)))
+    how: List[Any] = ["--clip", clip_file, "--clip-steps", 1]
+    assert refine(folder, "a", *how) == 0 and refine(folder, "b", *how, "--masks", folder / "m") == 0
+    assert made(folder / "a") != made(folder / "b")
+
+
+def test_wrong_masks_fail_their_own_image(some: World, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = label_maps(some, skip=["img0"])
+    (folder / "img1.png").write_bytes(b"")
+    (folder / "img2.png").unlink()
+    (folder / "img2.json").write_text('[{"segmentation": {"size": [99999, 99999], "counts": [9999800001]}}]')
+    assert some.refine("--masks", folder, "--json") == 1
+    failed = json.loads(capsys.readouterr().out)["failed"]
+    assert sorted(failed) == ["img0", "img1", "img2"]
+    assert failed["img0"].startswith("expected one file of masks per image; there is no masks img0.json, img0.png or img0/ in")
+    assert "img1.png is not a readable image" in failed["img1"] and "mask 0 has size 99999 x 99999" in failed["img2"]
+    assert not (some.out / "labels" / "img0.png").exists() and (some.out / "labels" / "img3.png").exists()
+
+
+@pytest.mark.parametrize(
+    "extra, reason",
+    [
+        (["--masks", "nowhere"], "Expected a folder of masks; there is no folder nowhere."),
+        (["--masks", "images", "--sam", "model"], "--masks and --sam both give masks without a class; choose one."),
+        (["--masks", ".."], "is inside --masks"),
+        (["--sam", "nowhere/at/all"], "'nowhere/at/all' cannot be loaded as a Segment Anything model"),
+        (["--sam", "nowhere", "--device", "nonsense"], "--device 'nonsense' cannot be used"),
+    ],
+)
+def test_wrong_sources_of_masks_end_the_run_at_once(
+    extra: List[str], reason: str, some: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    given = [str(some.root / item) if item in ("images", "..") else item for item in extra]
+    assert some.refine(*[str(some.root) if item.endswith("..") else item for item in given]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {reason}" in error or reason in error and error.startswith("error: ")
+    assert not results(some.out)
+
+
+def test_sam_makes_the_masks(some: World, sam_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    from semples_plugin import sam
+
+    monkeypatch.setattr(sam, "POINTS_PER_SIDE", 2)
+    assert some.refine("--sam", sam_folder) == 0
+    assert f"masks: of {sam_folder}, chosen at 0.4\n" in capsys.readouterr().out
+    assert json.loads((some.out / "settings.json").read_text())["sam"] == str(sam_folder)
+    assert some.refine("--sam", sam_folder, out=some.root / "b") == 0 and results(some.out) == results(some.root / "b")
+
+
+def test_align_crf_in_folders(some: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pydensecrf", None)
+        assert some.refine("--align", "crf") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: align='crf' needs pydensecrf") and "pip install pydensecrf2" in error
+    assert not some.out.exists()
+    pytest.importorskip("pydensecrf.densecrf")
+    assert some.refine("--align", "crf") == 0 and some.refine("--align", "crf", out=some.root / "b") == 0
+    assert results(some.out) == results(some.root / "b")
