@@ -23,7 +23,7 @@ from ..controls import AreaOnly, random_clip
 from ..demo.host import Split
 from ..hosts import MEAN, STD, SmallHost, make_host, train_attached
 from .data import Data
-from .rows import BASE, HOST, MATCH, ROWS, Row
+from .rows import BASE, MATCH, ROWS, Row
 
 __all__ = ["Settings", "run_cell", "soft_masks"]
 
@@ -128,7 +128,7 @@ class Run:
             return host.state_dict()
 
         host = self.fresh()
-        host.load_state_dict(self.kept(row.name, make) if row.name in (HOST, MATCH) else make())
+        host.load_state_dict(self.kept(row.name, make))
         return host.eval(), terms
 
     # ------------------------------------------------------------------------------------------------ refiners
