@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import pytest
 import torch
@@ -176,8 +176,9 @@ for number in range(4):
     labels[3:] = 0 if number == 1 else labels[3:]  # in this step the second process has no positive label
     own = slice(None) if size == 1 else slice(0, 3) if rank == 0 else slice(3, 5)  # shares of unequal size
     refiner(img[own], cam[own].requires_grad_(), labels[own])
+online = refiner.online_prompts
 torch.save({"context": refiner.prompts.context.detach(), "alive": refiner.prompts.alive,
-            "similarity": refiner.online_prompts.similarity, "steps": refiner.online_prompts.steps}, f"{folder}/{size}.{rank}.pt")
+            "similarity": online.similarity, "steps": online.steps}, f"{folder}/{size}.{rank}.pt")
 """
 
 

@@ -6,7 +6,7 @@ All hosts see the same scenes of the demo world, with image-level labels. Masks 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional
 
 import torch
 

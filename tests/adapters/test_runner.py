@@ -1009,7 +1009,8 @@ def test_online_is_one_stage(run: Run, start: Any) -> None:
 def test_online_and_the_three_stages_do_not_mix(arguments: Tuple[str, ...], run: Run, start: Any, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         start(run.arguments(*arguments))
-    assert "--set online_steps=N learns the prompts along the way, in the one stage online; got --stage" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--set online_steps=N learns the prompts along the way, in the one stage online; got --stage" in error
 
 
 def test_all_is_refused_under_torchrun(run: Run, start: Any, capsys: Any, monkeypatch: Any) -> None:
