@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Union
 
 from ..class_names import read_class_names
 from ..config import parse_assignments
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..files.refine_folder import Proposals
 
 __all__ = ["add_parser", "run"]
+
+AUTO = "auto"
 
 DESCRIPTION = """\
 Reads the CAM files of MCTformer, WeakTr, TransCAM, SEAM and IRN (.npy), plain arrays and .npz; writes OUT/cams (same
@@ -48,8 +50,9 @@ def add_parser(commands: Any) -> None:
     add_classes(parser)
     add("--prompts", type=Path, metavar="FILE", help="learned background prompts; CLIP is used")
     add("--clip", metavar="NAME", help="CLIP model or weights file; CLIP is used (default: that of the prompts, else ViT-B/32)")
-    add("--threshold", type=read_threshold, default=0.4, metavar="T|LOW:HIGH", help="background score; with two, pixels "
-        "between them are 255, which training leaves out (default: %(default)s)")  # fmt: skip
+    add("--threshold", type=read_threshold, default=0.4, metavar="T|LOW:HIGH|auto", help="background score; with two, pixels "
+        "between them are 255, which training leaves out; auto: chosen by CLIP on 200 of the images, without masks (default: "
+        "%(default)s)")  # fmt: skip
     add("--align", choices=["pamr", "crf", "none"], default="pamr",
         help="how masks follow the edges of the image; crf needs pydensecrf (default: %(default)s)")  # fmt: skip
     add("--masks", type=Path, metavar="DIR", help="masks without a class, such as those of Segment Anything: ID.json (COCO run "
@@ -74,6 +77,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Refine the folder; returns 1 if an image failed, else 0."""
+    from ..files.choose_folder import choose_folder
     from ..files.labels import read_labels
     from ..files.refine_folder import Options, refine_folder, write_summary
 
@@ -86,9 +90,10 @@ def run(options: argparse.Namespace) -> int:
     _check(options, overrides, uses_clip)
     check_align(None if options.align == "none" else options.align, 1)
     labels = None if options.labels is None else read_labels(options.labels, list(classes))
-    refiner = build_refiner(options, classes, overrides) if uses_clip else None
+    auto = options.threshold == AUTO
+    refiner = build_refiner(options, classes, overrides) if uses_clip or auto else None
     how = Options(
-        threshold=options.threshold,
+        threshold=0.0 if auto else options.threshold,
         align=None if options.align == "none" else options.align,
         suppress=options.suppress,
         clip_steps=clip_steps,
@@ -96,6 +101,12 @@ def run(options: argparse.Namespace) -> int:
         max_pixels=options.max_pixels,
         soft_masks=options.soft_masks,
     )
+    quiet = options.quiet or int(os.environ.get("RANK", "0")) > 0
+    choice = None
+    if auto:
+        assert refiner is not None
+        choice = choose_folder(options.cams, options.images, refiner, how, labels=labels, progress=not quiet)
+        how = how._replace(threshold=choice.threshold)
     settings: Dict[str, Any] = {
         "classes": list(classes),
         "cams": str(options.cams.resolve()),
@@ -118,7 +129,7 @@ def run(options: argparse.Namespace) -> int:
         refiner=refiner,
         proposals=proposals,
         shard=(rank, world),
-        progress=not options.quiet and rank == 0,
+        progress=not quiet,
         settings=settings,
     )
     write_summary(options.out / ("summary.json" if world == 1 else f"summary-{rank}-of-{world}.json"), summary)
@@ -130,7 +141,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"{counts}{speed}: {options.out}")
         if refiner is not None:
             print(f"CLIP: {refiner.encoder.name}, {how.clip_steps} steps{', suppression' if how.suppress else ''}")
-        print(f"labels: background threshold {_in_words(how.threshold)}")
+        chosen = "" if choice is None else f", chosen by CLIP on {choice.num_pairs} (image, class) pairs"
+        print(f"labels: background threshold {_in_words(how.threshold)}{chosen}")
         if proposals is not None:
             print(f"masks: of {options.sam or options.masks}, chosen at {_high(how.threshold):g}")
         if summary.empty:
@@ -139,13 +151,15 @@ def run(options: argparse.Namespace) -> int:
     return 1 if summary.failed else 0
 
 
-def read_threshold(text: str) -> Threshold:
-    """`0.4`, or `0.3:0.5`."""
+def read_threshold(text: str) -> Union[str, Threshold]:
+    """`0.4`, `0.3:0.5`, or `auto`."""
+    if text == AUTO:
+        return AUTO
     low, colon, high = text.partition(":")
     try:
         return (float(low), float(high)) if colon else float(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a number, or two such as 0.3:0.5; got {text!r}") from error
+        raise argparse.ArgumentTypeError(f"must be a number, two such as 0.3:0.5, or auto; got {text!r}") from error
 
 
 def _proposals(options: argparse.Namespace) -> Optional["Proposals"]:
@@ -177,7 +191,11 @@ def _in_words(threshold: Threshold) -> str:
 def _check(options: argparse.Namespace, overrides: Mapping[str, Any], uses_clip: bool) -> None:
     if (options.clip_steps or 0) < 0 or options.batch_size < 1 or options.max_pixels < 1:
         raise ValueError("--clip-steps must be at least 0, --batch-size and --max-pixels at least 1.")
-    check_threshold("--threshold", options.threshold)
+    auto = options.threshold == AUTO
+    if not auto:
+        check_threshold("--threshold", options.threshold)
+    elif options.masks is not None or options.sam is not None:
+        raise ValueError("--threshold auto chooses for masks that are made of the CAMs; with --masks or --sam give a number.")
     if options.masks is not None and options.sam is not None:
         raise ValueError("--masks and --sam both give masks without a class; choose one.")
     for name in ("images", "cams", "masks"):
@@ -187,10 +205,10 @@ def _check(options: argparse.Namespace, overrides: Mapping[str, Any], uses_clip:
         if inner == outer or outer in inner.parents:
             raise ValueError(f"--out {options.out} is inside --{name} {outer}; choose a folder of its own.")
     device = options.device != "cpu" and options.sam is None
-    if not uses_clip and (options.prompts or options.clip or overrides or device):
+    if not (uses_clip or auto) and (options.prompts or options.clip or overrides or device):
         raise ValueError(
             "--prompts, --clip, --set and --device matter only where CLIP is used: give --clip NAME, --prompts FILE or "
-            "--suppress, and no --clip-steps 0 without --suppress."
+            "--suppress, and no --clip-steps 0 without --suppress or --threshold auto."
         )
 
 

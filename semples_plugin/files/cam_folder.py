@@ -1,12 +1,12 @@
 """A folder of CAM files together with its images: found, grouped by size, and read. A bad file fails its own image only.
 
-Flow: `cams`, `images`, `labels` -> **cam_folder** -> `refine_folder`, `check_folder`.
+Flow: `cams`, `images`, `labels` -> **cam_folder** -> `refine_folder`, `check_folder`, `choose_folder`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from ..errors import CamFileError
 from .cams import CamFile, cam_paths, read_cam_file
 from .images import find_image, image_size, read_image
 
-__all__ = ["CamItem", "LoadedCam", "cam_tensor", "chunks", "load", "plan"]
+__all__ = ["CamItem", "CamLoader", "LoadedCam", "cam_tensor", "chunks", "evenly", "load", "plan"]
+
+MAX_PIXELS = 1_000_000  # `CamLoader` makes larger images smaller; CLIP sees them smaller still
 
 
 class CamItem(NamedTuple):
@@ -135,3 +137,64 @@ def cam_tensor(content: CamFile, size: Sequence[int], num_classes: int) -> Tenso
         one = torch.from_numpy(value)[None, None]  # (1, 1, H, W)
         result[k] = F.interpolate(one, size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
     return result
+
+
+def evenly(items: Sequence[CamItem], limit: Optional[int]) -> List[CamItem]:
+    """At most `limit` of the items, spread evenly over them; all without a limit."""
+    if limit is None or len(items) <= limit:
+        return list(items)
+    return [items[i * len(items) // limit] for i in range(limit)]
+
+
+class CamLoader:
+    """Batches (img, labels) of images of one size, and `cam_of`, the CAM of the batch that was yielded last.
+
+    For functions that take a loader and a function img -> cam, on a folder of CAM files.
+
+    Args:
+        items: what to read.
+        labels: image id -> (C,) multi-hot; by default the classes that each CAM file holds.
+        num_classes: C.
+        batch_size: images at once.
+        device: of the CAMs.
+
+    Attributes:
+        items: the images that were read so far.
+        failed: id -> reason, for images that could not be read.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[CamItem],
+        labels: Optional[Dict[str, np.ndarray]],
+        num_classes: int,
+        batch_size: int,
+        device: torch.device,
+    ):
+        self.chunks = chunks(items, batch_size)
+        self.labels, self.num_classes, self.device = labels, num_classes, device
+        self.items: List[CamItem] = []
+        self.failed: Dict[str, str] = {}
+        self._cam: Optional[Tensor] = None
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __iter__(self) -> Iterator[Tuple[Tensor, Tensor]]:
+        for chunk in self.chunks:
+            loaded, broken = load(chunk, self.labels, self.num_classes, MAX_PIXELS)
+            self.failed.update(broken)
+            if not loaded:
+                continue
+            self.items += [one.item for one in loaded]
+            img = torch.stack([one.img for one in loaded])  # (B, 3, h, w)
+            cam = torch.stack([cam_tensor(one.content, img.shape[2:], self.num_classes) for one in loaded])  # (B, C, h, w)
+            self._cam = cam.to(self.device)
+            yield img, torch.from_numpy(np.stack([one.labels for one in loaded]))
+        if not self.items:
+            reason = next(iter(self.failed.values()))
+            raise CamFileError(f"None of the {len(self.failed)} images can be read: {reason}.")
+
+    def cam_of(self, img: Tensor) -> Tensor:
+        assert self._cam is not None and len(self._cam) == len(img)
+        return self._cam

@@ -121,7 +121,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_checked(check: Callable[..
         (["--images", "ROOT/cams"], "has an image"),
         (["--list", "ROOT/list.txt"], "None of the 1 listed images can be checked: there is no CAM file"),
         (["--list", "ROOT/empty.txt"], "None of the 0 listed images can be checked: no id"),
-        (["--labels", "ROOT/labels.json"], "None of the 9 images can be checked: the labels do not name this image"),
+        (["--labels", "ROOT/labels.json"], "None of the 9 images can be read: the labels do not name this image"),
         (["--set", "lambda_aera=1"], "did you mean 'lambda_area'?"),
         (["--set", "image_stats=imagenet"], "--set image_stats is not possible"),
         (["--set", "class_weights={'ship': 0}"], "`class_weights` must name known classes; got 'ship'"),

@@ -370,3 +370,24 @@ def test_align_crf_in_folders(some: World, capsys: pytest.CaptureFixture[str], m
     pytest.importorskip("pydensecrf.densecrf")
     assert some.refine("--align", "crf") == 0 and some.refine("--align", "crf", out=some.root / "b") == 0
     assert results(some.out) == results(some.root / "b")
+
+
+# ---------------------------------------------------------------------------------------------------- --threshold auto
+
+
+def test_the_threshold_is_chosen_by_clip(some: World, clip_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--clip", clip_file, "--clip-steps", "0")
+    assert some.refine(*options, "--threshold", "auto") == 0
+    printed = capsys.readouterr().out
+    settings = json.loads((some.out / "settings.json").read_text())
+    assert f"background threshold {settings['threshold']:g}, chosen by CLIP on 18 (image, class) pairs" in printed
+    assert some.refine(*options, "--threshold", "auto") == 0 and "9 done before" in capsys.readouterr().out
+    other = some.root / "other"
+    assert some.refine("--threshold", settings["threshold"], out=other) == 0  # CLIP chose the threshold and did no more
+    assert results(other) == results(some.out)
+
+
+def test_a_threshold_is_not_chosen_for_masks_without_a_class(some: World, capsys: pytest.CaptureFixture[str]) -> None:
+    (some.root / "masks").mkdir()
+    assert some.refine("--threshold", "auto", "--masks", some.root / "masks") == 2
+    assert "--threshold auto chooses for masks that are made of the CAMs" in capsys.readouterr().err
