@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -23,6 +21,7 @@ from semples_plugin.class_names import VOC_CLASSES
 from semples_plugin.clip_backends import CLIP_MEAN, CLIP_STD
 from semples_plugin.files.cams import read_cam_file
 from semples_plugin.files.images import read_label_png
+from tests.voc_photos import write_photos
 
 SETTINGS = experiment.Settings(
     size={"squeezenet": 64, "mobilenet": 64},
@@ -47,22 +46,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six images in VOC's layout; two of them in val."""
-    root, rng = tmp_path_factory.mktemp("voc"), np.random.default_rng(0)
-    for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (root / part).mkdir(parents=True)
-    labels: Dict[str, List[str]] = {}
-    for i in range(6):
-        cv2.imwrite(str(root / "JPEGImages" / f"p{i}.jpg"), rng.integers(0, 256, (40 + i, 60, 3), np.uint8))
-        mask = np.zeros((40 + i, 60), np.uint8)
-        mask[5:20, 5:30], mask[20:25], mask[30:] = 8, 255, 5  # cat, void, bottle
-        cv2.imwrite(str(root / "SegmentationClass" / f"p{i}.png"), mask)
-        labels[f"p{i}"] = ["cat", "person"] if i % 2 else ["dog"]
-    labels["p0"] = ["bottle"]
-    (root / "labels.json").write_text(json.dumps(labels), encoding="utf-8")
-    (root / "ImageSets/Segmentation/train.txt").write_text("p0\np1\np2\np3\n", encoding="utf-8")
-    (root / "ImageSets/Segmentation/val.txt").write_text("p4\np5\n", encoding="utf-8")
-    return root
+    return write_photos(tmp_path_factory.mktemp("voc"))
 
 
 def test_squeezenet_converts_images_to_caffe_statistics(weights: Dict[str, Path]) -> None:

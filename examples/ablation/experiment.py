@@ -70,6 +70,7 @@ class Run:
     def __init__(self, settings: Settings, data: Data, seed: int):
         self.settings, self.data, self.seed = settings, data, seed
         self.train, self.val, self.test = data.splits(seed)
+        self.clip = load_clip(settings.clip, dtype=getattr(torch, str(settings.config.clip_dtype)))
         self.folder = settings.parts / f"seed_{seed}"
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -146,9 +147,9 @@ class Run:
         if row.raw:
             options["clip_stats"] = False
         kind = RawImages if row.raw else AreaOnly if row.loss == "area" else PromptRefiner
-        clip: Any = s.clip
+        clip: Any = self.clip
         if row.loss == "random clip":
-            clip = random_clip(load_clip(s.clip).model, self.seed)
+            clip = random_clip(self.clip.model, self.seed)
         named: Any = classes
         if row.loss == "wrong texts":
             named = {name: classes[(k + 1) % len(classes)] for k, name in enumerate(classes)}
