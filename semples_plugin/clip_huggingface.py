@@ -74,7 +74,7 @@ def wrap_hugging_face(model: Any, name: str, dtype: torch.dtype, tokenizer: Any 
         raise ClipError(_refusal(name, type(model).__name__))
     source = str(getattr(model, "name_or_path", "") or "")
     if tokenizer is None:
-        tokenizer = _tokenizer_of(source, name)
+        tokenizer = _tokenizer_of(source, name, int(model.config.text_config.vocab_size))
     encoder = HuggingFaceClip(model.float(), name, tokens_of(tokenizer), _statistics(kind, source, tokenizer))
     model.to(dtype)  # the fingerprint is that of the float32 weights
     return encoder
@@ -87,16 +87,20 @@ def _refusal(name: str, kind: str) -> str:
     )
 
 
-def _tokenizer_of(source: str, name: str) -> Any:
+def _tokenizer_of(source: str, name: str, vocabulary: int) -> Any:
+    """The tokenizer beside the weights. From a folder without one, transformers may return an empty one."""
     from transformers import AutoTokenizer
 
+    reason = "the model does not say where it was loaded from"
     if source:
         try:
-            return AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, ImportError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except Exception as error:  # what is missing differs with the kind of tokenizer, and so do the errors
             reason = f"none could be read from {source!r} ({error})"
-    else:
-        reason = "the model does not say where it was loaded from"
+        else:
+            if 2 * len(tokenizer) > vocabulary:
+                return tokenizer
+            reason = f"that beside the weights has only {len(tokenizer)} tokens for the model's {vocabulary}"
     raise ClipError(
         f"CLIP {name!r} needs its tokenizer, and {reason}. Pass it: load_clip(model, tokenizer=AutoTokenizer.from_pretrained(...)); a "
         "processor serves as well."

@@ -119,7 +119,7 @@ class TowerClip(ClipEncoder):
         with full_precision(ids.device):
             if embeddings is None:
                 return self._call_text(model, ids).float()
-            given = _Given(embeddings)
+            given = _Given(embeddings, self._embedding)
             features = self._call_text(with_submodule(model, self._embedding_path, given), ids).float()  # (N, D)
         if not given.asked:
             raise ClipError(
@@ -130,11 +130,11 @@ class TowerClip(ClipEncoder):
 
 
 class _Given(nn.Module):
-    """Stands in for a token embedding: returns what it was made with."""
+    """Stands in for a token embedding: returns what it was made with. Some towers ask its weight for its precision."""
 
-    def __init__(self, embeddings: Tensor):
+    def __init__(self, embeddings: Tensor, embedding: Any):
         super().__init__()
-        self.embeddings, self.asked = embeddings, False
+        self.embeddings, self.asked, self.weight = embeddings, False, embedding.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         self.asked = True
