@@ -1,8 +1,8 @@
 """Where a CLIP comes from: OpenAI's weights and code, a file, open_clip, transformers, or a loaded model.
 
-`load_clip` returns a `ClipEncoder`; open_clip and transformers have files of their own. OpenAI's code is imported piece by piece: `clip/model.py` and `clip/simple_tokenizer.py`
-need only torch, numpy, ftfy and regex. `import clip` also needs `pkg_resources` (gone from setuptools 82) and torchvision
-(which fails beside a torch build that it was not compiled for).
+`load_clip` returns a `ClipEncoder`; open_clip and transformers have files of their own. OpenAI's code is imported piece by
+piece: `clip/model.py` and `clip/simple_tokenizer.py` need only torch, numpy, ftfy and regex. `import clip` also needs
+`pkg_resources` (gone from setuptools 82) and torchvision (which fails beside a torch build that it was not compiled for).
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ def load_clip(
         device: where it goes; by default a loaded model stays on its device, and files go to the CPU.
         dtype: of weights that are loaded or copied here; a `ClipEncoder` must have it already. In OpenAI's models the layer
             norms stay in float32; the others are converted whole, as open_clip's own `precision="pure_bf16"` does.
-        tokenizer: of a loaded model of open_clip or transformers: what `open_clip.get_tokenizer(...)` returns, or a tokenizer or
-            processor of transformers. By default open_clip's BPE, and the tokenizer beside the weights of a model that
+        tokenizer: of a loaded model of open_clip or transformers: what `open_clip.get_tokenizer(...)` returns, or a tokenizer
+            or processor of transformers. By default open_clip's BPE, and the tokenizer beside the weights of a model that
             `from_pretrained` has read. The encoder then goes into the refiner: `PromptRefiner(classes, clip=load_clip(...))`.
 
     Raises:
@@ -183,8 +183,8 @@ def load_clip(
     """
     if tokenizer is not None and not (isinstance(clip, nn.Module) and (is_open_clip(clip) or is_hugging_face(clip))):
         raise ValueError(
-            "`tokenizer` goes with a loaded model of open_clip or transformers; everything else has its own. Leave it out, or pass "
-            "the model."
+            "`tokenizer` goes with a loaded model of open_clip or transformers; everything else has its own. Leave it out, or "
+            "pass the model."
         )
     if isinstance(clip, ClipEncoder):
         encoder = clip
@@ -214,8 +214,8 @@ def _load_by_name(name: str, dtype: torch.dtype) -> ClipEncoder:
         path, name = Path(name), Path(name).name
     else:
         raise ClipError(
-            f"`clip` must be one of {', '.join(_WEIGHTS)}, a weights file, 'open_clip:<architecture>/<tag>' or 'hf:<name or folder>'; "
-            f"got {name!r}, which is neither a known name nor a file."
+            f"`clip` must be one of {', '.join(_WEIGHTS)}, a weights file, 'open_clip:<architecture>/<tag>' or "
+            f"'hf:<name or folder>'; got {name!r}, which is neither a known name nor a file."
         )
     state = _read_state_dict(path)
     build_model = openai_clip_module("model").build_model
@@ -248,7 +248,8 @@ def _wrap(model: Any, name: str, dtype: torch.dtype, tokenizer: Any) -> ClipEnco
     missing = [n for n in ("visual", "transformer", "token_embedding", "text_projection") if not hasattr(model, n)]
     if missing:
         raise TypeError(
-            f"`clip` must be an OpenAI `clip`, `open_clip` or `transformers` model; got {type(model).__name__} without {', '.join(missing)}."
+            f"`clip` must be an OpenAI `clip`, `open_clip` or `transformers` model; got {type(model).__name__} without "
+            f"{', '.join(missing)}."
         )
     encoder = OpenAIClip(model, name)
     model.to(dtype)

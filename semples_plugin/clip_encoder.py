@@ -1,7 +1,8 @@
 """Frozen CLIP behind one small protocol: images, texts and prompts become features here and nowhere else.
 
 `ClipEncoder` is the protocol, and its text half runs a causal text tower in OpenAI's layout; `clip_towers` runs any other.
-`clip_backends`, `clip_open_clip` and `clip_huggingface` implement it and load models. Flow: `regions` -> **clip_encoder** -> `losses`.
+`clip_backends`, `clip_open_clip` and `clip_huggingface` implement it and load models.
+Flow: `regions` -> **clip_encoder** -> `losses`.
 """
 
 from __future__ import annotations
@@ -293,7 +294,7 @@ class Recorder(nn.Module):
         return x
 
 
-def with_submodule(module: nn.Module, path: Sequence[str], new: nn.Module) -> nn.Module:
+def with_submodule(module: nn.Module, path: Sequence[str], new: nn.Module) -> Any:
     """A shallow copy of `module` with `new` at `path`. Weights are shared, and `module` itself stays as it is.
 
     A hook would be seen by every thread that runs `module` at the same time; this copy belongs to the caller alone.

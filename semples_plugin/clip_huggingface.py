@@ -1,8 +1,8 @@
 """CLIPs of Hugging Face `transformers`: CLIP, SigLIP and SigLIP 2, by name, from a folder, or loaded.
 
-CLIP's text tower is causal, so a text ends with its end token. SigLIP's attends to all positions, padding included, and is read at the
-last one, so every text is padded to its whole context (64). Flow: `clip_encoder`, `clip_towers` -> **clip_huggingface** ->
-`clip_backends`.
+CLIP's text tower is causal, so a text ends with its end token. SigLIP's attends to all positions, padding included, and is
+read at the last one, so every text is padded to its whole context (64).
+Flow: `clip_encoder`, `clip_towers` -> **clip_huggingface** -> `clip_backends`.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def load_hugging_face(name: str, dtype: torch.dtype) -> ClipEncoder:
         model = AutoModel.from_pretrained(source) if kind in _KINDS else None
     except (OSError, ValueError) as error:
         raise ClipError(
-            f"{name!r} could not be loaded by transformers ({error}) It must be a name on the Hugging Face hub or a folder that "
-            "save_pretrained wrote."
+            f"{name!r} could not be loaded by transformers ({error}) It must be a name on the Hugging Face hub or a folder "
+            "that save_pretrained wrote."
         ) from error
     if model is None:
         raise ClipError(_refusal(name, kind))
@@ -82,8 +82,8 @@ def wrap_hugging_face(model: Any, name: str, dtype: torch.dtype, tokenizer: Any 
 
 def _refusal(name: str, kind: str) -> str:
     return (
-        f"CLIP {name!r} of transformers must be a CLIPModel, SiglipModel or Siglip2Model; got {kind}. Use one of these, text and image "
-        "tower together."
+        f"CLIP {name!r} of transformers must be a CLIPModel, SiglipModel or Siglip2Model; got {kind}. Use one of these, text "
+        "and image tower together."
     )
 
 
@@ -102,8 +102,8 @@ def _tokenizer_of(source: str, name: str, vocabulary: int) -> Any:
                 return tokenizer
             reason = f"that beside the weights has only {len(tokenizer)} tokens for the model's {vocabulary}"
     raise ClipError(
-        f"CLIP {name!r} needs its tokenizer, and {reason}. Pass it: load_clip(model, tokenizer=AutoTokenizer.from_pretrained(...)); a "
-        "processor serves as well."
+        f"CLIP {name!r} needs its tokenizer, and {reason}. Pass it: load_clip(model, "
+        "tokenizer=AutoTokenizer.from_pretrained(...)); a processor serves as well."
     )
 
 
@@ -204,7 +204,7 @@ class HuggingFaceClip(TowerClip):
         """
         tower: Any = self.model.vision_model
         if self._kind == "clip":
-            last = tower.encoder.layers[-1]
+            last: Any = tower.encoder.layers[-1]
             path = ["vision_model", "encoder", "layers", str(len(tower.encoder.layers) - 1), "layer_norm1"]
             recorder = Recorder()
             with_submodule(self.model, path, recorder).get_image_features(**self._inputs(views))
@@ -216,8 +216,8 @@ class HuggingFaceClip(TowerClip):
             head = getattr(tower, "head", None)
             if head is None:
                 raise ClipError(
-                    f"CLIP {self.name!r} has an image tower of type {type(tower).__name__} without an attention pool; dense features "
-                    "need one. Call refine_masks(..., suppress=False)."
+                    f"CLIP {self.name!r} has an image tower of type {type(tower).__name__} without an attention pool; dense "
+                    "features need one. Call refine_masks(..., suppress=False)."
                 )
             with_submodule(self.model, ["vision_model", "post_layernorm"], recorder).get_image_features(**self._inputs(views))
             x = tower.post_layernorm(recorder.seen)  # (N, g*g, W)
@@ -235,8 +235,8 @@ def _check_end(config: Any, tokens: Tokens, name: str) -> None:
     wanted = getattr(config, "eos_token_id", None)
     if end is None or (wanted != 2 and end != wanted):  # 2 is what old files say; the model then takes the highest id
         raise ClipError(
-            f"CLIP {name!r} reads its texts at the token {wanted}, and its tokenizer ends them with {end}. Pass the tokenizer that the "
-            "model was trained with: load_clip(model, tokenizer=...)."
+            f"CLIP {name!r} reads its texts at the token {wanted}, and its tokenizer ends them with {end}. Pass the tokenizer "
+            "that the model was trained with: load_clip(model, tokenizer=...)."
         )
 
 

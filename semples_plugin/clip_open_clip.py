@@ -1,8 +1,8 @@
 """CLIPs of open_clip: by name, or a loaded model of any of its architectures.
 
-A causal text tower that ends with its end token runs as OpenAI's does, cut at the longest text. Every other one (bidirectional as
-MobileCLIP's, read at the last position as SigLIP's and CLIPA's, with a class token as CoCa's, of transformers as BiomedCLIP's) is
-called whole. Flow: `clip_encoder`, `clip_towers` -> **clip_open_clip** -> `clip_backends`.
+A causal text tower that ends with its end token runs as OpenAI's does, cut at the longest text. Every other one is called
+whole: bidirectional as MobileCLIP's, read at the last position as SigLIP's and CLIPA's, with a class token as CoCa's, of
+transformers as BiomedCLIP's. Flow: `clip_encoder`, `clip_towers` -> **clip_open_clip** -> `clip_backends`.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def _bpe_of(text: Any, name: str) -> Any:
     size = getattr(text, "vocab_size", tokenizer.vocab_size)
     if hasattr(text, "config") or size != tokenizer.vocab_size:
         raise ClipError(
-            f"CLIP {name!r} has a vocabulary of {size} tokens and not that of OpenAI's CLIP, so it needs its tokenizer. Pass it: "
-            "load_clip(model, tokenizer=open_clip.get_tokenizer(...))."
+            f"CLIP {name!r} has a vocabulary of {size} tokens and not that of OpenAI's CLIP, so it needs its tokenizer. Pass "
+            "it: load_clip(model, tokenizer=open_clip.get_tokenizer(...))."
         )
     return tokenizer
 
@@ -106,9 +106,9 @@ class _OpenClipImages(ClipEncoder):
     def encode_dense(self, views: Tensor) -> Tensor:
         """Features of every position, as in `ClipEncoder.encode_dense`; timm's towers as well.
 
-        With an attention pool (SigLIP) it is the pool's value path; for a vision transformer of timm with a class token or a mean
-        the value path of the last block; for a network with a feature map and a mean over it (ConvNeXt, MobileCLIP-S) the head at each
-        place alone.
+        With an attention pool (SigLIP) it is the pool's value path; for a vision transformer of timm with a class token or a
+        mean the value path of the last block; for a network with a feature map and a mean over it (ConvNeXt, MobileCLIP-S) the
+        head at each place alone.
 
         Raises:
             ClipError: for image towers of other layouts.
@@ -152,27 +152,33 @@ def _attention_pool(trunk: Any, views: Tensor) -> Any:
 def _last_block(trunk: Any, views: Tensor) -> Any:
     """(N, g*g, D') value path of the last block of timm's vision transformer; None if its attention is of another kind."""
     block = trunk.blocks[-1]
-    if not all(hasattr(block, part) for part in ("norm1", "attn")) or not all(hasattr(trunk, part) for part in ("norm", "head")):
+    if not hasattr(block, "norm1") or not all(hasattr(trunk, part) for part in ("norm", "head")):
         return None
     recorder = Recorder()
-    path = ["blocks", str(len(trunk.blocks) - 1), "norm1"]
-    with_submodule(trunk, path, recorder).forward_features(views)
-    x = block.norm1(recorder.seen[:, trunk.num_prefix_tokens :])  # (N, g*g, W)
-    attn = block.attn
-    if getattr(attn, "qkv", None) is not None:
-        width = attn.qkv.out_features // 3
-        bias = attn.qkv.bias if attn.qkv.bias is not None else None
-        if getattr(attn, "v_bias", None) is not None:  # EVA keeps the biases apart
-            value = F.linear(x, attn.qkv.weight[-width:], attn.v_bias)
-        else:
-            value = F.linear(x, attn.qkv.weight[-width:], None if bias is None else bias[-width:])
-    elif getattr(attn, "v_proj", None) is not None:
-        value = attn.v_proj(x)
-    else:
+    with_submodule(trunk, ["blocks", str(len(trunk.blocks) - 1)], recorder).forward_features(views)
+    x = recorder.seen[:, trunk.num_prefix_tokens :]  # (N, g*g, W)
+    norm_after = "Post" in type(block).__name__
+    value = _value(block.attn, x if norm_after else block.norm1(x))
+    if value is None:
         return None
-    value = getattr(attn, "norm", nn.Identity())(value)
-    value = getattr(block, "ls1", nn.Identity())(attn.proj(value))
+    value = block.attn.proj(getattr(block.attn, "norm", nn.Identity())(value))
+    value = getattr(block, "ls1", nn.Identity())(block.norm1(value) if norm_after else value)
+    if getattr(block, "gamma_1", None) is not None:  # EVA's layer scale
+        value = block.gamma_1 * value
     return trunk.head(getattr(trunk, "fc_norm", nn.Identity())(trunk.norm(value)))
+
+
+def _value(attention: Any, x: Tensor) -> Any:
+    """Value projection of timm's attention; None if it has another layout."""
+    if getattr(attention, "v_proj", None) is not None:
+        return attention.v_proj(x)
+    if getattr(attention, "qkv", None) is None:
+        return None
+    width = attention.qkv.out_features // 3
+    bias = getattr(attention, "v_bias", None)  # EVA keeps the biases apart
+    if bias is None and attention.qkv.bias is not None:
+        bias = attention.qkv.bias[-width:]
+    return F.linear(x, attention.qkv.weight[-width:], bias)
 
 
 def _feature_map(visual: Any, views: Tensor) -> Any:
@@ -217,8 +223,8 @@ class OpenClipTower(TowerClip, _OpenClipImages):
             embedding = find() if find is not None else None
         if embedding is None:
             raise ClipError(
-                f"CLIP {name!r} has a text tower of type {type(text).__name__} without a token embedding; background prompts take the "
-                "place of token embeddings. Use a CLIP that has one, such as 'ViT-B/32'."
+                f"CLIP {name!r} has a text tower of type {type(text).__name__} without a token embedding; background prompts "
+                "take the place of token embeddings. Use a CLIP that has one, such as 'ViT-B/32'."
             )
         pads = not hasattr(text, "config") or tokens.left  # towers of transformers mask their padding
         super().__init__(model, name, tokens, embedding, _context_length(text), self._image(model), pads)

@@ -82,8 +82,8 @@ def _hugging_face(tokenizer: Any, clean: Callable[[str], str]) -> Tokens:
     places = [i for i in range(len(row) - len(word) + 1) if row[i : i + len(word)] == word]
     if not word or not places:
         raise ClipError(
-            f"The tokenizer {type(tokenizer).__name__} must put its special tokens around a text; 'a' is {word} without and {row} "
-            "with them. Use the tokenizer that the model was trained with."
+            f"The tokenizer {type(tokenizer).__name__} must put its special tokens around a text; 'a' is {word} without and "
+            f"{row} with them. Use the tokenizer that the model was trained with."
         )
     start, end = row[: places[0]], row[places[0] + len(word) :]
     pad = tokenizer.pad_token_id

@@ -1,8 +1,9 @@
 """CLIPs whose text tower runs as its own package wrote it: any attention, any pooling, any projection.
 
-`ClipEncoder` runs the parts of a causal text tower in OpenAI's layout. The towers here are called whole, on token ids. For a prompt,
-the token embedding is replaced, in a copy of the model that shares all weights, by a module that returns the prompt's vectors; the
-ids beside them say where padding and the end are. Flow: `clip_encoder` -> **clip_towers** -> `clip_huggingface`, `clip_open_clip`.
+`ClipEncoder` runs the parts of a causal text tower in OpenAI's layout. The towers here are called whole, on token ids. For a
+prompt, the token embedding is replaced, in a copy of the model that shares all weights, by a module that returns the prompt's
+vectors; the ids beside them say where padding and the end are.
+Flow: `clip_encoder` -> **clip_towers** -> `clip_huggingface`, `clip_open_clip`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ class TowerClip(ClipEncoder):
     """
 
     def __init__(
-        self, model: Any, name: str, tokens: Tokens, embedding: Any, context_length: int, image: Tuple[int, Any, Any], pads: bool
+        self,
+        model: Any,
+        name: str,
+        tokens: Tokens,
+        embedding: Any,
+        context_length: int,
+        image: Tuple[int, Any, Any],
+        pads: bool,
     ):
         self.tokens, self.pads = tokens, pads
         self._embedding_path = _path_of(model, embedding, name)
@@ -71,8 +79,8 @@ class TowerClip(ClipEncoder):
         ids = list(self.tokens.encode(text))
         if ids and max(ids) >= self._vocabulary:
             raise ClipError(
-                f"CLIP {self.name!r} has {self._vocabulary} tokens; its tokenizer gave id {max(ids)} for {text[:60]!r}. Pass the "
-                "tokenizer that the model was trained with: load_clip(model, tokenizer=...)."
+                f"CLIP {self.name!r} has {self._vocabulary} tokens; its tokenizer gave id {max(ids)} for {text[:60]!r}. Pass "
+                "the tokenizer that the model was trained with: load_clip(model, tokenizer=...)."
             )
         return ids
 
@@ -87,7 +95,7 @@ class TowerClip(ClipEncoder):
         return self._features(rows, None)
 
     def encode_prompt(self, context: Tensor, template: str) -> Tensor:
-        """Features of learnable prompts: the template with the context in place of `{}`, in the tokenizer's start and end tokens.
+        """Features of learnable prompts: start tokens, template with the context in place of `{}`, end tokens, padding.
 
         Args:
             context: (N, L, Dt).
@@ -123,8 +131,8 @@ class TowerClip(ClipEncoder):
             features = self._call_text(with_submodule(model, self._embedding_path, given), ids).float()  # (N, D)
         if not given.asked:
             raise ClipError(
-                f"CLIP {self.name!r} does not read its tokens from {'.'.join(self._embedding_path)}, so a prompt's vectors cannot take "
-                "their place. Use a CLIP whose text tower has a token embedding, such as 'ViT-B/32'."
+                f"CLIP {self.name!r} does not read its tokens from {'.'.join(self._embedding_path)}, so a prompt's vectors "
+                "cannot take their place. Use a CLIP whose text tower has a token embedding, such as 'ViT-B/32'."
             )
         return features
 
@@ -146,6 +154,6 @@ def _path_of(model: nn.Module, module: Any, name: str) -> List[str]:
         if found is module and path:
             return path.split(".")
     raise ClipError(
-        f"CLIP {name!r} has a text tower of type {type(model).__name__} without a token embedding; background prompts take the place of "
-        "token embeddings. Use a CLIP that has one, such as 'ViT-B/32'."
+        f"CLIP {name!r} has a text tower of type {type(model).__name__} without a token embedding; background prompts take the "
+        "place of token embeddings. Use a CLIP that has one, such as 'ViT-B/32'."
     )

@@ -53,7 +53,7 @@ def token_embedding(model: Any) -> Any:
 
 @torch.no_grad()
 def distance_of_prompts(case: Case, encoder: ClipEncoder) -> float:
-    """Prompts against the package's own text path, its token embedding changed by a hook at the words that the context replaces."""
+    """To the package's own text path, with a hook on its token embedding that changes the words which the context replaces."""
     text = "a photo of big red boat ."
     words = encoder.token_ids(" big red boat")
     context = torch.randn(len(words), encoder.context_dim, generator=torch.Generator().manual_seed(2))
@@ -91,7 +91,8 @@ def learn_and_train(encoder: ClipEncoder, make_batch: Callable[..., Any], **opti
     with torch.random.fork_rng():
         torch.manual_seed(0)
         host = torch.nn.Conv2d(3, 3, 5, stride=5)
-    fit = refiner.fit_prompts([(img, labels)], lambda x: host(x).detach(), epochs=20, lr=0.05, progress=False)
+    fit = refiner.fit_prompts([(img, labels)], lambda x: host(x).detach(), epochs=20, lr=0.3, progress=False)
+    assert fit.failed == []
     optimizer = torch.optim.Adam(host.parameters(), lr=0.05)
     values = []
     for _ in range(6):

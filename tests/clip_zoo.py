@@ -175,7 +175,10 @@ def _open_clip(name: str, folder: Path) -> Case:
     if name == "causal":
         make = open_clip.model.CLIP
     elif name == "coca":
-        make, more = open_clip.coca_model.CoCa, {"multimodal_cfg": {"width": 64, "heads": 2, "layers": 1, "context_length": CONTEXT}}
+        make, more = (
+            open_clip.coca_model.CoCa,
+            {"multimodal_cfg": {"width": 64, "heads": 2, "layers": 1, "context_length": CONTEXT}},
+        )
         text.update(embed_cls=True, output_tokens=True)
         vision.update(attentional_pool=True, attn_pooler_heads=2, attn_pooler_queries=8, output_tokens=True)
     elif name == "mobileclip":
@@ -204,7 +207,7 @@ def _open_clip(name: str, folder: Path) -> Case:
     elif name in TOWERS:
         word_tokenizer(folder, "<pad>", "<eos>")
         tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=CONTEXT)
-        _tower_config(name, tokenizer.tokenizer).save_pretrained(str(folder))
+        tower_config(name, tokenizer.tokenizer).save_pretrained(str(folder))
         pooler = "mean_pooler" if name in ("roberta", "mt5") else "cls_last_hidden_state_pooler"
         text = {"hf_model_name": str(folder), "hf_model_pretrained": False, "hf_proj_type": "mlp", "hf_pooler_type": pooler}
         vision = {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "image_size": 160}
@@ -226,7 +229,7 @@ def _open_clip(name: str, folder: Path) -> Case:
 TOWERS = ("bert", "roberta", "mt5", "m2m")
 
 
-def _tower_config(name: str, tokenizer: Any) -> Any:
+def tower_config(name: str, tokenizer: Any) -> Any:
     """The configuration of a text tower of transformers, as open_clip builds it."""
     transformers = pytest.importorskip("transformers")
     ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -236,10 +239,10 @@ def _tower_config(name: str, tokenizer: Any) -> Any:
     if name == "m2m":
         sizes = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 128}
         sizes.update(decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=128)
-        return transformers.M2M100Config(**sizes, **ids, decoder_start_token_id=0)
+        return transformers.M2M100Config(**sizes, **ids, decoder_start_token_id=0, init_std=0.1)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
     kind = transformers.BertConfig if name == "bert" else transformers.RobertaConfig
-    return kind(**sizes, **ids, max_position_embeddings=64)
+    return kind(**sizes, **ids, max_position_embeddings=64, initializer_range=0.2)  # the first token must see the others
 
 
 # ------------------------------------------------------------------------------------------------ all of them

@@ -177,7 +177,7 @@ def test_encoder_is_copied_with_the_refiner(tmp_path: Path) -> None:
 
 def test_model_without_a_tokenizer(tmp_path: Path) -> None:
     made = case("transformers CLIP", tmp_path)
-    with pytest.raises(ClipError, match="needs its tokenizer, and the model does not say where it was loaded from. Pass it: load_clip"):
+    with pytest.raises(ClipError, match="needs its tokenizer, and the model does not say where it was loaded from. Pass it"):
         load_clip(made.model)
     made.model.save_pretrained(str(tmp_path / "model"))
     loaded = transformers.CLIPModel.from_pretrained(str(tmp_path / "model"))
@@ -187,7 +187,7 @@ def test_model_without_a_tokenizer(tmp_path: Path) -> None:
 
 def test_tokenizer_of_another_model(tmp_path: Path) -> None:
     made = case("transformers CLIP", tmp_path / "a")
-    with pytest.raises(ClipError, match="reads its texts at the token 519, and its tokenizer ends them with 2. Pass the tokenizer"):
+    with pytest.raises(ClipError, match="reads its texts at the token 519, and its tokenizer ends them with 2. Pass"):
         load_clip(made.model, tokenizer=word_tokenizer(tmp_path / "b", "<pad>", "<eos>"))
     siglip = case("transformers SigLIP", tmp_path / "c")
     with pytest.raises(ClipError, match=r"has 20 tokens; its tokenizer gave id \d+ for .*Pass the tokenizer that the model"):
@@ -195,7 +195,7 @@ def test_tokenizer_of_another_model(tmp_path: Path) -> None:
 
 
 def test_what_is_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(ClipError, match="`tokenizer` must be one of open_clip, or a tokenizer or processor of transformers; got str"):
+    with pytest.raises(ClipError, match="`tokenizer` must be one of open_clip, or a tokenizer or processor of .*; got str"):
         load_clip(case("transformers CLIP", tmp_path).model, tokenizer="openai/clip")
 
 
@@ -218,7 +218,7 @@ def test_other_models_of_transformers(tmp_path: Path) -> None:
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
-    with pytest.raises(ClipError, match="could not be loaded by transformers .*It must be a name on the Hugging Face hub or a folder"):
+    with pytest.raises(ClipError, match="could not be loaded by transformers .*It must be a name on the Hugging Face hub or"):
         load_clip(f"hf:{tmp_path / 'nowhere'}")
 
 
@@ -239,7 +239,7 @@ def test_text_that_is_too_long(tmp_path: Path) -> None:
 def test_siglip_without_an_attention_pool_has_no_dense_features(tmp_path: Path) -> None:
     encoder = case("transformers SigLIP", tmp_path).load()
     del encoder.model.vision_model.head
-    with pytest.raises(ClipError, match="image tower of type .* without an attention pool; dense features need one. Call refine_masks"):
+    with pytest.raises(ClipError, match="image tower of type .* without an attention pool; dense features need one"):
         encoder.encode_dense(contract.random_views(encoder))
 
 

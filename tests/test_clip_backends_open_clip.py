@@ -16,6 +16,7 @@ from tests.clip_zoo import CONTEXT, VIT, bert_tokenizer, case, kinds
 
 open_clip = pytest.importorskip("open_clip")
 KINDS = kinds("open_clip")
+BIDIRECTIONAL = ["open_clip CLIPA", "open_clip SigLIP", "open_clip with BERT (BiomedCLIP)"]
 
 
 @pytest.fixture(params=KINDS)
@@ -47,7 +48,7 @@ def test_dense_features(made: Any) -> None:
     encoder = made.load()
     views = contract.random_views(encoder)
     if made.kind == "open_clip CoCa":
-        with pytest.raises(ClipError, match="has an image tower of type VisionTransformer; dense features need OpenAI's ViT or ResNet"):
+        with pytest.raises(ClipError, match="has an image tower of type VisionTransformer; dense features need OpenAI's"):
             encoder.encode_dense(views)
         return
     dense = encoder.encode_dense(views)
@@ -55,7 +56,9 @@ def test_dense_features(made: Any) -> None:
     assert dense.isfinite().all() and (dense[0, :, 0, 0] - dense[0, :, -1, -1]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("name, size, side", [("test_convnext", 160, 5), ("eva02_tiny_patch14_224", 224, 16), ("test_vit", 160, 10)])
+@pytest.mark.parametrize(
+    "name, size, side", [("test_convnext", 160, 5), ("eva02_tiny_patch14_224", 224, 16), ("test_vit", 160, 10)]
+)
 def test_dense_features_of_towers_of_timm(name: str, size: int, side: int) -> None:
     encoder = load_clip(with_timm(name, size, pool="" if name == "test_vit" else "avg"))
     views = contract.random_views(encoder)
@@ -98,7 +101,9 @@ def test_dense_features_of_an_even_attention_pool_have_the_pooled_feature_as_the
         assert torch.allclose(encoder.encode_dense(views).mean((2, 3)), encoder.encode_image(views), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["open_clip CLIPA", "open_clip SigLIP", "open_clip MobileCLIP", "open_clip with BERT (BiomedCLIP)"])
+@pytest.mark.parametrize(
+    "kind", ["open_clip CLIPA", "open_clip SigLIP", "open_clip MobileCLIP", "open_clip with BERT (BiomedCLIP)"]
+)
 def test_prompt_made_of_word_embeddings_is_the_text(kind: str, tmp_path: Path) -> None:
     made = case(kind, tmp_path)
     encoder = made.load()
@@ -139,7 +144,7 @@ def test_clips_keep_a_place_for_the_class_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["open_clip CLIPA", "open_clip SigLIP", "open_clip with BERT (BiomedCLIP)"])
+@pytest.mark.parametrize("kind", BIDIRECTIONAL)
 def test_precision(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     made = case(kind, tmp_path)
     full, half = made.load(), made.load(dtype=dtype)
@@ -172,14 +177,14 @@ def test_given_model_stays_as_it_is(tmp_path: Path) -> None:
 def test_vocabulary_of_another_kind_needs_a_tokenizer(tmp_path: Path) -> None:
     for kind in ("open_clip CLIPA", "open_clip with BERT (BiomedCLIP)"):
         made = case(kind, tmp_path / kind)
-        with pytest.raises(ClipError, match=r"has a vocabulary of \d+ tokens and not that of OpenAI's CLIP, so it needs its tokenizer"):
+        with pytest.raises(ClipError, match=r"has a vocabulary of \d+ tokens and not that of OpenAI's CLIP, so it needs"):
             load_clip(made.model)
 
 
 def test_tower_without_a_token_embedding(tmp_path: Path) -> None:
     made = case("open_clip with BERT (BiomedCLIP)", tmp_path)
     made.model.text.transformer = torch.nn.Identity()
-    with pytest.raises(ClipError, match="has a text tower of type HFTextEncoder without a token embedding; background prompts take"):
+    with pytest.raises(ClipError, match="has a text tower of type HFTextEncoder without a token embedding; background"):
         made.load()
 
 
@@ -199,7 +204,7 @@ class ByItself(torch.nn.Module):
 def test_tower_that_does_not_call_its_token_embedding(tmp_path: Path) -> None:
     model = open_clip.model.CustomTextCLIP(embed_dim=32, vision_cfg=VIT, text_cfg={"width": 64, "heads": 2, "layers": 1})
     model.text = ByItself()
-    with pytest.raises(ClipError, match="does not read its tokens from text.token_embedding, so a prompt's vectors cannot take their"):
+    with pytest.raises(ClipError, match="does not read its tokens from text.token_embedding, so a prompt's vectors"):
         load_clip(model, tokenizer=bert_tokenizer(tmp_path))
 
 
@@ -217,5 +222,5 @@ class OnlyInside:
 
 def test_tokenizer_that_changes_a_text_by_what_is_around_it(tmp_path: Path) -> None:
     made = case("open_clip CLIPA", tmp_path)
-    with pytest.raises(ClipError, match=r"must put its special tokens around a text; 'a' is \[4\] without and \[5, 6, 1\] with them"):
+    with pytest.raises(ClipError, match=r"must put its special tokens around a text; 'a' is \[4\] without and \[5, 6, 1\]"):
         load_clip(made.model, tokenizer=OnlyInside())
