@@ -217,10 +217,7 @@ class OpenClipTower(TowerClip, _OpenClipImages):
 
     def __init__(self, model: Any, name: str, tokens: Tokens):
         text = _text_of(model)
-        embedding = getattr(text, "token_embedding", None)
-        if embedding is None and isinstance(getattr(text, "transformer", None), nn.Module):
-            find = getattr(text.transformer, "get_input_embeddings", None)
-            embedding = find() if find is not None else None
+        embedding = _embedding_of(text)
         if embedding is None:
             raise ClipError(
                 f"CLIP {name!r} has a text tower of type {type(text).__name__} without a token embedding; background prompts "
@@ -231,6 +228,18 @@ class OpenClipTower(TowerClip, _OpenClipImages):
 
     def _call_text(self, model: Any, ids: Tensor) -> Tensor:
         return model.encode_text(ids, normalize=False)
+
+
+def _embedding_of(text: Any) -> Any:
+    """The token embedding of open_clip's text tower, or of the one of transformers inside it; None without one."""
+    tower = getattr(text, "transformer", None)
+    for owner, name in ((text, "token_embedding"), (tower, "embed_tokens")):
+        if getattr(owner, name, None) is not None:
+            return getattr(owner, name)
+    try:
+        return tower.get_input_embeddings() if hasattr(tower, "get_input_embeddings") else None
+    except NotImplementedError:
+        return None
 
 
 def _context_length(text: Any) -> int:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_prompt_made_of_word_embeddings_is_the_text(kind: str, tmp_path: Path) -
 def test_padding_in_front_follows_the_tokenizer(tmp_path: Path) -> None:
     """Siglip2Tokenizer's default; a SigLIP then reads a text at its end token."""
     made = case("transformers SigLIP 2", tmp_path)
-    made = made._replace(tokenizer=siglip2_tokenizer("left"))
+    made = made._replace(tokenizer=siglip2_tokenizer(tmp_path / "left", "left"))
     encoder = made.load()
     tokens = made.tokenizer(contract.TEXTS, padding="max_length", max_length=CONTEXT, return_tensors="pt")["input_ids"]
     assert tokens[1, 0] == made.tokenizer.pad_token_id and tokens[1, -1] == made.tokenizer.eos_token_id
@@ -163,6 +164,17 @@ def test_precision(dtype: torch.dtype, made: Any) -> None:
         ):
             assert of(half).dtype == torch.float32
             assert F.cosine_similarity(of(half), of(full), dim=-1).min() > 0.98
+
+
+@pytest.mark.parametrize("kind", ["transformers CLIP", "transformers SigLIP"])
+def test_prompts_from_many_threads_are_those_of_one(kind: str, tmp_path: Path) -> None:
+    encoder = case(kind, tmp_path).load()
+    contexts = [torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(i)) for i in range(48)]
+    with torch.no_grad():
+        alone = [encoder.encode_prompt(context, "a photo of {} .") for context in contexts]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda context: encoder.encode_prompt(context, "a photo of {} .").detach(), contexts))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
 
 
 def test_encoder_is_copied_with_the_refiner(tmp_path: Path) -> None:
@@ -249,12 +261,13 @@ def test_siglip_without_an_attention_pool_has_no_dense_features(tmp_path: Path) 
 def test_log_form_has_no_gradient_below_the_clamp_and_the_linear_form_has(tmp_path: Path) -> None:
     """Cosines of models trained with a sigmoid may be negative: -log c stops at c = 1e-4, and 1 - cos does not."""
     encoder = case("transformers SigLIP", tmp_path).load()
-    texts = encoder.encode_text(["boat", "train", "bird", "water"])
     views = contract.random_views(encoder, 8)
     with torch.no_grad():
-        cosines = F.cosine_similarity(encoder.encode_image(views)[:, None], texts[None], dim=2)  # (8, 4)
+        context = torch.randn(64, 2, encoder.context_dim, generator=torch.Generator().manual_seed(0))
+        texts = encoder.encode_prompt(context, "a photo of {}")
+        cosines = F.cosine_similarity(encoder.encode_image(views)[:, None], texts[None], dim=2)  # (8, 64)
     below = (cosines < losses.COSINE_MIN).nonzero()
-    assert 0 < len(below)  # a random SigLIP has such pairs
+    assert 0 < len(below) < cosines.numel()  # a random SigLIP has such pairs, and others
     view, text = below[0].tolist()
     for form, moves in (("log", False), ("linear", True)):
         x = views[view : view + 1].clone().requires_grad_(True)
