@@ -1,4 +1,4 @@
-"""CLIPs of Hugging Face `transformers`: CLIP, SigLIP and SigLIP 2, by name, from a folder, or loaded.
+"""CLIPs of Hugging Face `transformers`: CLIP, MetaCLIP 2, SigLIP and SigLIP 2, by name, from a folder, or loaded.
 
 CLIP's text tower is causal, so a text ends with its end token. SigLIP's attends to all positions, padding included, and is
 read at the last one, so every text is padded to its whole context (64).
@@ -23,7 +23,8 @@ from .errors import ClipError
 
 __all__ = ["HuggingFaceClip", "is_hugging_face", "load_hugging_face", "wrap_hugging_face"]
 
-_KINDS = ("clip", "siglip", "siglip2")
+_CAUSAL = ("clip", "metaclip_2")
+_KINDS = (*_CAUSAL, "siglip", "siglip2")
 
 
 def is_hugging_face(model: nn.Module) -> bool:
@@ -61,7 +62,7 @@ def wrap_hugging_face(model: Any, name: str, dtype: torch.dtype, tokenizer: Any 
     """The encoder of a loaded model; the model is converted in place.
 
     Args:
-        model: `CLIPModel`, `SiglipModel` or `Siglip2Model`.
+        model: `CLIPModel`, `MetaClip2Model`, `SiglipModel` or `Siglip2Model`.
         name: for messages.
         dtype: of the weights.
         tokenizer: a tokenizer or processor; by default that beside the weights.
@@ -82,8 +83,8 @@ def wrap_hugging_face(model: Any, name: str, dtype: torch.dtype, tokenizer: Any 
 
 def _refusal(name: str, kind: str) -> str:
     return (
-        f"CLIP {name!r} of transformers must be a CLIPModel, SiglipModel or Siglip2Model; got {kind}. Use one of these, text "
-        "and image tower together."
+        f"CLIP {name!r} of transformers must be a CLIPModel, MetaClip2Model, SiglipModel or Siglip2Model; got "
+        f"{kind}. Use one of these, text and image tower together."
     )
 
 
@@ -120,7 +121,7 @@ def _statistics(kind: str, source: str, tokenizer: Any) -> Tuple[Any, Any]:
                 break
     if mean is not None and std is not None:
         return tuple(map(float, mean)), tuple(map(float, std))
-    return (CLIP_MEAN, CLIP_STD) if kind == "clip" else ((0.5,) * 3, (0.5,) * 3)
+    return (CLIP_MEAN, CLIP_STD) if kind in _CAUSAL else ((0.5,) * 3, (0.5,) * 3)
 
 
 def _json_beside(source: str, file: str) -> Any:
@@ -141,7 +142,7 @@ def _json_beside(source: str, file: str) -> Any:
 
 
 class HuggingFaceClip(TowerClip):
-    """Encoder for `CLIPModel`, `SiglipModel` and `Siglip2Model` of transformers."""
+    """Encoder for `CLIPModel`, `MetaClip2Model`, `SiglipModel` and `Siglip2Model` of transformers."""
 
     def __init__(self, model: Any, name: str, tokens: Tokens, statistics: Tuple[Any, Any]):
         config = model.config
@@ -152,8 +153,8 @@ class HuggingFaceClip(TowerClip):
             size = int(vision.num_patches**0.5) * self._patch
         else:
             size = int(vision.image_size)
-        if self._kind == "clip":
-            _check_end(config.text_config, tokens, name)
+        if self._kind in _CAUSAL:
+            _check_end(config.text_config, tokens, name, highest=self._kind == "clip")
             tokens = tokens._replace(left=False)  # what follows the end token cannot matter, what is in front would
         super().__init__(
             model,
@@ -162,7 +163,7 @@ class HuggingFaceClip(TowerClip):
             model.text_model.embeddings.token_embedding,
             config.text_config.max_position_embeddings,
             (size, *statistics),
-            pads=self._kind != "clip",
+            pads=self._kind not in _CAUSAL,
         )
 
     def _call_text(self, model: Any, ids: Tensor) -> Tensor:
@@ -203,7 +204,7 @@ class HuggingFaceClip(TowerClip):
             ClipError: if a SigLIP has no attention pool.
         """
         tower: Any = self.model.vision_model
-        if self._kind == "clip":
+        if self._kind in _CAUSAL:
             last: Any = tower.encoder.layers[-1]
             path = ["vision_model", "encoder", "layers", str(len(tower.encoder.layers) - 1), "layer_norm1"]
             recorder = Recorder()
@@ -229,11 +230,13 @@ class HuggingFaceClip(TowerClip):
         return x.transpose(1, 2).reshape(len(views), -1, side, side).float()
 
 
-def _check_end(config: Any, tokens: Tokens, name: str) -> None:
+def _check_end(config: Any, tokens: Tokens, name: str, highest: bool) -> None:
     """CLIPModel reads a text at its end token; with another tokenizer's it would silently read the first position."""
     end = tokens.end[-1] if tokens.end else None
     wanted = getattr(config, "eos_token_id", None)
-    if end is None or (wanted != 2 and end != wanted):  # 2 is what old files say; the model then takes the highest id
+    if highest and wanted == 2:  # what old files of CLIPModel say: it then takes the highest id
+        wanted = end
+    if end is None or end != wanted:
         raise ClipError(
             f"CLIP {name!r} reads its texts at the token {wanted}, and its tokenizer ends them with {end}. Pass the tokenizer "
             "that the model was trained with: load_clip(model, tokenizer=...)."

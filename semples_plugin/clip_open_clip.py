@@ -27,18 +27,25 @@ def is_open_clip(model: nn.Module) -> bool:
 
 
 def load_open_clip(name: str, dtype: torch.dtype) -> ClipEncoder:
-    """`"open_clip:<architecture>/<tag>"`, by open_clip's own loader.
+    """`"open_clip:<architecture>/<tag>"`, `"open_clip:hf-hub:<name>"` or `"open_clip:local-dir:<folder>"`, by open_clip's own loader.
 
     Raises:
-        ClipError: if open_clip is missing, or it does not know the architecture.
+        ClipError: if open_clip is missing, or it cannot load the name.
     """
     try:
         import open_clip
     except ImportError as error:
         raise ClipError(f"{name!r} needs open_clip: `pip install open_clip_torch` ({error}).") from error
-    architecture, _, tag = name[len("open_clip:") :].partition("/")
-    model = open_clip.create_model(architecture, pretrained=tag or None)
-    return wrap_open_clip(model, name, dtype, open_clip.get_tokenizer(architecture))
+    architecture, tag = name[len("open_clip:") :], ""
+    if not architecture.startswith(("hf-hub:", "local-dir:")):  # these hold slashes and say where their weights are
+        architecture, _, tag = architecture.partition("/")
+    try:
+        model, tokenizer = open_clip.create_model(architecture, pretrained=tag or None), open_clip.get_tokenizer(architecture)
+    except (RuntimeError, ValueError, OSError, AssertionError) as error:
+        raise ClipError(
+            f"{name!r} could not be loaded by open_clip ({error}) Names and tags are in open_clip.list_pretrained()."
+        ) from error
+    return wrap_open_clip(model, name, dtype, tokenizer)
 
 
 def wrap_open_clip(model: Any, name: str, dtype: torch.dtype, tokenizer: Any = None) -> ClipEncoder:

@@ -124,6 +124,14 @@ def _hugging_face(name: str, folder: Path) -> Case:
         text.update(bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
         config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
         model, length = transformers.CLIPModel(config), 77
+    elif name == "metaclip2":
+        if not hasattr(transformers, "MetaClip2Model"):
+            pytest.skip("this transformers has no MetaClip2Model")
+        tokenizer, length = word_tokenizer(folder, "<pad>", "<eos>"), CONTEXT
+        text = {**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT, "bos_token_id": None}
+        text.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        config = transformers.MetaClip2Config(text_config=text, vision_config=vision, projection_dim=32)
+        model = transformers.MetaClip2Model(config)
     else:
         if name == "siglip":
             tokenizer = word_tokenizer(folder, "</s>", "</s>")
@@ -265,6 +273,7 @@ KINDS: Dict[str, Callable[[Path], Case]] = {
     "open_clip with mT5": lambda folder: _open_clip("mt5", folder),
     "open_clip with M2M-100 (NLLB)": lambda folder: _open_clip("m2m", folder),
     "transformers CLIP": lambda folder: _hugging_face("clip", folder),
+    "transformers MetaCLIP 2": lambda folder: _hugging_face("metaclip2", folder),
     "transformers SigLIP": lambda folder: _hugging_face("siglip", folder),
     "transformers SigLIP 2": lambda folder: _hugging_face("siglip2", folder),
     "transformers SigLIP 2, NaFlex": lambda folder: _hugging_face("siglip2_naflex", folder),

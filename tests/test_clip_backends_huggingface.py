@@ -107,7 +107,7 @@ def test_padding_in_front_follows_the_tokenizer(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ loading
 
 
-@pytest.mark.parametrize("kind", ["transformers CLIP", "transformers SigLIP", "transformers SigLIP 2, NaFlex"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_folder_by_name(kind: str, tmp_path: Path, make_batch: Any) -> None:
     """The folder that save_pretrained writes, the tokenizer beside the weights."""
     made = case(kind, tmp_path / "tokenizer")
@@ -206,6 +206,18 @@ def test_tokenizer_of_another_model(tmp_path: Path) -> None:
         load_clip(siglip.model, tokenizer=clip_tokenizer(tmp_path / "d"))
 
 
+def test_old_files_of_clip_say_2_for_the_end_token(tmp_path: Path) -> None:
+    """The model then reads a text at its highest id."""
+    made = case("transformers CLIP", tmp_path)
+    new = made.load()
+    made.model.config.text_config.eos_token_id = made.model.text_model.eos_token_id = 2
+    old = made.load()
+    context = torch.randn(1, 3, 64)
+    assert torch.allclose(old.encode_text(contract.TEXTS), new.encode_text(contract.TEXTS), atol=1e-6)
+    assert torch.allclose(old.encode_prompt(context, "{}"), new.encode_prompt(context, "{}"), atol=1e-6)
+    assert torch.allclose(old.encode_text(contract.TEXTS), made.text(contract.TEXTS), atol=1e-5)
+
+
 def test_what_is_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ClipError, match="`tokenizer` must be one of open_clip, or a tokenizer or processor of .*; got str"):
         load_clip(case("transformers CLIP", tmp_path).model, tokenizer="openai/clip")
@@ -219,13 +231,13 @@ def test_tokenizer_for_a_clip_that_has_its_own(tiny_clip: Any) -> None:
 def test_other_models_of_transformers(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
     model = transformers.BertModel(transformers.BertConfig(**sizes))
-    with pytest.raises(ClipError, match="must be a CLIPModel, SiglipModel or Siglip2Model; got BertModel"):
+    with pytest.raises(ClipError, match="must be a CLIPModel, MetaClip2Model, SiglipModel or Siglip2Model; got BertModel"):
         load_clip(model)
     model.save_pretrained(str(tmp_path))
-    with pytest.raises(ClipError, match="must be a CLIPModel, SiglipModel or Siglip2Model; got bert"):
+    with pytest.raises(ClipError, match="must be a CLIPModel, MetaClip2Model, SiglipModel or Siglip2Model; got bert"):
         load_clip(f"hf:{tmp_path}")
     text = case("transformers CLIP", tmp_path / "clip").model.text_model
-    with pytest.raises(ClipError, match="must be a CLIPModel, SiglipModel or Siglip2Model; got CLIPText"):
+    with pytest.raises(ClipError, match="must be a CLIPModel, MetaClip2Model, SiglipModel or Siglip2Model; got CLIPText"):
         load_clip(text)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,52 @@ def test_given_model_stays_as_it_is(tmp_path: Path) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in refiner.encoder.model.modules())
 
 
+# ------------------------------------------------------------------------------------------------ by name
+
+
+def test_folder_of_a_biomedclip(tmp_path: Path) -> None:
+    """What open_clip writes for the hub, BERT's tokenizer and configuration beside it; BiomedCLIP has this form."""
+    made = case("open_clip with BERT (BiomedCLIP)", tmp_path / "tower")
+    tower = {"hf_model_name": str(tmp_path / "tower"), "hf_model_pretrained": False, "hf_proj_type": "mlp"}
+    tower.update(
+        hf_pooler_type="cls_last_hidden_state_pooler", hf_tokenizer_name=str(tmp_path / "tower"), context_length=CONTEXT
+    )
+    vision = {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "image_size": 160}
+    content = {
+        "model_cfg": {"embed_dim": 32, "custom_text": True, "vision_cfg": vision, "text_cfg": tower},
+        "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
+    }
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps(content), encoding="utf-8")
+    torch.save(made.model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    made.tokenizer.save_pretrained(str(folder))
+    if not hasattr(open_clip.factory, "parse_model_name"):
+        pytest.skip("this open_clip reads no folders")
+    encoder = load_clip(f"open_clip:local-dir:{folder}")
+    assert encoder.mean == (0.1, 0.2, 0.3) and encoder.std == (0.4, 0.5, 0.6)
+    assert encoder.name == f"open_clip:local-dir:{folder}" and encoder.fingerprint == made.load().fingerprint
+    assert contract.distance_of_texts(made, encoder) < 1e-5 and contract.distance_of_images(made, encoder) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["MobileCLIP-S1", "ViT-B-32"])
+def test_architecture_by_name(name: str) -> None:
+    """Random weights: no tag."""
+    pytest.importorskip("timm")
+    encoder = load_clip(f"open_clip:{name}")
+    assert isinstance(encoder, OpenClipTower if name == "MobileCLIP-S1" else OpenClip)
+    assert encoder.encode_text(["boat"]).shape == (1, 512)
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    "name", ["open_clip:ViT-X-99", "open_clip:ViT-B-32/no_such_tag", "open_clip:local-dir:/no/such/folder"]
+)
+def test_no_such_name(name: str) -> None:
+    with pytest.raises(ClipError, match="could not be loaded by open_clip .*Names and tags are in open_clip.list_pretrained"):
+        load_clip(name)
 
 
 def test_vocabulary_of_another_kind_needs_a_tokenizer(tmp_path: Path) -> None:
