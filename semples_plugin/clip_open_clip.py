@@ -27,7 +27,11 @@ def is_open_clip(model: nn.Module) -> bool:
 
 
 def load_open_clip(name: str, dtype: torch.dtype) -> ClipEncoder:
-    """`"open_clip:<architecture>/<tag>"`, `"open_clip:hf-hub:<name>"` or `"open_clip:local-dir:<folder>"`, by open_clip's own loader.
+    """What open_clip's own loader makes of a name.
+
+    Args:
+        name: `"open_clip:<architecture>/<tag>"`, `"open_clip:hf-hub:<name>"` or `"open_clip:local-dir:<folder>"`.
+        dtype: of the weights.
 
     Raises:
         ClipError: if open_clip is missing, or it cannot load the name.
@@ -239,7 +243,7 @@ class OpenClipTower(TowerClip, _OpenClipImages):
 
 def _embedding_of(text: Any) -> Any:
     """The token embedding of open_clip's text tower, or of the one of transformers inside it; None without one."""
-    tower = getattr(text, "transformer", None)
+    tower: Any = getattr(text, "transformer", None)
     for owner, name in ((text, "token_embedding"), (tower, "embed_tokens")):
         if getattr(owner, name, None) is not None:
             return getattr(owner, name)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence
@@ -167,8 +168,16 @@ def _hugging_face(name: str, folder: Path) -> Case:
 
 def _patches(view: Tensor, size: int) -> Tensor:
     """transformers' own cutting of an image (3, H, W) into patches (P, size * size * 3)."""
-    module = pytest.importorskip("transformers.models.siglip2.image_processing_pil_siglip2")
-    return torch.from_numpy(module.convert_image_to_patches(view.numpy(), size).copy())
+    folder = "transformers.models.siglip2"
+    names = (f"{folder}.image_processing_pil_siglip2", f"{folder}.image_processing_siglip2")  # in transformers 5, in 4
+    module = pytest.importorskip(next((name for name in names if importlib.util.find_spec(name)), names[0]))
+    return torch.from_numpy(_cut(module, view, size).copy())
+
+
+def _cut(module: Any, view: Tensor, size: int) -> Any:
+    if module.__name__.endswith("pil_siglip2"):
+        return module.convert_image_to_patches(view.numpy(), size)  # channels first
+    return module.convert_image_to_patches(view.permute(1, 2, 0).numpy(), size)
 
 
 VIT = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32}

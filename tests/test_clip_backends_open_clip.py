@@ -217,7 +217,7 @@ def test_architecture_by_name(name: str) -> None:
 )
 def test_no_such_name(name: str) -> None:
     with pytest.raises(ClipError, match="could not be loaded by open_clip .*Names and tags are in open_clip.list_pretrained"):
-        load_clip(name)
+        load_clip(f"open_clip:{name}")
 
 
 def test_vocabulary_of_another_kind_needs_a_tokenizer(tmp_path: Path) -> None:
