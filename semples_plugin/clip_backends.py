@@ -1,8 +1,8 @@
-"""Where a CLIP comes from: OpenAI's weights and code, open_clip, a file, or a loaded model.
+"""Where a CLIP comes from: OpenAI's weights and code, a file, open_clip, transformers, or a loaded model.
 
-`load_clip` returns a `ClipEncoder`. OpenAI's code is imported piece by piece: `clip/model.py` and `clip/simple_tokenizer.py`
-need only torch, numpy, ftfy and regex. `import clip` also needs `pkg_resources` (gone from setuptools 82) and torchvision
-(which fails beside a torch build that it was not compiled for).
+`load_clip` returns a `ClipEncoder`; open_clip and transformers have files of their own. OpenAI's code is imported piece by
+piece: `clip/model.py` and `clip/simple_tokenizer.py` need only torch, numpy, ftfy and regex. `import clip` also needs
+`pkg_resources` (gone from setuptools 82) and torchvision (which fails beside a torch build that it was not compiled for).
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from .archives import archive_tensors, is_torchscript
-from .clip_encoder import ClipEncoder
+from .clip_encoder import CLIP_MEAN, CLIP_STD, ClipEncoder
+from .clip_huggingface import is_hugging_face, load_hugging_face, wrap_hugging_face
+from .clip_open_clip import is_open_clip, load_open_clip, wrap_open_clip
 from .errors import ClipError
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "OpenAIClip", "OpenClip", "load_clip", "openai_clip_module", "published_clips"]
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+__all__ = ["CLIP_MEAN", "CLIP_STD", "OpenAIClip", "load_clip", "openai_clip_module", "published_clips"]
 
 # File name and SHA-256 of OpenAI's published weights; the address is .../clip/models/<sha256>/<file>.
 _WEIGHTS_ADDRESS = "https://openaipublic.azureedge.net/clip/models"
@@ -148,32 +147,6 @@ class OpenAIClip(ClipEncoder):
         return x.transpose(0, 1)
 
 
-class OpenClip(ClipEncoder):
-    """Encoder for `open_clip` models with a causal text tower (`CLIP` and `CustomTextCLIP`)."""
-
-    def __init__(self, model: Any, name: str, tokenizer: Any):
-        size = model.visual.image_size
-        mean = getattr(model.visual, "image_mean", None) or CLIP_MEAN
-        std = getattr(model.visual, "image_std", None) or CLIP_STD
-        self._tokenizer = tokenizer
-        super().__init__(model, name, int(size[0] if isinstance(size, (tuple, list)) else size), mean, std)
-        pool = getattr(self._text, "text_pool_type", getattr(self._text, "pool_type", "argmax"))
-        if pool != "argmax" or getattr(self._text, "attn_mask", None) is None:
-            raise ClipError(
-                f"CLIP {name!r} reads its text at {pool!r}; prompts need a causal text tower read at the end token."
-            )
-
-    @property
-    def _text(self) -> Any:
-        return self.model if hasattr(self.model, "token_embedding") else self.model.text
-
-    def token_ids(self, text: str) -> List[int]:
-        return list(self._tokenizer.encode(text))
-
-    def _transform(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self._text.transformer(x, attn_mask=mask)
-
-
 def published_clips() -> List[str]:
     """Names of OpenAI's published models."""
     return list(_WEIGHTS)
@@ -183,6 +156,7 @@ def load_clip(
     clip: Union[str, "os.PathLike[str]", nn.Module, ClipEncoder],
     device: Union[None, torch.device, str] = None,
     dtype: torch.dtype = torch.float32,
+    tokenizer: Any = None,
 ) -> ClipEncoder:
     """A frozen `ClipEncoder`.
 
@@ -190,18 +164,28 @@ def load_clip(
         clip: one of
             - an OpenAI name such as `"ViT-B/32"` or `"RN50"` (downloaded once to `~/.cache/clip`);
             - a path to a weights file (OpenAI's archive, or a state dict in its layout);
-            - a loaded OpenAI or open_clip model (copied; yours stays as it is);
+            - a loaded model of OpenAI's `clip`, open_clip or transformers (copied; yours stays as it is);
             - `"open_clip:ViT-B-32/laion2b_s34b_b79k"` (needs `pip install open_clip_torch`);
+            - `"hf:openai/clip-vit-base-patch32"`, `"hf:google/siglip-base-patch16-224"` or `"hf:<folder>"` (needs
+              `pip install transformers`);
             - a `ClipEncoder`, returned as it is (several refiners may share one).
         device: where it goes; by default a loaded model stays on its device, and files go to the CPU.
         dtype: of weights that are loaded or copied here; a `ClipEncoder` must have it already. In OpenAI's models the layer
-            norms stay in float32; open_clip's models are converted whole, as open_clip's own `precision="pure_bf16"` does.
+            norms stay in float32; the others are converted whole, as open_clip's own `precision="pure_bf16"` does.
+        tokenizer: of a loaded model of open_clip or transformers: what `open_clip.get_tokenizer(...)` returns, or a tokenizer
+            or processor of transformers. By default open_clip's BPE, and the tokenizer beside the weights of a model that
+            `from_pretrained` has read. The encoder then goes into the refiner: `PromptRefiner(classes, clip=load_clip(...))`.
 
     Raises:
         ClipError: if there is no such model, or it cannot be used; the message says what to do.
         TypeError: for anything else.
-        ValueError: if a `ClipEncoder` has another dtype.
+        ValueError: if a `ClipEncoder` has another dtype, or a tokenizer comes with something that has its own.
     """
+    if tokenizer is not None and not (isinstance(clip, nn.Module) and (is_open_clip(clip) or is_hugging_face(clip))):
+        raise ValueError(
+            "`tokenizer` goes with a loaded model of open_clip or transformers; everything else has its own. Leave it out, or "
+            "pass the model."
+        )
     if isinstance(clip, ClipEncoder):
         encoder = clip
         if encoder.dtype != dtype:
@@ -210,7 +194,7 @@ def load_clip(
                 "the encoder with load_clip(..., dtype=...)."
             )
     elif isinstance(clip, nn.Module):
-        encoder = _wrap(copy.deepcopy(clip), type(clip).__name__, dtype)
+        encoder = _wrap(copy.deepcopy(clip), type(clip).__name__, dtype, tokenizer)
     elif isinstance(clip, (str, os.PathLike)):
         encoder = _load_by_name(os.fspath(clip), dtype)
     else:
@@ -221,15 +205,17 @@ def load_clip(
 
 def _load_by_name(name: str, dtype: torch.dtype) -> ClipEncoder:
     if name.startswith("open_clip:"):
-        return _load_open_clip(name, dtype)
+        return load_open_clip(name, dtype)
+    if name.startswith("hf:"):
+        return load_hugging_face(name, dtype)
     if name in _WEIGHTS:
         path = _openai_weights(name)
     elif os.path.isfile(name):
         path, name = Path(name), Path(name).name
     else:
         raise ClipError(
-            f"`clip` must be one of {', '.join(_WEIGHTS)}, a weights file, or 'open_clip:<architecture>/<tag>'; got {name!r}, "
-            "which is neither a known name nor a file."
+            f"`clip` must be one of {', '.join(_WEIGHTS)}, a weights file, 'open_clip:<architecture>/<tag>' or "
+            f"'hf:<name or folder>'; got {name!r}, which is neither a known name nor a file."
         )
     state = _read_state_dict(path)
     build_model = openai_clip_module("model").build_model
@@ -239,7 +225,7 @@ def _load_by_name(name: str, dtype: torch.dtype) -> ClipEncoder:
         model.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError, ArithmeticError, AssertionError) as error:
         raise ClipError(f"{path} does not hold a CLIP model in OpenAI's layout ({error}).") from error
-    return _wrap(model, name, dtype)
+    return _wrap(model, name, dtype, None)
 
 
 def _check_shapes(build_model: Any, state: Dict[str, Tensor]) -> None:
@@ -254,15 +240,16 @@ def _check_shapes(build_model: Any, state: Dict[str, Tensor]) -> None:
             raise ValueError(f"{name} is {tuple(value.shape)}, but the other weights say {tuple(built[name].shape)}")
 
 
-def _wrap(model: Any, name: str, dtype: torch.dtype) -> ClipEncoder:
-    if type(model).__module__.split(".")[0] == "open_clip":
-        from open_clip.tokenizer import SimpleTokenizer
-
-        return _open_clip(model, name, SimpleTokenizer(), dtype)
+def _wrap(model: Any, name: str, dtype: torch.dtype, tokenizer: Any) -> ClipEncoder:
+    if is_open_clip(model):
+        return wrap_open_clip(model, name, dtype, tokenizer)
+    if is_hugging_face(model):
+        return wrap_hugging_face(model, name, dtype, tokenizer)
     missing = [n for n in ("visual", "transformer", "token_embedding", "text_projection") if not hasattr(model, n)]
     if missing:
         raise TypeError(
-            f"`clip` must be an OpenAI `clip` or `open_clip` model; got {type(model).__name__} without {', '.join(missing)}."
+            f"`clip` must be an OpenAI `clip`, `open_clip` or `transformers` model; got {type(model).__name__} without "
+            f"{', '.join(missing)}."
         )
     encoder = OpenAIClip(model, name)
     model.to(dtype)
@@ -270,20 +257,4 @@ def _wrap(model: Any, name: str, dtype: torch.dtype) -> ClipEncoder:
         for module in model.modules():  # OpenAI's LayerNorm computes in float32 and wants float32 weights
             if isinstance(module, nn.LayerNorm):
                 module.float()
-    return encoder
-
-
-def _load_open_clip(name: str, dtype: torch.dtype) -> ClipEncoder:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ClipError(f"{name!r} needs open_clip: `pip install open_clip_torch` ({error}).") from error
-    architecture, _, tag = name[len("open_clip:") :].partition("/")
-    model = open_clip.create_model(architecture, pretrained=tag or None)
-    return _open_clip(model, name, open_clip.get_tokenizer(architecture), dtype)
-
-
-def _open_clip(model: Any, name: str, tokenizer: Any, dtype: torch.dtype) -> ClipEncoder:
-    encoder = OpenClip(model.float(), name, tokenizer)  # the fingerprint is that of the float32 weights
-    model.to(dtype)
     return encoder

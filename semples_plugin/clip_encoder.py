@@ -1,6 +1,7 @@
 """Frozen CLIP behind one small protocol: images, texts and prompts become features here and nowhere else.
 
-`ClipEncoder` is the protocol; `clip_backends` implements it for OpenAI's `clip` and for open_clip, and loads models.
+`ClipEncoder` is the protocol, and its text half runs a causal text tower in OpenAI's layout; `clip_towers` runs any other.
+`clip_backends`, `clip_open_clip` and `clip_huggingface` implement it and load models.
 Flow: `regions` -> **clip_encoder** -> `losses`.
 """
 
@@ -18,7 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from ._torch import full_precision
 from .errors import ClipError
 
-__all__ = ["ClipEncoder"]
+__all__ = ["CLIP_MEAN", "CLIP_STD", "ClipEncoder", "Recorder", "with_submodule"]
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ClipEncoder:
@@ -29,7 +33,7 @@ class ClipEncoder:
         name: how the model was asked for, for messages and prompt files.
         image_size: input height and width in pixels.
         mean, std: image statistics of its input, three values each, for images in [0, 1].
-        context_length: number of text positions (77).
+        context_length: number of text positions (77 for OpenAI's models).
         embed_dim: D, size of image and text features.
         context_dim: Dt, size of a token embedding (and so of a prompt's context vectors).
         logit_scale: factor that CLIP was trained to multiply cosines with (about 100 for OpenAI's models).
@@ -38,18 +42,7 @@ class ClipEncoder:
     def __init__(self, model: Any, name: str, image_size: int, mean: Sequence[float], std: Sequence[float]):
         self.model, self.name, self.image_size = model, name, image_size
         self.mean, self.std = tuple(mean), tuple(std)
-        text = self._text
-        parts = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
-        missing = [part for part in parts if getattr(text, part, None) is None]
-        if missing:
-            raise ClipError(
-                f"CLIP {name!r} has a text tower of type {type(text).__name__} without {', '.join(missing)}; background "
-                "prompts need a text tower in OpenAI's layout. Use a CLIP that has one, such as 'ViT-B/32'."
-            )
-        self.context_length = int(text.positional_embedding.shape[0])
-        self.context_dim = int(text.token_embedding.weight.shape[1])
-        projection = text.text_projection
-        self.embed_dim = int(projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1])
+        self.context_length, self.context_dim, self.embed_dim = self._sizes()
         self.logit_scale = float(model.logit_scale.detach().float().exp())
         self._fingerprint = _fingerprint(model)
 
@@ -71,6 +64,20 @@ class ClipEncoder:
     def _text(self) -> Any:
         return self.model
 
+    def _sizes(self) -> Tuple[int, int, int]:
+        """Number of text positions, Dt, D."""
+        text = self._text
+        parts = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
+        missing = [part for part in parts if getattr(text, part, None) is None]
+        if missing:
+            raise ClipError(
+                f"CLIP {self.name!r} has a text tower of type {type(text).__name__} without {', '.join(missing)}; background "
+                "prompts need a text tower in OpenAI's layout. Use a CLIP that has one, such as 'ViT-B/32'."
+            )
+        projection = text.text_projection
+        embed_dim = projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
+        return int(text.positional_embedding.shape[0]), int(text.token_embedding.weight.shape[1]), int(embed_dim)
+
     def _transform(self, x: Tensor, mask: Tensor) -> Tensor:
         """Text transformer on (N, T, Dt) with an additive attention mask (T, T)."""
         raise NotImplementedError
@@ -79,7 +86,18 @@ class ClipEncoder:
         """Token ids of a text, without start and end tokens."""
         raise NotImplementedError
 
-    start_token, end_token = 49406, 49407
+    def _around(self) -> Tuple[List[int], List[int]]:
+        """What stands before and behind the ids of every text."""
+        return [49406], [49407]
+
+    @property
+    def _places(self) -> int:
+        """How many positions a text may take, with what stands around it."""
+        return self.context_length
+
+    @property
+    def _image_tower(self) -> nn.Module:
+        return self.model.visual
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -99,7 +117,7 @@ class ClipEncoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(p for p in self.model.visual.parameters() if p.ndim == 4).dtype
+        return next(p for p in self._image_tower.parameters() if p.ndim == 4).dtype
 
     def freeze(self) -> "ClipEncoder":
         """Evaluation mode, and no parameter takes a gradient."""
@@ -154,7 +172,7 @@ class ClipEncoder:
         visual = self.model.visual
         if getattr(visual, "attnpool", None) is not None:
             path = ["attnpool"]
-        elif hasattr(visual, "transformer") and hasattr(visual, "ln_post"):
+        elif hasattr(visual, "transformer") and hasattr(visual, "ln_post") and getattr(visual, "attn_pool", None) is None:
             path = ["transformer", "resblocks", str(len(visual.transformer.resblocks) - 1)]
         else:
             raise ClipError(
@@ -162,8 +180,8 @@ class ClipEncoder:
                 "ResNet layout. Call refine_masks(..., suppress=False)."
             )
         target: Any = visual.get_submodule(".".join(path))
-        recorder = _Recorder()
-        _with_submodule(visual, path, recorder)(views.to(self.dtype))
+        recorder = Recorder()
+        with_submodule(visual, path, recorder)(views.to(self.dtype))
         x = recorder.seen
         if path == ["attnpool"]:  # x: (N, C, g, g)
             value = F.linear(x.flatten(2).transpose(1, 2), target.v_proj.weight, target.v_proj.bias)
@@ -187,17 +205,18 @@ class ClipEncoder:
         Raises:
             ValueError: if a text does not fit into CLIP's context; a silently cut class name would name another class.
         """
-        rows = [[self.start_token, *self.token_ids(text), self.end_token] for text in texts]
+        start, end = self._around()
+        rows = [[*start, *self.token_ids(text), *end] for text in texts]
         for text, row in zip(texts, rows):
-            if len(row) > self.context_length:
+            if len(row) > self._places:
                 raise ValueError(
-                    f"Every text must fit into CLIP's {self.context_length} tokens; {text[:60]!r}... needs {len(row)}, so the "
+                    f"Every text must fit into CLIP's {self._places} tokens; {text[:60]!r}... needs {len(row)}, so the "
                     "tokenizer would cut it. Use a shorter name."
                 )
         return rows
 
     def encode_text(self, texts: Sequence[str], chunk: int = 256) -> Tensor:
-        """Features of texts: (N, D) float32, not normalized. Padded to the longest of the texts, not to 77."""
+        """Features of texts: (N, D) float32, not normalized. A causal tower gets them padded to the longest text only."""
         rows = self.tokenize(texts)
         parts = [self.encode_tokens(rows[i : i + chunk]) for i in range(0, len(rows), chunk)]
         return torch.cat(parts) if parts else torch.zeros(0, self.embed_dim, device=self.device)
@@ -214,7 +233,7 @@ class ClipEncoder:
     def max_prompt_length(self, template: str) -> int:
         """How many context vectors fit into `template` (71 for "a photo of {} .")."""
         prefix, suffix = self._split(template)
-        return self.context_length - len(prefix) - len(suffix)
+        return self._places - len(prefix) - len(suffix)
 
     def encode_prompt(self, context: Tensor, template: str) -> Tensor:
         """Features of learnable prompts: start token, template with the context in place of `{}`, end token.
@@ -244,7 +263,8 @@ class ClipEncoder:
         if template.count("{}") != 1:
             raise ValueError(f"A template must hold `{{}}` once; got {template!r}.")
         before, after = template.split("{}")
-        return [self.start_token, *self.token_ids(before)], [*self.token_ids(after), self.end_token]
+        start, end = self._around()
+        return [*start, *self.token_ids(before.rstrip())], [*self.token_ids(after), *end]
 
     def _text_features(self, tokens: Tensor, end: Tensor) -> Tensor:
         """Text tower from token embeddings (N, T, Dt), read at positions `end` (N,), at full precision."""
@@ -264,7 +284,7 @@ class ClipEncoder:
         return next(p for n, p in self._text.transformer.named_parameters() if n.endswith("in_proj_weight")).dtype
 
 
-class _Recorder(nn.Module):
+class Recorder(nn.Module):
     """Stands in for a module: keeps the input of the call and hands it on."""
 
     seen: Tensor
@@ -274,13 +294,13 @@ class _Recorder(nn.Module):
         return x
 
 
-def _with_submodule(module: nn.Module, path: Sequence[str], new: nn.Module) -> nn.Module:
+def with_submodule(module: nn.Module, path: Sequence[str], new: nn.Module) -> Any:
     """A shallow copy of `module` with `new` at `path`. Weights are shared, and `module` itself stays as it is.
 
     A hook would be seen by every thread that runs `module` at the same time; this copy belongs to the caller alone.
     """
     twin = copy.copy(module)
-    child = new if len(path) == 1 else _with_submodule(module._modules[path[0]], path[1:], new)  # type: ignore[arg-type]
+    child = new if len(path) == 1 else with_submodule(module._modules[path[0]], path[1:], new)  # type: ignore[arg-type]
     twin._modules = {**module._modules, path[0]: child}
     return twin
 
