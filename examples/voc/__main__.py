@@ -1,4 +1,4 @@
-"""The whole chain on PASCAL VOC 2012: a host with the three stages, CAM files, masks, pseudo labels, a segmentation network, a page.
+"""The chain on PASCAL VOC 2012: a host in three stages, CAM files, masks, pseudo labels, a segmentation network, one page.
 
     python -m examples.voc --voc VOCdevkit/VOC2012 --host mctformer --repo MCTformer --out runs/voc
     python -m examples.voc ... --dry-run                      every command, with rough times and sizes; runs nothing
@@ -10,6 +10,7 @@ Each step has a record in OUT/steps and is skipped when it is done. The same com
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import List, Optional, Sequence
@@ -20,8 +21,9 @@ from semples_plugin.masks import check_threshold
 
 from . import crf
 from .chain import Chain, ChainError, Step
-from .commands import Settings, make_steps
+from .commands import make_steps
 from .segmentation import Training
+from .settings import Settings
 
 REHEARSAL = Training(steps=12, batch_size=2, crop=64, warmup=2, every=4, workers=0)
 SMALL = {"input_size": 64, "epochs": 2, "batch_size": 3}  # of the host in a rehearsal
@@ -43,10 +45,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--python", default=sys.executable, metavar="FILE", help="interpreter of the host's environment; default: this one")
     add("--seeds", type=int, default=1, metavar="N", help="the chain for seeds 0 to N - 1; default: %(default)s")
     add("--gpus", type=int, metavar="N", help="default: all; the host is trained on one of them")
+    add("--processes", type=int, metavar="N", help="that refine CAM files side by side; default: half as many as cores, in a "
+        "rehearsal 1")  # fmt: skip
     add("--cpu", action="store_true", help="without a GPU: for rehearsals")
     add("--epochs", type=int, metavar="N", help="of the host; default: its own")
-    add("--input-size", type=int, metavar="N", help=f"of the host; default: its own; in a rehearsal {SMALL['input_size']}, which starts "
-        "from random weights")  # fmt: skip
+    add("--input-size", type=int, metavar="N", help="of the host; default: its own, in a rehearsal 64")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="option of the refiner, such as lambda_area=1")
     add("--threshold", type=float, default=0.4, metavar="T", help="background score of the masks; default: %(default)s")
     add("--label-thresholds", default="0.3:0.5", metavar="LOW:HIGH", help="of the pseudo labels; default: %(default)s")
@@ -74,12 +77,14 @@ def read_settings(options: argparse.Namespace) -> Settings:
         raise ValueError(f"--label-thresholds takes two, such as 0.3:0.5; got {options.label_thresholds}.")
     check_threshold("--label-thresholds", low_high)
     check_threshold("--threshold", options.threshold)
-    for name in ("seeds", "epochs", "steps", "batch-size", "limit"):
+    for name in ("seeds", "gpus", "processes", "epochs", "input-size", "steps", "batch-size", "limit"):
         value = getattr(options, name.replace("-", "_"))
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1; got {value}.")
     if options.limit is not None and not options.rehearsal:
         raise ValueError("--limit is for a --rehearsal; figures of a part of VOC compare with nothing.")
+    if not options.tflops > 0:
+        raise ValueError(f"--tflops must be above 0; got {options.tflops:g}.")
     for name in ("labels", "finetune", "checkpoint"):
         path = getattr(options, name)
         if path is not None and not path.exists():
@@ -116,6 +121,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
         segmenter=segmenter,
         training=training,
         use_crf=options.crf == "auto" and crf.available(),
+        processes=options.processes or (1 if options.rehearsal else max(1, (os.cpu_count() or 1) // 2)),
         tflops=options.tflops,
     )
 

@@ -1,7 +1,7 @@
 """Steps and their records: each step runs once, is skipped while its inputs stay the same, and goes on after a kill.
 
-A step is done when `OUT/steps/NAME.json` exists, was made from the same inputs (`fingerprint`), and the files that the step made
-are as they were. The record is written last and as a whole, so a step that was killed has none. Flow: `commands` -> **chain**.
+A step is done when `OUT/steps/NAME.json` exists, was made from the same inputs (`fingerprint`), and the files that it made are
+as they were. The record is written last and as a whole, so a step that was killed has none. Flow: `commands` -> **chain**.
 """
 
 from __future__ import annotations
@@ -148,9 +148,7 @@ class Chain:
     def _fingerprint(self, step: Step) -> str:
         missing = [str(path) for path in step.needs if not path.exists()]
         if missing:
-            raise ChainError(
-                f"{step.name} needs {', '.join(missing)}, which no step before it made. Delete its record and run again."
-            )
+            raise ChainError(f"{step.name} needs {', '.join(missing)}, which no step before it made.")
         inputs = {
             "facts": step.facts,
             "commands": step.commands,
@@ -218,8 +216,8 @@ class Chain:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise ChainError(
-                    f"Another process works in {self.out}: this command, or one that it started before it was killed. Wait for its "
-                    "end, or end it."
+                    f"Another process works in {self.out}: this command, or one that it started before it was killed. Wait for "
+                    "its end, or end it."
                 ) from error
             yield file.fileno()
 
@@ -257,10 +255,8 @@ def run_group(name: str, group: Sequence[Command], log: Path, lock: Optional[int
     for process, command in zip(running, group):
         if process.returncode:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-            raise ChainError(
-                "\n".join([*lines, f"{name} ended with status {process.returncode}: {command}", f"The whole log: {log}. The same "
-                           "command goes on from here."])
-            )  # fmt: skip
+            lines += [f"{name} ended with status {process.returncode}: {command}"]
+            raise ChainError("\n".join([*lines, f"The whole log: {log}. The same command goes on from here."]))
     for command in group:
         if command.stdout is not None:
             os.replace(part_of(command.stdout), command.stdout)

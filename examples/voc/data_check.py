@@ -11,18 +11,18 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 import numpy as np
 
 from semples_plugin.class_names import VOC_CLASSES
+from semples_plugin.clip_backends import published_clips
 from semples_plugin.files.labels import read_labels
 
-from .chain import read_json, write_json
+from .chain import write_json
 
 VOC = "PASCAL VOC 2012: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"
 SBD = (
-    "the ids of the augmented set (SBD) come with the host, voc12/train_aug_id.txt; its photos are among those of VOC 2012 and its "
-    "masks are not needed"
+    "the ids of the augmented set (SBD) come with the host, voc12/train_aug_id.txt; its photos are in VOC 2012, its masks are not "
+    "needed"
 )
 MCTFORMER = "git clone https://github.com/xulianuwa/MCTformer"
 HOST_IMPORTS = ("torch", "torchvision", "timm", "sklearn", "cv2", "PIL", "scipy")
-CLIPS = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
 
 
 class Missing(NamedTuple):
@@ -43,13 +43,14 @@ class Lists(NamedTuple):
     val: List[str]
 
 
-def find_labels(repo: Path, given: Optional[Path]) -> Path:
-    """The file of image-level labels: the one that is given, or the host's own."""
-    return given or repo / "voc12" / "cls_labels.npy"
-
-
 def find_lists(voc: Path, repo: Path, limit: Optional[int] = None) -> Lists:
-    """The ids of all three lists; what has no file is empty. Those of the data set come before the host's."""
+    """The ids of all three lists; what has no file is empty. Those of the data set come before the host's.
+
+    Args:
+        voc: the folder VOC2012.
+        repo: clone of the host.
+        limit: images of each list, those of train first; of the host's list then only what there is.
+    """
     sets = voc / "ImageSets" / "Segmentation"
     train, val = (_ids(sets / f"{name}.txt") for name in ("train", "val"))
     augmented = next((ids for name in ("trainaug", "train_aug") for ids in [_ids(sets / f"{name}.txt")] if ids), None)
@@ -100,8 +101,12 @@ def check(
     if not (repo / "main.py").is_file():
         found.append(Missing(f"the host's script {repo / 'main.py'}", MCTFORMER))
     found += _environment(python, gpu)
-    if clip is not None and clip not in CLIPS and not clip.startswith("open_clip:") and not Path(clip).is_file():
-        found.append(Missing(f"CLIP {clip}", f"--clip takes a weights file or one of {', '.join(CLIPS)}, which are downloaded"))
+    if clip is not None and clip not in published_clips() and not clip.startswith("open_clip:") and not Path(clip).is_file():
+        found.append(
+            Missing(
+                f"CLIP {clip}", f"--clip takes a weights file or one of {', '.join(published_clips())}, which are downloaded"
+            )
+        )
     place = out
     while not place.exists():
         place = place.parent
@@ -190,8 +195,8 @@ def write_lists(out: Path, voc: Path, lists: Lists, labels: Path) -> None:
     """Write the lists and the image-level labels of their images, in the layout that the host reads.
 
     Args:
-        out: folder. `all/` holds train_aug_id.txt and val_id.txt for training and CAM files, `train/` the same with the images of
-            train alone, `cls_labels.npy` the labels, and `images.json` every photo and mask with its size in bytes.
+        out: folder. `all/` holds train_aug_id.txt and val_id.txt for training and CAM files, `train/` the same with the images
+            of train alone, `cls_labels.npy` the labels, and `images.json` every photo and mask with its size in bytes.
     """
     known = read_labels(labels, VOC_CLASSES)
     for folder, ids in (("all", lists.train_aug), ("train", lists.train)):
@@ -228,6 +233,3 @@ def count_pairs(labels: Path, ids: Sequence[str]) -> int:
 def report(found: Sequence[Missing]) -> str:
     """All of it as text."""
     return "\n".join([f"{len(found)} things are missing:", *map(str, found)])
-
-
-__all__ = ["Lists", "Missing", "check", "count_pairs", "find_labels", "find_lists", "read_json", "report", "write_lists"]

@@ -1,4 +1,7 @@
-"""One page with the figures of a run, those of seeds, masks, pseudo labels and segmentation kept apart. Flow: `commands` -> **ledger**."""
+"""One page with the figures of a run, those of seeds, masks, pseudo labels and segmentation kept apart.
+
+Flow: `commands` -> **ledger**.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,12 @@ class Row(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Figures of one kind, which must not be compared with those of another."""
+    """Figures of one kind, which must not be compared with those of another, and the steps that led to them."""
 
     title: str
     what: str
     rows: Sequence[Row]
+    steps: Sequence[str]
 
 
 def sections(facts: Dict[str, Any]) -> List[Section]:
@@ -38,27 +42,37 @@ def sections(facts: Dict[str, Any]) -> List[Section]:
     return [
         Section("Seeds", "CAM files of the host after the stages, as its own script writes them.",
                 [Row("seeds", "single", "scale 1.0, and its mirror image", BEST),
-                 Row("seeds", "multi", f"scales {scales}, and their mirror images", BEST)]),
+                 Row("seeds", "multi", f"scales {scales}, and their mirror images", BEST)],
+                ["match", "prompt", "refine", "cams-single", "cams", "seeds"]),
         Section("Masks", "The CAMs of several scales, aligned to the edges of the photos.",
                 [Row("mask-figures", "best", "best threshold", BEST), Row("mask-figures", "fixed", "fixed threshold", fixed),
-                 Row("mask-figures", "crf", "with a dense CRF", fixed)]),
+                 Row("mask-figures", "crf", "with a dense CRF", fixed)],
+                ["masks", "masks-crf", "mask-figures"]),
         Section("Pseudo labels", "What the segmentation network is trained on. Pixels at 255 are not counted.",
                 [Row("label-figures", "labels", "two thresholds",
-                     f"background below {low:g}, class above {high:g}, 255 between; fixed beforehand")]),
+                     f"background up to {low:g}, class above {high:g}, 255 between; fixed beforehand")],
+                ["labels", "label-figures"]),
         Section("Segmentation", "The network that was trained on the pseudo labels, one scale, images it has not seen.",
-                [Row("evaluation", "plain", "network alone", ""), Row("evaluation", "crf", "with a dense CRF", "")]),
+                [Row("evaluation", "plain", "network alone", ""), Row("evaluation", "crf", "with a dense CRF", "")],
+                ["segmentation", "predictions", "evaluation"]),
     ]  # fmt: skip
 
 
 def collect(out: Path, facts: Dict[str, Any]) -> Dict[str, Any]:
     """All figures of a run, without times: equal runs give equal files."""
+    return {"banner": banner(facts), "facts": facts, "sections": [_section(out, facts, section) for section in sections(facts)]}
+
+
+def _section(out: Path, facts: Dict[str, Any], section: Section) -> Dict[str, Any]:
+    run = read_json(out / "seed0" / "runner" / "record.json") or {}
+    taken = {name: values["steps"] for name, values in run.get("stages", {}).items() if "steps" in values}
+    taken["segmentation"] = facts["steps"]
     return {
-        "banner": banner(facts),
-        "facts": facts,
-        "sections": [
-            {"title": section.title, "what": section.what, "rows": [_row(out, facts, row) for row in section.rows]}
-            for section in sections(facts)
-        ],
+        "title": section.title,
+        "what": section.what,
+        "steps": {name: taken[name] for name in section.steps if name in taken},
+        "records": [f"seed{seed}/{name}" for seed in range(facts["seeds"]) for name in section.steps],
+        "rows": [_row(out, facts, row) for row in section.rows],
     }
 
 
@@ -91,7 +105,10 @@ def write(out: Path, facts: Dict[str, Any], records: Sequence[Dict[str, Any]]) -
     """Write `ledger.json` (figures and settings) and `ledger.html` (the same with commands, times and versions)."""
     content = collect(out, facts)
     write_json(out / "ledger.json", content)
-    page = template().render(**content, records=records, versions=_versions(records)).encode()
+    by_name = {record["step"]: record for record in records}
+    run = read_json(out / "seed0" / "runner" / "record.json") or {}
+    host = {f"{name} (host)": version for name, version in run.get("versions", {}).items()}
+    page = template().render(**content, records=by_name, versions={**_versions(records), **host}).encode()
     write_atomically(out / "ledger.html", lambda file: file.write(page))
 
 

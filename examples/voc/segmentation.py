@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 4 -m examples.voc.segmentation train ...
 
 What a step does depends on its number alone: its images, how they are cropped, and the random numbers in the network are all
-drawn from (seed, process, step). A run that goes on from a checkpoint therefore ends with the bytes of one that was never killed.
+drawn from (seed, process, step). A run that goes on from a checkpoint therefore ends as one that was never killed.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def as_tensor(photo: np.ndarray) -> Tensor:
 
 
 def load_network(segmenter: str) -> nn.Module:
-    """SegFormer with `NUM_LABELS` labels, from a folder or a name of the Hugging Face hub; a new head where it has none of that size.
+    """SegFormer with `NUM_LABELS` labels, from a folder or a name of the Hugging Face hub; with a new head if need be.
 
     Raises:
         ModuleNotFoundError: if `transformers` is not installed.
@@ -137,9 +137,7 @@ def _segformer() -> Any:
     try:
         import transformers
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "The segmentation network needs transformers: pip install transformers.", name="transformers"
-        ) from error
+        raise ModuleNotFoundError("SegFormer needs transformers: pip install transformers.", name="transformers") from error
     return transformers
 
 
