@@ -138,6 +138,7 @@ def _segformer() -> Any:
         import transformers
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("SegFormer needs transformers: pip install transformers.", name="transformers") from error
+    transformers.utils.logging.disable_progress_bar()
     return transformers
 
 
@@ -183,7 +184,7 @@ def train(ids: Sequence[str], photos: Path, labels: Path, segmenter: str, out: P
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         optimizer = torch.optim.AdamW(parameter_groups(model, how.lr))
         amp = device.type == "cuda"
-        scaler = torch.cuda.amp.GradScaler(enabled=amp)  # its newer name is not in torch 2.0
+        scaler = _scaler(amp)
         log: List[Dict[str, float]] = []
         first, checkpoint = 0, out / "checkpoint.pt"
         facts = {**how._asdict(), "ids": len(ids), "world": world}
@@ -226,6 +227,13 @@ def train(ids: Sequence[str], photos: Path, labels: Path, segmenter: str, out: P
             _write_log(out, log)
             save_network(model, out / "model")
             checkpoint.unlink(missing_ok=True)
+
+
+def _scaler(enabled: bool) -> Any:
+    """A gradient scaler; torch 2.0 has it under its old name only."""
+    if hasattr(torch.amp, "GradScaler"):
+        return torch.amp.GradScaler("cuda", enabled=enabled)
+    return torch.cuda.amp.GradScaler(enabled=enabled)
 
 
 def pixel_loss(logits: Tensor, label: Tensor) -> Tensor:
