@@ -492,7 +492,7 @@ def test_the_ledger_keeps_kinds_of_figures_apart(world: Path, tmp_path: Path, re
         "fixed beforehand",
         "&lt;align&gt;",
         "semples refine &lt;x&gt;",
-        "Seeds: 2",
+        "Random seeds: 2",
         "55.00",
         "7.07",
         "not run",
