@@ -18,8 +18,8 @@ from .chain import write_json
 
 VOC = "PASCAL VOC 2012: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"
 SBD = (
-    "the ids of the augmented set (SBD) come with the host, voc12/train_aug_id.txt; its photos are in VOC 2012, its masks are not "
-    "needed"
+    "the ids of the augmented set (SBD) come with the host, voc12/train_aug_id.txt; its photos are in VOC 2012, and its masks "
+    "are not needed"
 )
 MCTFORMER = "git clone https://github.com/xulianuwa/MCTformer"
 HOST_IMPORTS = ("torch", "torchvision", "timm", "sklearn", "cv2", "PIL", "scipy")

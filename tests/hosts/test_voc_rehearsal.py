@@ -66,7 +66,7 @@ def kill_at(hosts: Any, out: Path, path: Path) -> None:
 
 
 def contents(out: Path) -> Dict[str, bytes]:
-    """All files without times in records; not those that hold times or counts of one process alone: logs, the page, summaries."""
+    """All files without times in records; logs, the page and summaries of one process not at all."""
     found = {}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
