@@ -173,7 +173,7 @@ def _environment(python: str, gpu: bool) -> List[Missing]:
             Missing(f"a Python with torch at {python} ({type(error).__name__})", "--python: that of the host's environment")
         ]
     source = (
-        f"in the host's environment ({python}): pip install timm scikit-learn opencv-python-headless scipy, and this package"
+        f"in the host's environment ({python}): pip install timm scikit-learn opencv-python-headless scipy, and --editable ."
     )
     found = [Missing(f"import of {name}: {why}", source) for name, why in bad.items()]
     if gpu and not has_gpu:
