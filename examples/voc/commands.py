@@ -1,0 +1,321 @@
+"""The steps of the chain: what each one reads, runs and makes. Flow: `__main__` -> **commands** -> `chain`."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import List, Sequence, Tuple
+
+from semples_plugin.adapters.runner.record import commit
+
+from . import crf, data_check, ledger
+from .chain import ChainError, Command, Step, read_json
+from .estimates import Estimates
+from .settings import SCALES, Settings
+from .weights import DEIT, get_weights, hub_file
+
+SEEDS = (("single", "cams-single"), ("multi", "cams"))
+Figure = Tuple[str, Path]  # its name, and the folder of label PNGs or CAM files that it is of
+
+
+def make_steps(settings: Settings) -> List[Step]:
+    """All steps in order."""
+    lists = data_check.find_lists(settings.voc, settings.repo, settings.limit)
+    estimates = Estimates(settings, lists)
+    steps = [_check(settings, lists, estimates), _weights(settings)]
+    for seed in range(settings.seeds):
+        steps += OneSeed(settings, seed, estimates).steps()
+    return [*steps, _ledger(settings, steps)]
+
+
+def _check(s: Settings, lists: data_check.Lists, estimates: Estimates) -> Step:
+    def before() -> None:
+        needed = 0 if s.rehearsal else estimates.disk()
+        found = data_check.check(s.voc, s.repo, lists, s.labels_file, s.clip, s.python, not s.cpu, s.out, needed)
+        if found:
+            raise ChainError(data_check.report(found))
+        data_check.write_lists(s.out / "lists", s.voc, lists, s.labels_file)
+
+    return Step(
+        name="check",
+        what="look for everything that is needed, and write the lists",
+        makes=[s.out / "lists"],
+        facts={"voc": str(s.voc), "repo": str(s.repo), "labels": str(s.labels_file), "limit": s.limit},
+        before=before,
+        always=True,
+        estimate="seconds",
+    )
+
+
+def _weights(s: Settings) -> Step:
+    folder = s.out / "weights"
+    needs = [Path(path) for path in (s.clip, s.checkpoint, s.finetune) if path is not None and Path(path).is_file()]
+    if not s.rehearsal and Path(s.segmenter).is_dir():
+        needs.append(Path(s.segmenter))
+    return Step(
+        name="weights",
+        what="get the weights: CLIP, the host's start, the segmentation network",
+        makes=[folder / "weights.json", folder / "segmenter", hub_file(folder), *([folder / "clip.pt"] if s.rehearsal else [])],
+        needs=needs,
+        facts={"clip": s.clip, "segmenter": s.segmenter, "rehearsal": s.rehearsal},
+        before=lambda: get_weights(s, folder),
+        clears=[folder],
+        estimate="as long as its downloads take",
+    )
+
+
+def _ledger(s: Settings, steps: Sequence[Step]) -> Step:
+    records = [s.out / "steps" / f"{step.name}.json" for step in steps]
+
+    def before() -> None:
+        ledger.write(s.out, s.facts(), [record for record in map(read_json, records) if record is not None])
+
+    return Step(
+        name="ledger",
+        what="one page with all figures",
+        makes=[s.out / "ledger.json", s.out / "ledger.html"],
+        needs=[path for step in steps for path in step.makes if path.parent.name == "figures"],
+        facts=s.facts(),
+        before=before,
+        always=True,
+        estimate="seconds",
+    )
+
+
+class OneSeed:
+    """The steps of one seed, in a folder of its own."""
+
+    def __init__(self, settings: Settings, seed: int, estimates: Estimates):
+        self.s, self.seed, self.estimates = settings, seed, estimates
+        self.folder = settings.out / f"seed{seed}"
+        self.lists, self.given = settings.out / "lists", settings.out / "weights"
+        self.photos, self.truth = settings.voc / "JPEGImages", settings.voc / "SegmentationClass"
+        self.host, self.runner = self.folder / "host", self.folder / "runner"
+        self.weights = self.runner / "refine.pt"
+        self.host_facts = {"host": commit(settings.repo)} if settings.repo.is_dir() else {}
+
+    def steps(self) -> List[Step]:
+        """All of them, in order."""
+        return [
+            *self._stages(),
+            self._cams("cams-single", "CAM files of train by the host's script, scale 1.0", "train", ["1.0"]),
+            self._cams("cams", "CAM files of all training images by the host's script, its own scales", "all", SCALES),
+            self._figures("seeds", "mIoU of the CAM files", [(kind, self.folder / cams) for kind, cams in SEEDS]),
+            *self._masks(),
+            *self._labels(),
+            *self._segmentation(),
+        ]
+
+    def _name(self, step: str) -> str:
+        return f"seed{self.seed}/{step}"
+
+    def _start(self, processes: int) -> List[str]:
+        """The beginning of a command that shares its work among processes; the name of a module follows."""
+        if processes < 2:
+            return [sys.executable, "-m"]
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+
+    # ------------------------------------------------------------------------------------------------ the host
+
+    def _host(self, stage: str, ours: Sequence[str], script: Sequence[str], gpu: int = 0) -> Command:
+        """The host's script in the runner, on one GPU."""
+        words = [
+            self.s.python,
+            "-m",
+            "semples_plugin.adapters",
+            "mctformer",
+            "--repo",
+            str(self.s.repo),
+            "--cwd",
+            str(self.host),
+        ]
+        words += ["--out", str(self.runner), "--stage", stage, *(["--cpu"] if self.s.cpu else []), *ours, "--", *script]
+        environment = {"TORCH_HOME": str(self.given / "torch")}
+        if self.s.gpus > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        return Command(words, environment)
+
+    def _sizes(self, training: bool) -> List[str]:
+        """Sizes of the host, where they are not its own."""
+        words = [] if self.s.input_size is None else ["--input-size", str(self.s.input_size)]
+        if training and self.s.epochs is not None:
+            words += ["--epochs", str(self.s.epochs)]
+        if training and self.s.batch_size is not None:
+            words += ["--batch-size", str(self.s.batch_size)]
+        return [*words, *(["--device", "cpu", "--num_workers", "0", "--no-pin-mem"] if self.s.cpu else [])]
+
+    def _prepare_host(self) -> None:
+        """The folder that the host's script runs in."""
+        for part in ("voc12", "saved"):
+            (self.host / part).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.lists / "cls_labels.npy", self.host / "voc12" / "cls_labels.npy")
+
+    def _stages(self) -> List[Step]:
+        s, match, prompts = self.s, self.runner / "match.pt", self.runner / "prompts.safetensors"
+        train = ["main.py", "--data-path", str(s.voc), "--img-list", str(self.lists / "all"), "--output_dir", "saved"]
+        train += [*(["--finetune", DEIT] if s.pretrained else []), "--seed", str(self.seed), *self._sizes(training=True)]
+        ours = ["--restart", "--seed", str(self.seed), "--clip", s.clip or str(self.given / "clip.pt")]
+        ours += [word for assignment in s.refiner for word in ("--set", assignment)]
+        ours += [] if s.checkpoint is None else ["--checkpoint", str(s.checkpoint)]
+        ours += ["--prompt-epochs", "2", "--log-every", "1"] if s.rehearsal else []
+        saved = self.host / "saved"  # the host's script appends to its log there
+
+        def stage(name: str, what: str, makes: Sequence[Path], needs: Sequence[Path], clears: Sequence[Path]) -> Step:
+            return Step(
+                name=self._name(name),
+                what=what,
+                makes=makes,
+                needs=[self.lists, self.given / "weights.json", *needs],
+                facts=self.host_facts,
+                groups=[[self._host(name, ours, train)]],
+                before=self._prepare_host,
+                clears=clears,
+                estimate=self.estimates.stage(name),
+            )
+
+        logs = [self.runner / f"{name}.jsonl" for name in ("match", "refine")]
+        return [
+            stage("match", "train the host with match", [match, logs[0]], [], [self.runner, saved]),
+            stage("prompt", "learn the background prompts", [prompts], [match], [saved]),
+            stage("refine", "train the host again, with match and refine", [self.weights, logs[1]], [match, prompts], [saved]),
+        ]
+
+    def _cams(self, name: str, what: str, part: str, scales: Sequence[str]) -> Step:
+        """CAM files with the host's script, which has no resume: the images are shared out among the GPUs."""
+        target, parts, pictures = self.folder / name, self.folder / f"{name}-lists", self.folder / f"{name}-pictures"
+        shards = max(1, self.s.gpus)
+
+        def before() -> None:
+            self._prepare_host()
+            target.mkdir(parents=True, exist_ok=True)
+            ids = (self.lists / part / "train_aug_id.txt").read_text(encoding="utf-8").split()
+            for i in range(shards):
+                data_check.write_ids(parts / str(i) / "train_aug_id.txt", ids[i::shards])
+                shutil.copyfile(self.lists / part / "val_id.txt", parts / str(i) / "val_id.txt")
+
+        def after() -> None:
+            for path in (parts, pictures):
+                shutil.rmtree(path, ignore_errors=True)
+
+        script = ["main.py", "--data-set", "VOC12MS", "--data-path", str(self.s.voc), "--gen_attention_maps"]
+        script += ["--resume", str(self.weights), "--scales", *scales, *self._sizes(training=False)]
+        script += ["--cam-npy-dir", str(target), "--attention-dir", str(pictures)]
+        return Step(
+            name=self._name(name),
+            what=what,
+            makes=[target],
+            needs=[self.lists, self.weights],
+            facts=self.host_facts,
+            groups=[[self._host("plain", [], [*script, "--img-list", str(parts / str(i))], gpu=i) for i in range(shards)]],
+            before=before,
+            after=after,
+            clears=[parts, pictures],
+            estimate=self.estimates.cams(part, len(scales)),
+        )
+
+    # ------------------------------------------------------------------------------------------------ figures
+
+    def _figures(self, name: str, what: str, figures: Sequence[Figure], split: str = "train") -> Step:
+        target = self.folder / "figures" / name
+        groups = []
+        for figure, predictions in figures:
+            words = [sys.executable, "-m", "semples_plugin", "evaluate", "--pred", str(predictions), "--gt", str(self.truth)]
+            words += ["--list", str(self.lists / f"{split}.txt"), "--split", split, "--json"]
+            groups.append([Command(words, stdout=target / f"{figure}.json")])
+        return Step(
+            name=self._name(name),
+            what=f"{what} on {split}",
+            makes=[target],
+            needs=[self.lists, *(path for _, path in figures)],
+            groups=groups,
+            estimate=self.estimates.evaluate(len(figures), split),
+        )
+
+    # ------------------------------------------------------------------------------------------------ masks, pseudo labels
+
+    def _refine(self, cams: Path, out: Path, *more: str) -> Command:
+        words = [*self._start(self.s.processes), "semples_plugin", "refine", "--images", str(self.photos), "--cams", str(cams)]
+        return Command([*words, "--out", str(out), *more, "--quiet"])
+
+    def _masks(self) -> List[Step]:
+        out, cams, with_crf = self.folder / "masks", self.folder / "cams", self.folder / "masks-crf"
+        threshold = f"{self.s.threshold:g}"
+        align = Step(
+            name=self._name("masks"),
+            what="align the CAMs to the edges of the photos",
+            makes=[out / "cams", out / "labels"],
+            needs=[self.lists, cams],
+            groups=[[self._refine(cams, out, "--threshold", threshold)]],
+            resumes=True,
+            clears=[out],
+            estimate=self.estimates.refine(),
+        )
+        words = [sys.executable, "-m", "examples.voc.crf", "--photos", str(self.photos), "--cams", str(out / "cams")]
+        words += ["--list", str(self.lists / "train.txt"), "--threshold", threshold, "--out", str(with_crf)]
+        used = self.s.use_crf
+        field = Step(
+            name=self._name("masks-crf"),
+            what="dense CRF on the aligned CAMs of train",
+            makes=[with_crf] if used else [],
+            needs=[self.lists, out / "cams"] if used else [],
+            groups=[[Command(words)]] if used else [],
+            resumes=True,
+            clears=[with_crf],
+            estimate=self.estimates.crf("train"),
+            note=None if used else crf.NOTE,
+        )
+        figures = [("best", out / "cams"), ("fixed", out / "labels"), *([("crf", with_crf)] if used else [])]
+        return [align, field, self._figures("mask-figures", "mIoU of the masks", figures)]
+
+    def _labels(self) -> List[Step]:
+        out, cams, low, high = self.folder / "labels", self.folder / "masks" / "cams", self.s.low, self.s.high
+        step = Step(
+            name=self._name("labels"),
+            what=f"pseudo labels: background up to {low:g}, 255 up to {high:g}",
+            makes=[out / "labels"],
+            needs=[self.lists, cams],
+            groups=[[self._refine(cams, out, "--align", "none", "--threshold", f"{low:g}:{high:g}")]],
+            after=lambda: shutil.rmtree(out / "cams", ignore_errors=True),  # a copy of those of the masks
+            resumes=True,
+            clears=[out],
+            estimate=self.estimates.labels(),
+        )
+        return [step, self._figures("label-figures", "mIoU of the pseudo labels", [("labels", out / "labels")])]
+
+    # ------------------------------------------------------------------------------------------------ segmentation
+
+    def _segmentation(self) -> List[Step]:
+        labels, out, predicted = self.folder / "labels" / "labels", self.folder / "segmentation", self.folder / "predictions"
+        start = [*self._start(self.s.gpus), "examples.voc.segmentation"]
+        common = ["--photos", str(self.photos), *(["--cpu"] if self.s.cpu else [])]
+        how = self.s.training._replace(seed=self.seed)
+        train = [*start, "train", *common, "--labels", str(labels), "--list", str(self.lists / "train_aug.txt")]
+        train += ["--segmenter", str(self.given / "segmenter"), "--out", str(out)]
+        train += [word for field, value in how._asdict().items() for word in (f"--{field.replace('_', '-')}", f"{value}")]
+        predict = [*start, "predict", *common, "--list", str(self.lists / "val.txt"), "--segmenter", str(out / "model")]
+        predict += ["--out", str(predicted / "plain"), *(["--crf-out", str(predicted / "crf")] if self.s.use_crf else [])]
+        made = [predicted / "plain", *([predicted / "crf"] if self.s.use_crf else [])]
+        return [
+            Step(
+                name=self._name("segmentation"),
+                what=f"train the segmentation network, {how.steps} steps",
+                makes=[out / "model", out / "log.jsonl"],
+                needs=[self.lists, labels, self.given / "segmenter"],
+                groups=[[Command(train)]],
+                resumes=True,
+                clears=[out],
+                estimate=self.estimates.segmentation(),
+            ),
+            Step(
+                name=self._name("predictions"),
+                what="predict the labels of val",
+                makes=made,
+                needs=[self.lists, out / "model"],
+                groups=[[Command(predict)]],
+                resumes=True,
+                clears=[predicted],
+                estimate=self.estimates.predict(),
+            ),
+            self._figures("evaluation", "mIoU of the segmentation network", [(path.name, path) for path in made], "val"),
+        ]

@@ -1,0 +1,90 @@
+"""Rough times and sizes for a dry run, each with what it was reckoned from."""
+
+from __future__ import annotations
+
+from .data_check import Lists, count_pairs, gigabytes
+from .settings import EPOCHS, INPUT_SIZE, SCALES, Settings
+
+PIXELS = 500 * 375  # of a VOC photo
+
+
+class Estimates:
+    """Rough times and sizes of a dry run, each with what it was reckoned from.
+
+    Work of a GPU: operations per image, counted on the networks, over `--tflops`, which is assumed. Work of a CPU: seconds per
+    image, measured once. Sizes: float32 CAMs of every pair.
+    """
+
+    # GFLOP of one forward pass, counted by torch.utils.flop_counter; a training step is reckoned as three of them.
+    HOST_GFLOP = 46.6  # MCTformer+ at 448 x 448
+    CLIP_GFLOP = 8.7  # image encoder of ViT-B/32, one view
+    SEGMENTER_GFLOP = 113.6  # SegFormer with MiT-B2 at 512 x 512
+    # Seconds per image of one process, for 48 photos of 500 x 375 pixels with 1.8 classes, on two cores with other work too.
+    REFINE, LABELS, EVALUATE, CRF = 1.6, 0.39, 0.05, 0.42
+
+    def __init__(self, s: Settings, lists: Lists):
+        self.s, self.lists = s, lists
+        labels = s.labels_file
+        self.pairs = count_pairs(labels, lists.train_aug) or round(1.5 * len(lists.train_aug))
+        self.train_pairs = count_pairs(labels, lists.train) or round(1.5 * len(lists.train))
+
+    def _gpu(self, gigaflop: float, basis: str, gpus: int = 1) -> str:
+        seconds = gigaflop / (1000 * self.s.tflops * max(1, gpus))
+        speed = f"at an assumed {self.s.tflops:g} TFLOP/s (reading and writing not counted)"
+        return f"{duration(seconds)} of arithmetic on {max(1, gpus)} GPU: {basis}, {gigaflop / 1e6:.3g} PFLOP, {speed}"
+
+    def _cpu(self, images: int, seconds: float, processes: int = 1) -> str:
+        shared = f" / {processes} processes" if processes > 1 else ""
+        took = duration(images * seconds / processes)
+        return f"{took} on a CPU: {images} images x {seconds:g} s (measured on two busy cores){shared}"
+
+    def stage(self, which: str) -> str:
+        images, epochs = len(self.lists.train_aug), 1 if which == "prompt" else self.s.epochs or EPOCHS
+        size = ((self.s.input_size or INPUT_SIZE) / INPUT_SIZE) ** 2
+        host = self.HOST_GFLOP * size * (1 if which == "prompt" else 3) * images * epochs
+        views = 2 * self.pairs * epochs * self.CLIP_GFLOP * (1 if which == "prompt" else 3)
+        return self._gpu(host + views, f"{images} images x {epochs} " + ("epoch" if epochs == 1 else "epochs")) + "; 0.3 GB"
+
+    def cams(self, part: str, scales: int) -> str:
+        ids, pairs = (self.lists.train, self.train_pairs) if part == "train" else (self.lists.train_aug, self.pairs)
+        area = sum(float(scale) ** 2 for scale in SCALES[:scales]) * PIXELS / INPUT_SIZE**2
+        return self._gpu(len(ids) * 2 * area * self.HOST_GFLOP, f"{len(ids)} images x {2 * scales} passes", self.s.gpus) + (
+            f"; {gigabytes(pairs * PIXELS * 4)}, and the host's pictures until the step ends"
+        )
+
+    def evaluate(self, folders: int, split: str = "train") -> str:
+        return self._cpu(folders * len(getattr(self.lists, split)), self.EVALUATE)
+
+    def refine(self) -> str:
+        return self._cpu(len(self.lists.train_aug), self.REFINE, self.s.processes) + f"; {gigabytes(self.pairs * PIXELS * 4)}"
+
+    def labels(self) -> str:
+        size = gigabytes(self.pairs * PIXELS * 4)
+        return self._cpu(len(self.lists.train_aug), self.LABELS, self.s.processes) + f"; {size} until the step ends"
+
+    def crf(self, split: str) -> str:
+        return self._cpu(len(getattr(self.lists, split)), self.CRF)
+
+    def segmentation(self) -> str:
+        how = self.s.training
+        images = how.steps * how.batch_size
+        work = 3 * images * self.SEGMENTER_GFLOP * (how.crop / 512) ** 2
+        return self._gpu(work, f"{images} crops", self.s.gpus) + "; 0.5 GB"
+
+    def predict(self) -> str:
+        images = len(self.lists.val)
+        work = self._gpu(images * self.SEGMENTER_GFLOP * PIXELS / 512**2, f"{images} images", self.s.gpus)
+        return f"{work}; with a CRF {self.crf('val')}" if self.s.use_crf else work
+
+    def disk(self) -> int:
+        """Bytes that the run writes: CAM files three times and those of train, weights, the host's pictures."""
+        cams = (3 * self.pairs + self.train_pairs) * PIXELS * 4
+        pictures = self.pairs * PIXELS * 2
+        return int(self.s.seeds * (cams + 2e9) + pictures)
+
+
+def duration(seconds: float) -> str:
+    """A time in words, rounded up to what one can plan with."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

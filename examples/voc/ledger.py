@@ -1,0 +1,139 @@
+"""One page with the figures of a run, those of seeds, masks, pseudo labels and segmentation kept apart.
+
+Flow: `commands` -> **ledger**.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+import semples_plugin
+from semples_plugin._files import write_atomically
+
+from .chain import read_json, write_json
+
+BEST = "chosen on the ground truth of this split, so this is a best case"
+
+
+class Row(NamedTuple):
+    """A figure: the step and the file of `figures/` that hold it, its name, its threshold policy ("" for label maps)."""
+
+    step: str
+    file: str
+    name: str
+    policy: str
+
+
+class Section(NamedTuple):
+    """Figures of one kind, which must not be compared with those of another, and the steps that led to them."""
+
+    title: str
+    what: str
+    rows: Sequence[Row]
+    steps: Sequence[str]
+
+
+def sections(facts: Dict[str, Any]) -> List[Section]:
+    """The sections of the page, in the order of the chain."""
+    fixed, (low, high) = f"background threshold {facts['threshold']:g}, fixed beforehand", facts["label_thresholds"]
+    scales = ", ".join(f"{scale:g}" for scale in facts["scales"])
+    return [
+        Section("Seeds", "CAM files of the host after the stages, as its own script writes them.",
+                [Row("seeds", "single", "scale 1.0, and its mirror image", BEST),
+                 Row("seeds", "multi", f"scales {scales}, and their mirror images", BEST)],
+                ["match", "prompt", "refine", "cams-single", "cams", "seeds"]),
+        Section("Masks", "The CAMs of several scales, aligned to the edges of the photos.",
+                [Row("mask-figures", "best", "best threshold", BEST), Row("mask-figures", "fixed", "fixed threshold", fixed),
+                 Row("mask-figures", "crf", "with a dense CRF", fixed)],
+                ["masks", "masks-crf", "mask-figures"]),
+        Section("Pseudo labels", "What the segmentation network is trained on. Pixels at 255 are not counted.",
+                [Row("label-figures", "labels", "two thresholds",
+                     f"background up to {low:g}, class above {high:g}, 255 between; fixed beforehand")],
+                ["labels", "label-figures"]),
+        Section("Segmentation", "The network that was trained on the pseudo labels, one scale, images it has not seen.",
+                [Row("evaluation", "plain", "network alone", ""), Row("evaluation", "crf", "with a dense CRF", "")],
+                ["segmentation", "predictions", "evaluation"]),
+    ]  # fmt: skip
+
+
+def collect(out: Path, facts: Dict[str, Any]) -> Dict[str, Any]:
+    """All figures of a run, without times: equal runs give equal files."""
+    return {"banner": banner(facts), "facts": facts, "sections": [_section(out, facts, section) for section in sections(facts)]}
+
+
+def _section(out: Path, facts: Dict[str, Any], section: Section) -> Dict[str, Any]:
+    run = read_json(out / "seed0" / "runner" / "record.json") or {}
+    taken = {name: values["steps"] for name, values in run.get("stages", {}).items() if "steps" in values}
+    taken["segmentation"] = facts["steps"]
+    return {
+        "title": section.title,
+        "what": section.what,
+        "steps": {name: taken[name] for name in section.steps if name in taken},
+        "records": [f"seed{seed}/{name}" for seed in range(facts["seeds"]) for name in section.steps],
+        "rows": [_row(out, facts, row) for row in section.rows],
+    }
+
+
+def banner(facts: Dict[str, Any]) -> Optional[str]:
+    """What must be read before any figure, or None."""
+    if not facts["rehearsal"]:
+        return None
+    return f"Rehearsal: random weights, {facts['steps']} steps. The figures mean nothing."
+
+
+def _row(out: Path, facts: Dict[str, Any], row: Row) -> Dict[str, Any]:
+    found = [read_json(out / f"seed{seed}" / "figures" / row.step / f"{row.file}.json") for seed in range(facts["seeds"])]
+    there = [one for one in found if one is not None]
+    values = [100 * one["miou"] for one in there]
+    return {
+        "name": row.name,
+        "policy": row.policy,
+        "miou": values,
+        "mean": statistics.mean(values) if values else None,
+        "deviation": statistics.stdev(values) if len(values) > 1 else None,
+        "thresholds": [one["threshold"] for one in there],
+        "uncertain": [100 * one["uncertain"] for one in there],
+        "split": there[0]["split"] if there else None,
+        "images": there[0]["images"] if there else None,
+        "absent": there[0]["absent"] if there else [],
+    }
+
+
+def write(out: Path, facts: Dict[str, Any], records: Sequence[Dict[str, Any]]) -> None:
+    """Write `ledger.json` (figures and settings) and `ledger.html` (the same with commands, times and versions)."""
+    content = collect(out, facts)
+    write_json(out / "ledger.json", content)
+    by_name = {record["step"]: record for record in records}
+    run = read_json(out / "seed0" / "runner" / "record.json") or {}
+    host = {f"{name} (host)": version for name, version in run.get("versions", {}).items()}
+    page = template().render(**content, records=by_name, versions={**_versions(records), **host}).encode()
+    write_atomically(out / "ledger.html", lambda file: file.write(page))
+
+
+def _versions(records: Sequence[Dict[str, Any]]) -> Dict[str, str]:
+    """Name -> version, or all versions where steps ran with several."""
+    found: Dict[str, List[str]] = {}
+    for record in records:
+        for name, version in record["versions"].items():
+            if version not in found.setdefault(name, []):
+                found[name].append(version)
+    return {name: ", ".join(values) for name, values in found.items()}
+
+
+def template() -> Any:
+    """The page; its style is that of the other pages.
+
+    Raises:
+        ModuleNotFoundError: if Jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("The ledger needs Jinja2: pip install 'semples-plugin[cli]'.", name="jinja2") from error
+    folders = [Path(__file__).parent, Path(semples_plugin.__file__).parent / "files"]
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True, loader=jinja2.FileSystemLoader(folders)
+    )
+    return environment.get_template("ledger.html")

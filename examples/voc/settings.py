@@ -1,0 +1,101 @@
+"""What one run of the chain is asked for. Flow: `__main__` -> **settings** -> `commands`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict, NamedTuple, Optional, Tuple
+
+from semples_plugin.adapters.runner.record import commit
+
+from .segmentation import Training
+
+SCALES = ("1.0", "0.75", "1.25")  # the host's own
+EPOCHS, INPUT_SIZE = 45, 448  # the host's own
+
+
+class Settings(NamedTuple):
+    """What one run is asked for; paths are absolute.
+
+    Attributes:
+        voc: the folder VOC2012.
+        repo: clone of the host.
+        out: folder of the run.
+        labels: file of image-level labels, None for the host's own.
+        clip: name or file of the CLIP, None for random weights.
+        finetune: file of the weights that the host starts from, None to download them.
+        checkpoint: a trained host that match and refine start from, or None.
+        python: interpreter of the host's environment.
+        seeds: number of seeds.
+        gpus: number of GPUs; with `cpu` 0.
+        cpu: run the host, whose calls of the GPU are hard-coded, without one.
+        rehearsal: tiny sizes and random weights.
+        limit: images of each list, None for all.
+        epochs, input_size, batch_size: of the host, None for its own.
+        refiner: options of the refiner, NAME=VALUE.
+        threshold: background score of the masks.
+        low, high: background scores of the pseudo labels.
+        segmenter: name or folder of the SegFormer.
+        training: how it is trained.
+        use_crf: whether a dense CRF is run.
+        processes: that refine CAM files side by side.
+        tflops: assumed speed of a GPU, for estimates.
+    """
+
+    voc: Path
+    repo: Path
+    out: Path
+    labels: Optional[Path] = None
+    clip: Optional[str] = "ViT-B/32"
+    finetune: Optional[Path] = None
+    checkpoint: Optional[Path] = None
+    python: str = "python"
+    seeds: int = 1
+    gpus: int = 1
+    cpu: bool = False
+    rehearsal: bool = False
+    limit: Optional[int] = None
+    epochs: Optional[int] = None
+    input_size: Optional[int] = None
+    batch_size: Optional[int] = None
+    refiner: Tuple[str, ...] = ()
+    threshold: float = 0.4
+    low: float = 0.3
+    high: float = 0.5
+    segmenter: str = "nvidia/mit-b2"
+    training: Training = Training()
+    use_crf: bool = False
+    processes: int = 1
+    tflops: float = 10.0
+
+    @property
+    def labels_file(self) -> Path:
+        """The file of image-level labels."""
+        return self.labels or self.repo / "voc12" / "cls_labels.npy"
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the host starts from DeiT-S: it can double the grid of its positions, but not more."""
+        return self.input_size in (None, INPUT_SIZE)
+
+    def facts(self) -> Dict[str, Any]:
+        """What the ledger says about a run."""
+        return {
+            "rehearsal": self.rehearsal,
+            "seeds": self.seeds,
+            "gpus": self.gpus,
+            "voc": str(self.voc),
+            "host": "MCTformer+",
+            "host_commit": commit(self.repo) if self.repo.is_dir() else None,
+            "clip": self.clip or "random weights",
+            "checkpoint": self.checkpoint and str(self.checkpoint),
+            "host_epochs": self.epochs or EPOCHS,
+            "input_size": self.input_size or INPUT_SIZE,
+            "refiner": list(self.refiner),
+            "scales": [float(scale) for scale in SCALES],
+            "threshold": self.threshold,
+            "label_thresholds": [self.low, self.high],
+            "segmenter": "random weights" if self.rehearsal else self.segmenter,
+            "steps": self.training.steps,
+            "batch_size": self.training.batch_size,
+            "crf": self.use_crf,
+        }

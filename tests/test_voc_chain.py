@@ -1,0 +1,501 @@
+"""The chain on VOC: its mechanics with small steps, what it finds missing, its segmentation network, its page."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Sequence
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from examples.voc import __main__ as command
+from examples.voc import crf, data_check, ledger, segmentation
+from examples.voc.chain import Chain, ChainError, Command, Digests, Step, read_json
+from examples.voc.commands import make_steps
+from examples.voc.segmentation import Batches, Training
+from examples.voc.settings import Settings
+
+# ---------------------------------------------------------------------------------------------------- the chain
+
+
+def write_step(out: Path, name: str, text: str, needs: Sequence[Path] = (), **options: Any) -> Step:
+    """A step whose process writes a text and what its inputs hold."""
+    code = "import sys; print(sys.argv[1] + ''.join(open(path).read() for path in sys.argv[2:]), end='')"
+    words = [sys.executable, "-S", "-c", code, text, *map(str, needs)]
+    target = out / f"{name}.txt"
+    return Step(name, f"write {text}", [target], needs, groups=[[Command(words, stdout=target)]], **options)
+
+
+def two_steps(out: Path, first: str = "a", second: str = "b") -> List[Step]:
+    return [write_step(out, "one", first), write_step(out, "two", second, [out / "one.txt"])]
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Chain:
+    return Chain(tmp_path, lambda line: None)
+
+
+def test_steps_that_are_done_are_skipped(chain: Chain) -> None:
+    assert chain.run(two_steps(chain.out)) == ["one", "two"]
+    assert (chain.out / "two.txt").read_text() == "ba"
+    assert chain.run(two_steps(chain.out)) == []
+    assert Chain(chain.out, lambda line: None).run(two_steps(chain.out)) == []
+
+
+def test_a_record_says_what_ran(chain: Chain) -> None:
+    chain.run(two_steps(chain.out))
+    record = read_json(chain.out / "steps" / "two.json")
+    assert record is not None
+    assert record["commands"] == two_steps(chain.out)[1].commands
+    assert record["started"] <= record["finished"] and record["seconds"] >= 0
+    assert record["versions"]["torch"] == torch.__version__
+    assert list(record["outputs"]) == ["two.txt"]
+
+
+def test_a_step_runs_again_when_its_inputs_change(chain: Chain) -> None:
+    chain.run(two_steps(chain.out))
+    assert chain.run(two_steps(chain.out, second="c")) == ["two"]
+    assert chain.run(two_steps(chain.out, first="d", second="c")) == ["one", "two"]
+    assert (chain.out / "two.txt").read_text() == "cd"
+
+
+def test_steps_after_one_that_gave_the_same_are_skipped(chain: Chain) -> None:
+    first, second = two_steps(chain.out)
+    chain.run([first, second])
+    assert chain.run([first._replace(facts={"new": 1}), second]) == ["one"]
+
+
+def test_a_step_runs_again_when_its_files_change(chain: Chain) -> None:
+    chain.run(two_steps(chain.out))
+    (chain.out / "two.txt").write_text("other")
+    assert chain.run(two_steps(chain.out)) == ["two"]
+    (chain.out / "one.txt").unlink()
+    assert chain.run(two_steps(chain.out)) == ["one"]
+
+
+def test_a_step_that_fails_says_where_its_log_is_and_has_no_record(chain: Chain) -> None:
+    words = [sys.executable, "-S", "-c", "import sys; print('half'); sys.exit('no luck')"]
+    step = Step("bad", "fail", [chain.out / "bad.txt"], groups=[[Command(words, stdout=chain.out / "bad.txt")]])
+    with pytest.raises(ChainError, match="(?s)no luck.*bad ended with status 1.*bad.log.*The same command goes on from here"):
+        chain.run([step])
+    assert chain.record(step) is None
+    assert not (chain.out / "bad.txt").exists()
+    with pytest.raises(ChainError, match="did not make"):
+        chain.run([Step("idle", "nothing", [chain.out / "idle.txt"])])
+    with pytest.raises(ChainError, match="idle needs .*absent, which no step before it made"):
+        chain.run([Step("idle", "nothing", [], [chain.out / "absent"])])
+
+
+def test_commands_of_a_group_run_side_by_side_and_end_together(chain: Chain) -> None:
+    wait = "import pathlib, sys, time\npathlib.Path(sys.argv[1]).touch()\nwhile not pathlib.Path(sys.argv[2]).exists():"
+    wait += " time.sleep(.01)"
+    paths = [str(chain.out / name) for name in "ab"]
+    group = [Command([sys.executable, "-S", "-c", wait, *order]) for order in (paths, paths[::-1])]  # each waits for the other
+    chain.run([Step("both", "wait", [Path(path) for path in paths], groups=[group])])
+    sleep = Command([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+    fail = Command([sys.executable, "-S", "-c", "raise SystemExit(3)"])
+    begin = time.monotonic()
+    with pytest.raises(ChainError, match="status"):
+        chain.run([Step("one fails", "fail", [], groups=[[sleep, fail]])])
+    assert time.monotonic() - begin < 30
+
+
+def slow_steps(out: Path) -> List[Step]:
+    """Two steps whose processes write files 0 to 3 one by one; the second goes on where it was broken off."""
+    code = (
+        "import pathlib, sys, time\nfor i in range(4):\n path = pathlib.Path(sys.argv[1]) / str(i)\n"
+        " path.parent.mkdir(exist_ok=True)\n if not path.exists():\n  time.sleep(.1)\n  path.write_text(str(i))"
+    )
+    return [
+        Step(name, name, [out / name], groups=[[Command([sys.executable, "-S", "-c", code, str(out / name)])]], resumes=resumes)
+        for name, resumes in (("again", False), ("goes-on", True))
+    ]
+
+
+def start_slow(out: Path) -> int:
+    """The chain of `slow_steps` in a process that leads a group of its own."""
+    process = os.fork()
+    if process == 0:
+        os.setsid()
+        try:
+            Chain(out, lambda line: None).run(slow_steps(out))
+        finally:
+            os._exit(0)
+    return process
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_files(tmp_path: Path) -> None:
+    out, lines = tmp_path / "out", []
+    for file in ("again/1", "goes-on/1"):
+        process = start_slow(out)
+        wait_for(out / file)
+        os.killpg(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        wait_for_the_lock(out)
+    kept = (out / "goes-on" / "0").stat().st_mtime_ns
+    assert Chain(out, lines.append).run(slow_steps(out)) == ["goes-on"]
+    assert lines == ["[1/2] again: done before, skipped", "[2/2] goes-on: goes-on (goes on)"]
+    assert (out / "goes-on" / "0").stat().st_mtime_ns == kept
+    for name in ("again", "goes-on"):
+        assert {path.name: path.read_text() for path in (out / name).iterdir()} == {str(i): str(i) for i in range(4)}
+    assert {path.name for path in (out / "steps").iterdir()} == {"again.json", "goes-on.json", "digests.json"}
+
+
+def test_a_process_that_outlives_its_chain_keeps_others_out(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start_slow(out)
+    wait_for(out / "again" / "0")
+    os.kill(process, signal.SIGKILL)  # its child lives
+    os.waitpid(process, 0)
+    with pytest.raises(ChainError, match="Another process works in"):
+        Chain(out, lambda line: None).run([])
+    wait_for_the_lock(out)
+
+
+def wait_for_the_lock(out: Path) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        with contextlib.suppress(ChainError):
+            Chain(out, lambda line: None).run([])
+            return
+        time.sleep(0.02)
+    raise AssertionError("the lock is still held")
+
+
+def test_digests_read_again_only_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a").write_text("1")
+    first = Digests(tmp_path / "known.json").of(folder)
+    monkeypatch.setattr("examples.voc.chain.sha256", lambda path: pytest.fail("read again"))
+    assert Digests(tmp_path / "known.json").of(folder) == first
+    monkeypatch.undo()
+    (folder / ".b.1.part").write_text("left by a kill")
+    assert Digests(tmp_path / "known.json").of(folder) == first
+    (folder / "b").write_text("2")
+    assert Digests(tmp_path / "known.json").of(folder) != first
+
+
+# ---------------------------------------------------------------------------------------------------- a small VOC
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `VOC2012` (5 training photos of blocks, 2 of evaluation) and `host`, with lists and labels of a host."""
+    root = tmp_path_factory.mktemp("world")
+    voc, repo, rng = root / "VOC2012", root / "host", np.random.default_rng(0)
+    sets = voc / "ImageSets" / "Segmentation"
+    for folder in (voc / "JPEGImages", voc / "SegmentationClass", sets, repo / "voc12"):
+        folder.mkdir(parents=True)
+    ids = [f"2007_00000{i}" for i in range(7)]
+    labels = {}
+    for i, name in enumerate(ids):
+        mask = np.zeros((40 + 2 * i, 56), np.uint8)
+        mask[8:28, 10:40] = 1 + i % 3
+        mask[:2] = 255
+        photo = np.repeat(mask[..., None] % 255 * 60, 3, 2) + rng.integers(0, 40, (*mask.shape, 3)).astype(np.uint8)
+        Image.fromarray(photo).save(voc / "JPEGImages" / f"{name}.jpg")
+        Image.fromarray(mask).save(voc / "SegmentationClass" / f"{name}.png")
+        labels[name] = np.eye(20, dtype=np.float32)[i % 3]
+    np.save(repo / "voc12" / "cls_labels.npy", np.array(labels, dtype=object), allow_pickle=True)
+    data_check.write_ids(sets / "train.txt", ids[:3])
+    data_check.write_ids(sets / "val.txt", ids[5:])
+    data_check.write_ids(repo / "voc12" / "train_aug_id.txt", ids[:5])
+    (repo / "main.py").touch()
+    return root
+
+
+def found(world: Path, **changed: Any) -> List[str]:
+    """What the check says is missing."""
+    values: Dict[str, Any] = {"voc": world / "VOC2012", "repo": world / "host", "clip": None, "needed_bytes": 0, **changed}
+    values["labels"] = changed.get("labels", values["repo"] / "voc12" / "cls_labels.npy")
+    lists = data_check.find_lists(values["voc"], values["repo"])
+    values["python"], values["gpu"], values["out"] = changed.get("python", "/no/python"), False, world / "out" / "run"
+    return [str(one) for one in data_check.check(lists=lists, **values)]
+
+
+def test_the_check_lists_all_that_is_missing_and_where_it_comes_from(world: Path, tmp_path: Path) -> None:
+    assert len(found(world)) == 1 and "a Python with torch at /no/python" in found(world)[0]
+    nothing = "\n".join(found(world, voc=tmp_path / "no", repo=tmp_path / "no"))
+    for part in ("JPEGImages", "SegmentationClass", "train.txt", "val.txt", "trainaug.txt", "cls_labels.npy", "main.py"):
+        assert part in nothing
+    assert "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar" in nothing
+    assert "git clone https://github.com/xulianuwa/MCTformer" in nothing
+    assert "SBD" in nothing
+    assert any("CLIP no.pt" in one for one in found(world, clip="no.pt"))
+    assert not any("CLIP" in one for one in found(world, clip="ViT-B/32"))
+    assert any("disk space: about" in one for one in found(world, needed_bytes=10**18))
+
+
+def test_the_check_names_single_files_and_labels(world: Path, tmp_path: Path) -> None:
+    voc = tmp_path / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass"):
+        (voc / folder).mkdir(parents=True)
+        for path in sorted((world / "VOC2012" / folder).iterdir())[1:]:
+            (voc / folder / path.name).symlink_to(path)
+    (voc / "ImageSets").symlink_to(world / "VOC2012" / "ImageSets")
+    labels = tmp_path / "labels.json"
+    labels.write_text(json.dumps({"2007_000000": ["cat"]}))
+    said = "\n".join(found(world, voc=voc, labels=labels))
+    assert f"1 files in {voc / 'JPEGImages'}: 2007_000000" in said
+    assert f"1 files in {voc / 'SegmentationClass'}: 2007_000000" in said
+    assert f"labels of 6 images in {labels}: 2007_000001, 2007_000002, 2007_000003, ..." in said
+
+
+def test_the_check_tries_what_the_host_imports(world: Path) -> None:
+    stand_in = world / "python"
+    stand_in.write_text('#!/bin/sh\necho \'[{"timm": "ModuleNotFoundError: No module named timm"}, false]\'\n')
+    stand_in.chmod(0o755)
+    assert ["import of timm: ModuleNotFoundError" in one for one in found(world, python=str(stand_in))] == [True]
+
+
+def test_lists_are_those_of_the_data_set_then_of_the_host(world: Path, tmp_path: Path) -> None:
+    voc, repo = world / "VOC2012", world / "host"
+    lists = data_check.find_lists(voc, repo)
+    assert [len(ids) for ids in lists] == [5, 3, 2]
+    assert [len(ids) for ids in data_check.find_lists(voc, repo, 4)] == [4, 3, 2]
+    data_check.write_lists(tmp_path, voc, lists, repo / "voc12" / "cls_labels.npy")
+    rows = np.load(tmp_path / "cls_labels.npy", allow_pickle=True).item()
+    assert set(rows) == {*lists.train_aug, *lists.val} and rows["2007_000001"].tolist() == np.eye(20)[1].tolist()
+    assert (tmp_path / "train" / "train_aug_id.txt").read_text().split() == lists.train
+    assert read_json(tmp_path / "images.json")["pairs"] == 7  # type: ignore[index]
+
+
+# ---------------------------------------------------------------------------------------------------- segmentation
+
+HOW = Training(steps=5, batch_size=2, crop=32, lr=1e-3, warmup=1, every=2, workers=0)
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("segmenter") / "random"
+    try:
+        network = segmentation.random_network()
+    except ImportError as error:  # none, or one for a newer torch
+        pytest.skip(f"SegFormer of transformers: {error}")
+    segmentation.save_network(network, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(world: Path, segmenter: Path) -> Callable[..., None]:
+    ids = data_check.find_lists(world / "VOC2012", world / "host").train
+
+    def run(out: Path, how: Training = HOW) -> None:
+        voc = world / "VOC2012"
+        segmentation.train(ids, voc / "JPEGImages", voc / "SegmentationClass", str(segmenter), out, how, cpu=True)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(train: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("trained")
+    train(out)
+    return out
+
+
+def files(folder: Path) -> Dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_training_that_is_broken_off_ends_with_the_same_bytes(
+    train: Callable[..., None], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, real, seen = files(trained), Batches.__getitem__, []
+
+    def until(last: int) -> Callable[..., Any]:
+        def item(batches: Batches, step: int) -> Any:
+            seen.append(step)
+            if step == last:
+                raise KeyboardInterrupt
+            return real(batches, step)
+
+        return item
+
+    for last in (1, 3):
+        monkeypatch.setattr(Batches, "__getitem__", until(last))
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path)
+    monkeypatch.undo()
+    assert seen == [0, 1, 0, 1, 2, 3]
+    assert (tmp_path / "checkpoint.pt").exists()
+    with pytest.raises(ValueError, match="is of a training with other settings"):
+        train(tmp_path, HOW._replace(lr=1))
+    train(tmp_path)
+    assert files(tmp_path) == whole and set(whole) == {"log.jsonl", "model/config.json", "model/model.safetensors"}
+    train(tmp_path)  # nothing to do
+    assert files(tmp_path) == whole
+    losses = [json.loads(line)["loss"] for line in whole["log.jsonl"].splitlines()]
+    assert len(losses) == 5 and np.isfinite(losses).all()
+
+
+def test_pixels_at_255_do_not_count() -> None:
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    label = torch.full((1, 8, 8), 255)
+    empty = segmentation.pixel_loss(logits, label)
+    empty.backward()
+    assert empty == 0 and logits.grad is not None and not logits.grad.any()
+    label[0, 0, 0] = 2
+    expected = -torch.log_softmax(logits[0, :, 0, 0], 0)[2]  # the corner pixel is the corner of the logits
+    assert torch.allclose(segmentation.pixel_loss(logits, label), expected)
+
+
+def test_every_image_comes_once_per_pass_whatever_the_number_of_processes(world: Path) -> None:
+    ids, how = [f"{i}" for i in range(8)], Training(steps=4, batch_size=4)
+    for processes in (1, 2):
+        parts = [Batches(ids, world, world, how, rank, processes) for rank in range(processes)]
+        names = [[part._id(step, i) for part in parts for i in range(part.each)] for step in range(4)]
+        assert sorted(names[0] + names[1]) == sorted(names[2] + names[3]) == ids
+        assert names[0] + names[1] != names[2] + names[3]
+    with pytest.raises(ValueError, match="--batch-size must be a multiple of the 3 processes"):
+        Batches(ids, world, world, how, 0, 3)
+
+
+def test_batches_hold_crops_of_one_size_and_255_outside(world: Path) -> None:
+    voc = world / "VOC2012"
+    batches = Batches(["2007_000000"], voc / "JPEGImages", voc / "SegmentationClass", Training(batch_size=3, crop=128))
+    img, label = batches[7]
+    assert img.shape == (3, 3, 128, 128) and label.shape == (3, 128, 128)
+    assert set(label.unique().tolist()) <= {0, 1, 255} and (label[:, -1, -1] == 255).all()
+    assert torch.equal(batches[7][0], img) and not torch.equal(batches[8][0], img)
+
+
+def test_the_learning_rate_rises_and_falls_to_zero() -> None:
+    how = Training(steps=100, warmup=10)
+    rates = [segmentation.schedule(step, how) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and int(np.argmax(rates)) == 9
+    assert rates[50] == pytest.approx(0.5**0.9) and rates[99] == pytest.approx(0.01**0.9)
+
+
+def test_predictions_have_the_size_of_the_photos(world: Path, trained: Path, tmp_path: Path) -> None:
+    ids, photos = data_check.find_lists(world / "VOC2012", world / "host").val, world / "VOC2012" / "JPEGImages"
+    with_crf = tmp_path / "crf" if crf.available() else None
+    segmentation.predict(ids, photos, str(trained / "model"), tmp_path / "plain", with_crf, cpu=True)
+    for name in ids:
+        with Image.open(photos / f"{name}.jpg") as photo, Image.open(tmp_path / "plain" / f"{name}.png") as label:
+            assert label.size == photo.size and np.asarray(label).max() < 21
+
+
+# ---------------------------------------------------------------------------------------------------- the whole, dry
+
+
+def settings(world: Path, **options: Any) -> Settings:
+    return Settings(world / "VOC2012", world / "host", world / "run", python=sys.executable, **options)
+
+
+def test_every_seed_has_the_steps_of_the_paper(world: Path) -> None:
+    names = [step.name for step in make_steps(settings(world, seeds=2))]
+    assert names[:5] == ["check", "weights", "seed0/match", "seed0/prompt", "seed0/refine"]
+    assert names[-3:] == ["seed1/predictions", "seed1/evaluation", "ledger"]
+    assert [name.replace("seed0", "seed1") for name in names[2:16]] == names[16:-1]
+
+
+def test_what_a_step_reads_is_made_before(world: Path) -> None:
+    made: List[Path] = []
+    for step in make_steps(settings(world, use_crf=True)):
+        for path in step.needs:
+            assert any(path == one or one in path.parents for one in made), (step.name, path)
+        made += step.makes
+
+
+def test_several_gpus_share_the_cam_files_and_the_segmentation_network(world: Path) -> None:
+    steps = {step.name: step for step in make_steps(settings(world, gpus=3))}
+    (group,) = steps["seed0/cams"].groups
+    assert [one.environment["CUDA_VISIBLE_DEVICES"] for one in group] == ["0", "1", "2"]
+    assert "torch.distributed.run --standalone --nproc_per_node 3" in steps["seed0/segmentation"].commands[0]
+    assert len(steps["seed0/match"].groups) == 1  # the host's script knows one GPU
+
+
+def test_a_dry_run_prints_every_command_and_its_estimate_and_runs_nothing(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["--voc", str(world / "VOC2012"), "--repo", str(world / "host"), "--out", str(tmp_path / "run"), "--seeds", "2"]
+    assert command.main([*arguments, "--dry-run", "--gpus", "2"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("estimate:") + said.count("left out:") == 31 and "TFLOP/s" in said
+    assert "main.py --data-path" in said and "deit_small_patch16_224-cd65a155.pth" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--limit", "3"], "--limit is for a --rehearsal"),
+        (["--label-thresholds", "0.4"], "--label-thresholds takes two"),
+        (["--seeds", "0"], "--seeds must be at least 1; got 0"),
+        (["--finetune", "no.pth"], "--finetune: there is no file no.pth"),
+        (["--tflops", "0"], "--tflops must be above 0; got 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: List[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--voc", "voc", "--repo", "host", *arguments])
+    assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- the ledger
+
+
+def write_figures(out: Path, seeds: int) -> None:
+    for seed in range(seeds):
+        for section in ledger.sections({"threshold": 0.4, "label_thresholds": [0.3, 0.5], "scales": [1.0]}):
+            for row in section.rows:
+                path = out / f"seed{seed}" / "figures" / row.step / f"{row.file}.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if row.file == "crf":
+                    continue
+                split = "val" if row.step == "evaluation" else "train"
+                content = {
+                    "split": split,
+                    "images": 3,
+                    "miou": 0.5 + seed / 10,
+                    "threshold": None,
+                    "uncertain": 0.0,
+                    "absent": ["cat"],
+                }
+                path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("rehearsal", [False, True])
+def test_the_ledger_keeps_kinds_of_figures_apart(world: Path, tmp_path: Path, rehearsal: bool) -> None:
+    write_figures(tmp_path, 2)
+    facts = settings(world, seeds=2, rehearsal=rehearsal).facts()
+    record = {"step": "seed0/masks", "what": "<align>", "note": None, "commands": ["semples refine <x>"], "seconds": 3.2}
+    ledger.write(tmp_path, facts, [{**record, "finished": "2026-01-01", "versions": {"torch": "2.0"}}])
+    content = read_json(tmp_path / "ledger.json")
+    assert content is not None
+    assert [section["title"] for section in content["sections"]] == ["Seeds", "Masks", "Pseudo labels", "Segmentation"]
+    assert {row["split"] for row in content["sections"][0]["rows"]} == {"train"}
+    rows = content["sections"][3]["rows"]
+    assert rows[0]["split"] == "val" and rows[0]["mean"] == pytest.approx(55) and rows[0]["deviation"] == pytest.approx(50**0.5)
+    assert rows[1]["mean"] is None
+    page = (tmp_path / "ledger.html").read_text()
+    assert ("The figures mean nothing" in page) is rehearsal
+    for text in (
+        "best case",
+        "fixed beforehand",
+        "&lt;align&gt;",
+        "semples refine &lt;x&gt;",
+        "Random seeds: 2",
+        "55.00",
+        "7.07",
+        "not run",
+    ):
+        assert text in page
+    assert "http" not in page.replace(str(world), "")  # loads nothing
