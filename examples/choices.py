@@ -6,8 +6,8 @@
 
 Takes the weights that the ablation or the photos experiment have kept. For every row and seed CLIP chooses a threshold on the
 images that the experiment keeps for choosing (without their masks); beside it stands the threshold that is best with their
-masks. Both are scored on the other images. The loss is the difference in mIoU. `semples_plugin.choices.AREA` was chosen on seed 1, so
-the table is over the other seeds.
+masks. Both are scored on the other images. The loss is the difference in mIoU. `semples_plugin.choices.AREA` was chosen on
+seed 1, so the table is over the other seeds.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ STEPS = (10, 25, 50, 100, 150)  # of the match row, for choosing where to stop
 
 
 class Curves(NamedTuple):
-    """One set of CAMs at every threshold: mIoU on the images for choosing and on the others, and what CLIP says of the first."""
+    """One set of CAMs at every threshold: mIoU on the images for choosing, on the others, and what CLIP says of the first."""
 
     chosen: List[float]
     test: List[float]
@@ -177,7 +177,7 @@ def lost(one: Dict[str, Any], area: float) -> float:
 
 
 def best(one: Dict[str, Any], area: Optional[float]) -> Tuple[float, float]:
-    """Score of a run at its best threshold (CLIP's agreement; with None mIoU on the images for choosing), and test mIoU there."""
+    """Score of a run at its best threshold (by agreement; with None by mIoU on the images for choosing), and its test mIoU."""
     own = Curves(**one)
     values = np.array(own.chosen) if area is None else own.agreement(area)
     at = int(np.argmax(values))
