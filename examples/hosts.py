@@ -203,20 +203,31 @@ HOSTS: Dict[str, Callable[[int, int, Optional[Path]], SmallHost]] = {
 
 
 class MissingHost(ValueError):
-    """Raised when the repository of a host is not where it was said to be."""
+    """Raised when there is no such host, or its repository is not where it was said to be."""
 
 
 def make_host(name: str, num_classes: int, size: int = 64, repos: Optional[Path] = None) -> SmallHost:
-    """A host of `HOSTS` with fresh weights, drawn from torch's generator.
+    """A host with fresh weights, drawn from torch's generator.
 
     Args:
-        name: of the host.
+        name: of the host, or `package.module:function` for a function of yours that takes the other arguments and returns a
+            `SmallHost`.
         num_classes: C.
         size: side of the images in pixels.
         repos: folder that holds clones of the hosts' repositories, by their names.
     """
+    make = HOSTS.get(name)
+    if make is None:
+        module, _, function = name.partition(":")
+        try:
+            make = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise MissingHost(
+                f"The host must be one of {', '.join(HOSTS)}, or package.module:function of a function that returns a "
+                f"SmallHost; got {name!r} ({error})."
+            ) from error
     with compat.old_libraries(), where_it_runs():
-        return HOSTS[name](num_classes, size, repos)
+        return make(num_classes, size, repos)
 
 
 def _module(repos: Optional[Path], repo: str, name: str) -> Any:

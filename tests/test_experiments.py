@@ -20,7 +20,7 @@ from examples.compatibility.experiment import ADDONS
 from examples.controls import AreaOnly
 from examples.demo.experiment import CLIP_FILE
 from examples.demo.host import HostCam
-from examples.hosts import MissingHost, make_host
+from examples.hosts import MissingHost, SmallHost, make_host
 from examples.recipe import COMPACT_CLIP
 from examples.tables import Line, as_csv, as_markdown, difference, draw
 from semples_plugin import PromptRefiner
@@ -167,3 +167,9 @@ def test_the_compatibility_table_on_the_hosts_that_need_no_clone(tmp_path: Path,
 def test_a_host_without_its_repository_says_so(tmp_path: Path) -> None:
     with pytest.raises(MissingHost, match="--repos must be a folder with a clone of MCTformer in it"):
         make_host("mctformer", 6, repos=tmp_path)
+
+
+def test_a_host_of_your_own_and_one_that_is_not_there() -> None:
+    assert isinstance(make_host("examples.hosts:demo", 4), SmallHost)
+    with pytest.raises(MissingHost, match="must be one of demo, mctformer.*got 'nobody.home:make'"):
+        make_host("nobody.home:make", 4)

@@ -24,7 +24,7 @@ from semples_plugin.config import VOC, parse_assignments
 
 from ..cells import Cell, run_cells
 from ..demo import experiment as demo
-from ..hosts import HOSTS
+from ..hosts import HOSTS, make_host
 from ..recipe import COMPACT_CLIP
 from ..seeds import select_rows, source_hash
 from ..tables import Line, as_csv, as_markdown, draw
@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--labels", type=Path, help="with --data: JSON, image id -> class names; by default its Annotations")
     add("--classes", nargs="+", choices=VOC_CLASSES, metavar="CLASS", help="with --data: classes of VOC; by default all")
     add("--size", type=int, default=64, help="side of the images in pixels (%(default)s)")
-    add("--host", choices=HOSTS, default="demo", help="host (%(default)s)")
+    add("--host", default="demo", help=f"{', '.join(HOSTS)}, or package.module:function that returns a SmallHost (%(default)s)")
     add("--repos", type=Path, help="folder with clones of the hosts' repositories")
     add("--clip", help="CLIP model or weights file; by default the demo's, with --data ViT-B/32")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="option of RefinerConfig for all rows")
@@ -70,6 +70,7 @@ def main(argv: Sequence[str] = ()) -> None:
         chosen = select_rows([row.name for row in ROWS], args.rows)
         base = COMPACT_CLIP if args.data is None else VOC
         config = base.replace(**parse_assignments("--set", args.set))
+        make_host(args.host, 2, args.size, args.repos)  # a wrong name or a missing repository is told now
         data = demo_world() if args.data is None else voc_folder(
             args.data, args.labels, list(args.classes or VOC_CLASSES), args.size
         )  # fmt: skip
