@@ -12,9 +12,10 @@ import multiprocessing
 import os
 import re
 import sys
+import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Union
 
 import torch
 
@@ -76,31 +77,51 @@ def run_cells(
 
     Returns:
         Record of every cell.
+
+    Raises:
+        RuntimeError: if cells failed; it names them. All others are computed first, up to the next level.
     """
     found = {cell: read_cell(folder, cell, made_with) for cell in cells}
     missing = [cell for cell in cells if found[cell] is None]
     print(f"{len(cells)} cells, {len(cells) - len(missing)} of them done before", file=sys.stderr, flush=True)
     for level in sorted({cell.level for cell in missing}):
-        part = [cell for cell in missing if cell.level == level]
+        part, failed = [cell for cell in missing if cell.level == level], []
         for cell, record in _computed(part, run, jobs):
+            if isinstance(record, Exception):
+                failed.append(cell)
+                text = "".join(traceback.format_exception(type(record), record, record.__traceback__))
+                print(f"FAILED: {cell.row}, seed {cell.seed}\n{text}", file=sys.stderr, flush=True)
+                continue
             text = json.dumps({"made_with": made_with, "row": cell.row, "seed": cell.seed, "result": record}, indent=1)
             write_file(cell_file(folder, cell), lambda part, text=text: part.write_text(text + "\n", encoding="utf-8"))  # type: ignore[misc]
             found[cell] = json.loads(text)["result"]  # the same types as when it is read
-            print(f"done: {cell.row}, seed {cell.seed}", file=sys.stderr, flush=True)
+            print(f"\ndone: {cell.row}, seed {cell.seed}", file=sys.stderr, flush=True)
+        if failed:
+            names = "; ".join(f"{cell.row}, seed {cell.seed}" for cell in failed)
+            raise RuntimeError(f"{len(failed)} cells failed, their errors are above: {names}. The others are kept.")
     return {cell: found[cell] for cell in cells}  # type: ignore[misc]
 
 
 def _computed(cells: List[Cell], run: Callable[[Cell], Dict[str, Any]], jobs: int) -> Any:
     if jobs <= 1:
         for cell in cells:
-            yield cell, run(cell)
+            yield cell, _tried(run, cell)
         return
     context = multiprocessing.get_context("spawn")
     number = context.Value("i", 0)
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(number,)) as pool:
-        futures = {pool.submit(run, cell): cell for cell in cells}
+        futures = {pool.submit(_tried, run, cell): cell for cell in cells}
         for future in as_completed(futures):
             yield futures[future], future.result()
+
+
+def _tried(run: Callable[[Cell], Dict[str, Any]], cell: Cell) -> Union[Dict[str, Any], Exception]:
+    """The record of a cell, or what went wrong."""
+    try:
+        return run(cell)
+    except Exception as error:
+        error.args = (f"{error}\n{traceback.format_exc()}",)  # of this process
+        return error
 
 
 def _begin(number: Any) -> None:

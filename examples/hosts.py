@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
@@ -234,11 +235,11 @@ def _module(repos: Optional[Path], repo: str, name: str) -> Any:
     """A module of a host. Hosts have modules of the same names (`models`), so those of other hosts are forgotten first."""
     if repos is None or not (repos / repo).is_dir():
         raise MissingHost(f"--repos must be a folder with a clone of {repo} in it; got {repos}.")
-    folder, own = str(repos.resolve()), str((repos / repo).resolve())
-    sys.path[:] = [own, *(path for path in sys.path if not path.startswith(folder))]
+    own = f"{(repos / repo).resolve()}{os.sep}"
+    others = tuple(place for place in (f"{one.resolve()}{os.sep}" for one in repos.iterdir() if one.is_dir()) if place != own)
+    sys.path[:] = [own, *(path for path in sys.path if not f"{path}{os.sep}".startswith((own, *others)))]
     for known, module in list(sys.modules.items()):
-        file = str(getattr(module, "__file__", None) or "")
-        if file.startswith(folder) and not file.startswith(own + "/"):
+        if str(getattr(module, "__file__", None) or "").startswith(others):
             del sys.modules[known]
     return importlib.import_module(name)
 

@@ -47,6 +47,20 @@ def test_cells_are_computed_once_and_again_for_other_code(tmp_path: Path) -> Non
     assert not list(tmp_path.rglob("*.part"))
 
 
+def odd_only(cell: Cell) -> Dict[str, Any]:
+    if cell.seed % 2 == 0:
+        raise ValueError(f"seed {cell.seed} is even")
+    return count(cell)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_cell_that_fails_leaves_the_others(jobs: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cells = [Cell("row", seed) for seed in (1, 2, 3)]
+    with pytest.raises(RuntimeError, match="1 cells failed, their errors are above: row, seed 2. The others are kept."):
+        run_cells(tmp_path, cells, "code", odd_only, jobs)
+    assert "seed 2 is even" in capfd.readouterr().err and len(list(tmp_path.rglob("*.json"))) == 2
+
+
 def test_cells_in_two_processes_are_those_of_one(tmp_path: Path) -> None:
     cells = [Cell("row", seed, level) for seed in (1, 2) for level in (0,)]
     assert run_cells(tmp_path, cells, "code", count, jobs=2) == {cell: count(cell) for cell in cells}

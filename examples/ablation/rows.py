@@ -60,7 +60,7 @@ ROWS = [
     Row(CONTROLS, "+ match, texts of the wrong classes", AREA, loss="wrong texts"),
     Row(METHOD, MATCH, AREA),
     Row(METHOD, LEARNED, MATCH, prompts="learned"),
-    Row(METHOD, "+ match + refine, online prompts, 93 % of the steps", LEARNED, options={"online_steps": 0.5}, steps=0.934),
+    Row(METHOD, "+ match + refine, online prompts, one shorter run", LEARNED, options={"online_steps": 0.5}, steps=0.934),
     Row(PROMPTS, "+ match + refine, hand-written prompts, all stuff", LEARNED, texts="all"),
     Row(PROMPTS, "+ match + refine, hand-written prompts, own stuff", LEARNED, texts="own"),
     Row(PROMPTS, "+ match + refine, random prompts", LEARNED, prompts="random"),
