@@ -89,8 +89,7 @@ def run_cells(
         for cell, record in _computed(part, run, jobs):
             if isinstance(record, Exception):
                 failed.append(cell)
-                text = "".join(traceback.format_exception(type(record), record, record.__traceback__))
-                print(f"FAILED: {cell.row}, seed {cell.seed}\n{text}", file=sys.stderr, flush=True)
+                print(f"\nFAILED: {cell.row}, seed {cell.seed}\n{record}", file=sys.stderr, flush=True)
                 continue
             text = json.dumps({"made_with": made_with, "row": cell.row, "seed": cell.seed, "result": record}, indent=1)
             write_file(cell_file(folder, cell), lambda part, text=text: part.write_text(text + "\n", encoding="utf-8"))  # type: ignore[misc]
