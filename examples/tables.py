@@ -94,16 +94,20 @@ def draw(lines: Sequence[Line], figure: str, title: str, path: Path) -> None:
         if found is not None:
             right.plot([found.low, found.high], [place, place], color=color, linewidth=1.5)
             right.plot([found.mean], [place], "o", color=color, markersize=4)
-    names: List[str] = [f"{line.name}  [{line.against}]" if line.against else line.name for line in shown]
+    number = {line.name: i for i, line in enumerate(shown, 1)}
+    names: List[str] = []
+    for line in shown:
+        to = f"   [to {number[line.against]}]" if line.against in number else ""
+        names.append(f"{line.name}{to}   {number[line.name]}")
     left.set_yticks(places, names, fontsize=7.5)
     left.set_ylim(-0.7, len(shown) - 0.3)
     left.set_xlabel(f"{figure} in percent: dots are seeds, bars means", fontsize=8)
     right.axvline(0, color="0.6", linewidth=0.8)
-    right.set_xlabel("difference to the row in [ ], paired by seed, 95 % interval", fontsize=8)
+    right.set_xlabel("difference to the row in [ ],\npaired by seed, 95 % interval", fontsize=8)
     for axis in (left, right):
         axis.tick_params(axis="x", labelsize=7.5)
         axis.grid(axis="x", color="0.9")
     plot.suptitle(title, fontsize=10)
     plot.tight_layout()
-    plot.savefig(path, dpi=130)
+    plot.savefig(path, dpi=130, bbox_inches="tight")
     pyplot.close(plot)
