@@ -175,6 +175,9 @@ def _same_shape(path: Path, cams: Dict[int, np.ndarray]) -> Dict[int, np.ndarray
 def write_cam_file(path: PathLike, content: CamFile) -> None:
     """Write CAMs in their layout, as float32. The file appears whole or not at all."""
     path, cams = Path(path), content.cams
+    if content.layout == "dict":
+        write_atomically(path, lambda file: np.save(file, np.array(cams, dtype=object), allow_pickle=True))
+        return
     keys = np.array(list(cams), np.int64)
     maps = np.stack(list(cams.values())) if cams else np.zeros((0, 1, 1), np.float32)
     if content.layout == "npz":
@@ -183,11 +186,9 @@ def write_cam_file(path: PathLike, content: CamFile) -> None:
     if content.layout == "array":
         write_atomically(path, lambda file: np.save(file, maps))
         return
-    stored: Any = cams
-    if content.layout == "irn":
-        stored = {"keys": keys, "cam": maps, "high_res": maps}
-        if content.low is not None:
-            stored["cam"] = np.stack([_resize(value, content.low) for value in maps]) if len(maps) else maps
+    stored: Any = {"keys": keys, "cam": maps, "high_res": maps}
+    if content.low is not None:
+        stored["cam"] = np.stack([_resize(value, content.low) for value in maps]) if len(maps) else maps
     write_atomically(path, lambda file: np.save(file, np.array(stored, dtype=object), allow_pickle=True))
 
 
