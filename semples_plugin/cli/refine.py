@@ -65,12 +65,13 @@ def add_parser(commands: Any) -> None:
     add("--set", action="append", default=[], metavar="NAME=VALUE",
         help="option of RefinerConfig, such as lambda_area=1; may be given several times")  # fmt: skip
     add("--batch-size", type=int, default=8, metavar="N", help="images at once (default: %(default)s)")
-    add("--workers", type=int, default=0, metavar="N", help="processes beside this one, one thread each: with a GPU they read and "
-        "write, else each refines its own share (default: %(default)s)")  # fmt: skip
+    add("--workers", type=int, default=0, metavar="N", help="processes beside this one, one thread each: with a GPU they read "
+        "and write, else each refines its own share (default: %(default)s)")  # fmt: skip
     add("--max-pixels", type=int, default=1_000_000, metavar="N",
         help="images with more pixels are large (default: %(default)s)")  # fmt: skip
-    add("--large", choices=["tiles", "shrink"], default="tiles", help="large images: align the masks tile by tile at full size "
-        "(with pamr; CLIP sees the image at --max-pixels), or refine at --max-pixels and enlarge the masks (default: %(default)s)")  # fmt: skip
+    add("--large", choices=["tiles", "shrink"], default="tiles", help="large images: align the masks tile by tile at full "
+        "size (pamr and none; CLIP sees the image at --max-pixels), or refine at --max-pixels and enlarge the masks "
+        "(default: %(default)s)")  # fmt: skip
     add("--soft-masks", action="store_true", help="also write OUT/masks, 8-bit masks of the present classes")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     add("--json", action="store_true", help="print the summary as JSON")

@@ -1,7 +1,7 @@
 """One chunk of images and CAM files -> refined CAM files and pseudo labels. A bad file fails its own image, not the run.
 
-Flow: `cam_folder` -> **refine_images** (read, refine, write) -> `refine_folder`, in its process or in worker processes. Every file
-appears whole or not at all.
+Flow: `cam_folder` -> **refine_images** (read, refine, write) -> `refine_folder`, in its process or in worker processes. Every
+file appears whole or not at all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Worker processes that are given one task at a time. One that is killed ends the run with an error that names its task.
 
-Flow: **workers** -> `refine_folder`. Workers are started anew (`spawn`), so that neither threads nor a GPU of this process reach
-them. They compute with one thread each. They end when this process ends, however it ends, and leave Ctrl-C to it.
+Flow: **workers** -> `refine_folder`. Workers are started anew (`spawn`), so that neither threads nor a GPU of this process
+reach them. They compute with one thread each. They end when this process ends, however it ends, and leave Ctrl-C to it.
 """
 
 from __future__ import annotations
