@@ -5,10 +5,10 @@
     python benchmarks/refine_folder.py --images 16 --photos DIR --workers 0 --against OLD   # another checkout of the package
     python benchmarks/refine_folder.py --images 1 --sizes 4000 --workers 0             # memory of a large image
 
-Makes images and CAM files in a temporary folder and refines them with each number of workers, in turns, and repeats that. Prints
-images per second of wall time (from the first written file to the last, so without the start), the same of CPU time (of all
-processes, with and without the start), and the resident memory of the largest process. Checks that all runs wrote the same bytes.
-Linux only.
+Makes images and CAM files in a temporary folder and refines them with each number of workers, in turns, and repeats that.
+Prints images per second of wall time (from the first written file to the last, so without the start), the same of CPU time (of
+all processes, with and without the start), and the resident memory of the largest process. Checks that all runs wrote the same
+bytes. Linux only.
 """
 
 from __future__ import annotations
