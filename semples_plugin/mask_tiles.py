@@ -24,10 +24,9 @@ def pamr_tiles(
 ) -> None:
     """`masks.pamr` of one image, in place, by tiles that see `overlap` pixels beyond their edges.
 
-    A mask after `masks.pamr` depends on what is within `PAMR_REACH` pixels, and on little of that beyond 100: with an overlap of
-    128 the masks of photos differ by less than 1e-4 from those of the image in one piece, with `PAMR_REACH` by rounding alone.
-    Memory beside `img` and `masks` is that of `pamr` for one tile (about 380 MB by default with one mask), and a copy of the
-    masks of a row of tiles.
+    A mask after `masks.pamr` depends on what is within `PAMR_REACH` pixels, and on little of that beyond 100: with an overlap
+    of 128 the masks differ by less than 1e-4 from those of the image in one piece, at seams too; with `PAMR_REACH` by rounding
+    alone. Memory beside `img` and `masks` is that of `pamr` for one tile, and a copy of the masks of a row of tiles.
 
     Args:
         img: (3, H, W) uint8.

@@ -125,7 +125,9 @@ def read_archive(path: Path, file: Any, most: int) -> Dict[str, np.ndarray]:
 
 def _from_array(path: Path, content: np.ndarray, num_classes: int) -> CamFile:
     if content.ndim != 3 or len(content) != num_classes:
-        raise CamFileError(f"{path} must hold an array (C, H, W) with C = {num_classes}; it has shape {content.shape}.")
+        background = content.ndim == 3 and len(content) == num_classes + 1
+        advice = " If map 0 is background, save the array without it, cam[1:]." if background else ""
+        raise CamFileError(f"{path} must hold an array (C, H, W) with C = {num_classes}; it has shape {content.shape}.{advice}")
     return CamFile(_same_shape(path, {k: _map(path, k, value) for k, value in enumerate(content)}), "array")
 
 
@@ -150,7 +152,10 @@ def _class_index(path: Path, key: Any, num_classes: int) -> int:
     if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)):
         raise CamFileError(f"{path} must have class indices as keys; got {reprlib.repr(key)}.")
     if not 0 <= number < num_classes:
-        raise CamFileError(f"{path} has class index {number}; with {num_classes} classes they run from 0 to {num_classes - 1}.")
+        advice = " If 0 is background there, leave it out and count the classes from 0." if number == num_classes else ""
+        raise CamFileError(
+            f"{path} has class index {number}; with {num_classes} classes they run from 0 to {num_classes - 1}.{advice}"
+        )
     return int(number)
 
 
