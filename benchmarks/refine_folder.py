@@ -7,8 +7,9 @@
 
 Makes images and CAM files in a temporary folder and refines them with each number of workers, in turns, and repeats that.
 Prints images per second of wall time (from the first written file to the last, so without the start), the same of CPU time (of
-all processes, with and without the start), and the resident memory of the largest process. Checks that all runs wrote the same
-bytes. Linux only.
+all processes, with and without the start), how many processes could run at a time (on a busy machine they wait for one another,
+and wall time does not tell), and the resident memory of the largest process. Checks that all runs wrote the same bytes. Linux
+only.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ PHOTO = (375, 500)
 
 
 class Run(NamedTuple):
-    """Figures of one run: images per second of wall and CPU time, CPU seconds of the start, MiB of the largest process."""
+    """Figures of one run: images per second of wall time and of CPU time, processes that could run, MiB of the largest."""
 
     wall: float
     cpu: float
     cpu_with_start: float
+    at_work: float
     memory: float
 
 
@@ -60,46 +62,59 @@ def generate(folder: Path, count: int, sizes: List[int], photos: Optional[Path])
         np.save(folder / "cams" / f"{i:05d}.npy", np.array(cams, dtype=object))
 
 
-def resident(pid: int) -> float:
-    """Resident memory of the largest of a process and its children in MiB; 0 after their end."""
-    largest = 0.0
+class Sample(NamedTuple):
+    """A process and its children at one moment: MiB of the largest, and how many of them run or wait for a processor."""
+
+    memory: float
+    running: int
+
+
+def sample(pid: int) -> Sample:
+    memory, running = 0.0, 0
     try:
-        pids = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split())]
-        for one in pids:
+        for one in (pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split())):
             lines = Path(f"/proc/{one}/status").read_text(encoding="ascii").splitlines()
-            largest = max(largest, *(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")))
-    except (OSError, ValueError, TypeError):
+            facts = dict(line.split(":", 1) for line in lines if ":" in line)
+            memory = max(memory, int(facts.get("VmRSS", "0 kB").split()[0]) / 1024)
+            running += facts["State"].split()[0] == "R"
+    except (OSError, KeyError):  # one has ended
         pass
-    return largest
+    return Sample(memory, running)
 
 
-def call(package: Path, arguments: List[str]) -> "tuple[float, float]":
-    """CPU seconds of `semples refine` and MiB of its largest process."""
+def call(package: Path, arguments: List[str], out: Path) -> "tuple[float, List[Sample]]":
+    """CPU seconds of `semples refine`, and samples since it wrote its first file."""
     environment: Dict[str, str] = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(package)}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "semples_plugin", "refine", "--quiet", *arguments]
-    memory = 0.0
+    command = [sys.executable, "-m", "semples_plugin", "refine", "--quiet", *arguments, "--out", str(out)]
+    samples = [Sample(0, 0)]
     with subprocess.Popen(command, env=environment, cwd=package, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            memory = max(memory, resident(process.pid))
-            time.sleep(0.1)
+            if (out / "cams").exists():
+                samples.append(sample(process.pid))
+            time.sleep(0.05)
     if process.returncode:
         raise SystemExit("semples refine failed")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, memory
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, samples
 
 
 def measure(folder: Path, out: Path, workers: int, package: Path, batch_size: int) -> Run:
     """Refine, then once more with nothing to do, which is the start."""
-    arguments = ["--images", str(folder / "images"), "--cams", str(folder / "cams"), "--out", str(out)]
-    arguments += ["--batch-size", str(batch_size)]
-    cpu, memory = call(package, [*arguments, *(["--workers", str(workers)] if workers else [])])
-    start, _ = call(package, arguments)
+    arguments = ["--images", str(folder / "images"), "--cams", str(folder / "cams"), "--batch-size", str(batch_size)]
+    cpu, samples = call(package, [*arguments, *(["--workers", str(workers)] if workers else [])], out)
+    start, _ = call(package, arguments, out)
     start *= 1 + workers  # every worker imports the same
     times = sorted(path.stat().st_mtime for path in (out / "cams").iterdir())
     first = min(batch_size * max(1, workers), len(times) // 4)
     wall = (len(times) - 1 - first) / max(1e-9, times[-1] - times[first])
-    return Run(wall, len(times) / max(1e-9, cpu - start), len(times) / cpu, memory)
+    return Run(
+        wall,
+        len(times) / max(1e-9, cpu - start),
+        len(times) / cpu,
+        statistics.mean(one.running for one in samples),
+        max(one.memory for one in samples),
+    )
 
 
 def same(a: Path, b: Path) -> bool:
@@ -134,8 +149,9 @@ def main() -> None:
                 runs.setdefault("other checkout", []).append(other)
             for what, found in runs.items():
                 run = found[-1]
-                print(f"{what}: {run.wall:.2f} images/s; of CPU time {run.cpu:.2f} without the start, {run.cpu_with_start:.2f} "
-                      f"with it; largest process {run.memory:.0f} MiB", flush=True)  # fmt: skip
+                print(f"{what}: {run.wall:.2f} images/s; of CPU time {run.cpu:.2f} without the start, "
+                      f"{run.cpu_with_start:.2f} with it; {run.at_work:.2f} processes could run; the largest "
+                      f"{run.memory:.0f} MiB", flush=True)  # fmt: skip
     for what, found in runs.items():
         print(f"median of {len(found)}, {what}: {statistics.median(run.wall for run in found):.2f} images/s; "
               f"{statistics.median(run.cpu for run in found):.2f} per second of CPU time")  # fmt: skip
