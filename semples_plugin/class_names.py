@@ -13,6 +13,7 @@ from ._checks import check_classes
 
 __all__ = ["COCO_CATEGORY_IDS", "COCO_CLASSES", "VOC_CLASSES", "read_class_names"]
 
+_BACKGROUND = ("background", "__background__", "_background_")
 _PROMPT_NAMES = {
     "aeroplane": "airplane",
     "diningtable": "dining table",
@@ -66,9 +67,21 @@ def read_class_names(classes: str) -> Union[List[str], Dict[str, str]]:
         >>> list(read_class_names("voc"))[:3]
         ['aeroplane', 'bicycle', 'bird']
     """
-    names = _benchmark_or_file(classes)
+    names = _without_background(classes, _benchmark_or_file(classes))
     check_classes(names)
     return names
+
+
+def _without_background(classes: str, names: Union[List[str], Dict[str, str]]) -> Union[List[str], Dict[str, str]]:
+    places = [i for i, name in enumerate(names) if isinstance(name, str) and name.strip().lower() in _BACKGROUND]
+    if not places:
+        return names
+    if places != [0]:
+        raise ValueError(
+            f"{classes} names background at place {places[-1] + 1}. It is no class: leave it out, or put it first, where it is "
+            "left out; the other names are the classes 0, 1, ... in this order."
+        )
+    return {key: names[key] for key in list(names)[1:]} if isinstance(names, dict) else names[1:]
 
 
 def _benchmark_or_file(classes: str) -> Union[List[str], Dict[str, str]]:

@@ -15,6 +15,7 @@ __all__ = [
     "PromptFileError",
     "SamError",
     "SemplesError",
+    "WorkerError",
 ]
 
 
@@ -68,3 +69,7 @@ class PromptFileError(SemplesError, ValueError):
 
 class SamError(SemplesError, RuntimeError):
     """Raised when a Segment Anything model cannot be loaded."""
+
+
+class WorkerError(SemplesError, RuntimeError):
+    """Raised when a worker process of `semples refine --workers` was killed."""

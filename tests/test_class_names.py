@@ -19,6 +19,16 @@ def test_class_names_from_benchmarks_and_files(tmp_path: Path) -> None:
     assert read_class_names(str(tmp_path / "b.json")) == {"boat": "ship", "train": "train"}
 
 
+@pytest.mark.parametrize("name", ["background", "Background", "__background__", "_background_"])
+def test_background_at_the_head_of_a_list_is_left_out(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(f"{name}\nboat\ntrain\n")
+    assert read_class_names(str(tmp_path / "a.txt")) == ["boat", "train"]
+    (tmp_path / "a.json").write_text(f'["{name}", "boat", "train"]')
+    assert read_class_names(str(tmp_path / "a.json")) == ["boat", "train"]
+    (tmp_path / "b.json").write_text(f'{{"{name}": "background", "boat": "ship"}}')
+    assert read_class_names(str(tmp_path / "b.json")) == {"boat": "ship"}
+
+
 def test_benchmarks_are_named_in_any_case() -> None:
     assert list(read_class_names("VOC")) == list(read_class_names("voc")) and len(read_class_names("COCO")) == 80
 
@@ -38,6 +48,8 @@ def test_coco_names_and_ids_are_the_official_ones() -> None:
         ("latin1.txt", "Möwe".encode("latin1"), ValueError, "The class names must be voc, coco or a readable file"),
         ("empty.txt", b" \n\n", ValueError, "at least one name"),
         ("twice.txt", b"boat\ntrain\nboat\n", ValueError, "'boat' more than once"),
+        ("last.txt", b"boat\ntrain\nbackground\n", ValueError, "names background at place 3. It is no class: leave it out"),
+        ("alone.txt", b"background\n", ValueError, "at least one name"),
         ("broken.json", b'["boat",', ValueError, "broken.json is not readable JSON"),
         ("number.json", b"7", ValueError, "must hold a list of names, or a mapping .*; got int"),
         ("numbers.json", b"[1, 2]", TypeError, "must be a string; got 1 of type int"),

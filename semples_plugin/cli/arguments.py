@@ -20,7 +20,8 @@ def add_classes(parser: argparse.ArgumentParser) -> None:
         "--classes",
         default="voc",
         metavar="voc|coco|FILE",
-        help="class names; a file has one per line, or is JSON (default: %(default)s)",
+        help="class names in the order of the labels; a file has one per line, or is JSON; background is no class: a file may "
+        "name it first, and it is left out (default: %(default)s)",
     )
 
 

@@ -16,7 +16,8 @@ from .printing import print_failed
 __all__ = ["add_parser", "run"]
 
 DESCRIPTION = """\
-The VOC metric: one confusion matrix over the set, label 255 ignored. FP and FN are shares of the union, so that
+Labels in both folders are 0 for background and 1 + class, in the order of --classes. The VOC metric: one confusion matrix over
+the set, label 255 ignored. FP and FN are shares of the union, so that
 IoU + FP + FN = 100. For CAM files every background threshold is tried and the best one reported, with a note that it was
 chosen on ground truth; --threshold fixes it."""
 

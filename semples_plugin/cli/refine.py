@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Union
+from typing import TYPE_CHECKING, Any, Dict, Mapping, NamedTuple, Optional, Union
 
 from ..class_names import read_class_names
 from ..config import parse_assignments
@@ -16,6 +17,7 @@ from .arguments import add_classes, build_refiner, check_device
 from .printing import print_failed
 
 if TYPE_CHECKING:
+    from ..files.cam_folder import LoadedCam
     from ..files.refine_folder import Proposals
 
 __all__ = ["add_parser", "run"]
@@ -66,8 +68,13 @@ def add_parser(commands: Any) -> None:
     add("--set", action="append", default=[], metavar="NAME=VALUE",
         help="option of RefinerConfig, such as lambda_area=1; may be given several times")  # fmt: skip
     add("--batch-size", type=int, default=8, metavar="N", help="images at once (default: %(default)s)")
+    add("--workers", type=int, default=0, metavar="N", help="processes beside this one, one thread each: with a GPU they read "
+        "and write, else each refines its own share (default: %(default)s)")  # fmt: skip
     add("--max-pixels", type=int, default=1_000_000, metavar="N",
-        help="refine images with more pixels at this size (default: %(default)s)")  # fmt: skip
+        help="images with more pixels are large (default: %(default)s)")  # fmt: skip
+    add("--large", choices=["tiles", "shrink"], default="tiles", help="large images: align the masks tile by tile at full "
+        "size (pamr and none; CLIP sees the image at --max-pixels), or refine at --max-pixels and enlarge the masks "
+        "(default: %(default)s)")  # fmt: skip
     add("--soft-masks", action="store_true", help="also write OUT/masks, 8-bit masks of the present classes")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     add("--json", action="store_true", help="print the summary as JSON")
@@ -99,6 +106,7 @@ def run(options: argparse.Namespace) -> int:
         clip_steps=clip_steps,
         batch_size=options.batch_size,
         max_pixels=options.max_pixels,
+        large=options.large,
         soft_masks=options.soft_masks,
     )
     quiet = options.quiet or int(os.environ.get("RANK", "0")) > 0
@@ -126,8 +134,10 @@ def run(options: argparse.Namespace) -> int:
         len(classes),
         how,
         labels=labels,
-        refiner=refiner,
+        refiner=refiner if uses_clip else None,
         proposals=proposals,
+        workers=options.workers,
+        build=functools.partial(build_refiner, _of_refiner(options), classes, overrides) if uses_clip else None,
         shard=(rank, world),
         progress=not quiet,
         settings=settings,
@@ -164,20 +174,46 @@ def read_threshold(text: str) -> Union[str, Threshold]:
 
 def _proposals(options: argparse.Namespace) -> Optional["Proposals"]:
     """What gives the masks without a class of an image, by `--masks` or `--sam`; None without them."""
-    from ..files.proposals import read_proposals
-
     if options.masks is not None:
         folder: Path = options.masks
         if not folder.is_dir():
             raise CamFileError(f"Expected a folder of masks; there is no folder {folder}.")
-        return lambda one: read_proposals(folder, one.item.name, one.item.size, one.img.shape[1:])
+        return _Folder(folder)
     if options.sam is None:
         return None
-    from ..sam import SamProposals
-
     check_device(options.device)
-    sam = SamProposals(options.sam, options.device)
-    return lambda one: sam(one.img)
+    return _Sam(options.sam, options.device)
+
+
+class _Folder(NamedTuple):
+    """`--masks`."""
+
+    folder: Path
+
+    def __call__(self, one: "LoadedCam") -> Any:
+        from ..files.proposals import read_proposals
+
+        return read_proposals(self.folder, one.item.name, one.item.size, one.img.shape[1:])
+
+
+class _Sam:
+    """`--sam`; a copy in another process loads the model again."""
+
+    def __init__(self, model: str, device: str):
+        from ..sam import SamProposals
+
+        self.model, self.device, self._sam = model, device, SamProposals(model, device)
+
+    def __call__(self, one: "LoadedCam") -> Any:
+        return self._sam(one.img)
+
+    def __reduce__(self) -> Any:
+        return _Sam, (self.model, self.device)
+
+
+def _of_refiner(options: argparse.Namespace) -> argparse.Namespace:
+    """What `build_refiner` reads of the options; all of them cannot be sent to a worker."""
+    return argparse.Namespace(**{name: getattr(options, name) for name in ("classes", "prompts", "clip", "device")})
 
 
 def _high(threshold: Threshold) -> float:
@@ -189,8 +225,8 @@ def _in_words(threshold: Threshold) -> str:
 
 
 def _check(options: argparse.Namespace, overrides: Mapping[str, Any], uses_clip: bool) -> None:
-    if (options.clip_steps or 0) < 0 or options.batch_size < 1 or options.max_pixels < 1:
-        raise ValueError("--clip-steps must be at least 0, --batch-size and --max-pixels at least 1.")
+    if (options.clip_steps or 0) < 0 or options.workers < 0 or options.batch_size < 1 or options.max_pixels < 1:
+        raise ValueError("--clip-steps and --workers must be at least 0, --batch-size and --max-pixels at least 1.")
     auto = options.threshold == AUTO
     if not auto:
         check_threshold("--threshold", options.threshold)

@@ -57,12 +57,16 @@ def plan(cams: Path, images: Path) -> Tuple[List[CamItem], Dict[str, str]]:
     return items, failed
 
 
-def chunks(items: Sequence[CamItem], batch_size: int) -> List[List[CamItem]]:
-    """The items in groups of one image size and at most `batch_size`."""
+def chunks(items: Sequence[CamItem], batch_size: int, max_pixels: Optional[int] = None) -> List[List[CamItem]]:
+    """The items in groups of one image size and at most `batch_size`; images of more than `max_pixels` are each by itself."""
     groups: Dict[Tuple[int, int], List[CamItem]] = {}
     for item in items:
         groups.setdefault(item.size, []).append(item)
-    return [group[i : i + batch_size] for _, group in sorted(groups.items()) for i in range(0, len(group), batch_size)]
+    result = []
+    for (height, width), group in sorted(groups.items()):
+        step = 1 if max_pixels is not None and height * width > max_pixels else batch_size
+        result += [group[i : i + step] for i in range(0, len(group), step)]
+    return result
 
 
 class LoadedCam(NamedTuple):
@@ -72,10 +76,15 @@ class LoadedCam(NamedTuple):
     img: Tensor  # (3, h, w) in [0, 1], at the size at which it is refined
     content: CamFile
     labels: np.ndarray  # (C,)
+    picture: Optional[np.ndarray] = None  # (H, W, 3) uint8, the image itself where it is larger than `img`
 
 
 def load(
-    chunk: Sequence[CamItem], labels: Optional[Dict[str, np.ndarray]], num_classes: int, max_pixels: int
+    chunk: Sequence[CamItem],
+    labels: Optional[Dict[str, np.ndarray]],
+    num_classes: int,
+    max_pixels: int,
+    keep_large: bool = False,
 ) -> Tuple[List[LoadedCam], Dict[str, str]]:
     """Read the images, CAM files and labels of a chunk.
 
@@ -84,6 +93,7 @@ def load(
         labels: image id -> (C,) multi-hot; by default the classes that each CAM file holds.
         num_classes: C.
         max_pixels: images with more pixels are made smaller.
+        keep_large: whether `picture` keeps such an image as it was.
 
     Returns:
         What could be read, and id -> reason for the others.
@@ -96,7 +106,8 @@ def load(
             picture = read_image(item.image)
             if picture.shape[:2] != item.size:
                 raise CamFileError(f"{item.image} changed while it was read")
-            loaded.append(LoadedCam(item, _shrink(picture, max_pixels), content, row))
+            kept = picture if keep_large and item.size[0] * item.size[1] > max_pixels else None
+            loaded.append(LoadedCam(item, _shrink(picture, max_pixels), content, row, kept))
         except CamFileError as error:
             failed[item.name] = str(error)
         except Exception as error:  # such as OpenCV's own errors; one image must not end the run

@@ -125,7 +125,9 @@ def read_archive(path: Path, file: Any, most: int) -> Dict[str, np.ndarray]:
 
 def _from_array(path: Path, content: np.ndarray, num_classes: int) -> CamFile:
     if content.ndim != 3 or len(content) != num_classes:
-        raise CamFileError(f"{path} must hold an array (C, H, W) with C = {num_classes}; it has shape {content.shape}.")
+        background = content.ndim == 3 and len(content) == num_classes + 1
+        advice = " If map 0 is background, save the array without it, cam[1:]." if background else ""
+        raise CamFileError(f"{path} must hold an array (C, H, W) with C = {num_classes}; it has shape {content.shape}.{advice}")
     return CamFile(_same_shape(path, {k: _map(path, k, value) for k, value in enumerate(content)}), "array")
 
 
@@ -150,7 +152,10 @@ def _class_index(path: Path, key: Any, num_classes: int) -> int:
     if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)):
         raise CamFileError(f"{path} must have class indices as keys; got {reprlib.repr(key)}.")
     if not 0 <= number < num_classes:
-        raise CamFileError(f"{path} has class index {number}; with {num_classes} classes they run from 0 to {num_classes - 1}.")
+        advice = " If 0 is background there, leave it out and count the classes from 0." if number == num_classes else ""
+        raise CamFileError(
+            f"{path} has class index {number}; with {num_classes} classes they run from 0 to {num_classes - 1}.{advice}"
+        )
     return int(number)
 
 
@@ -175,6 +180,9 @@ def _same_shape(path: Path, cams: Dict[int, np.ndarray]) -> Dict[int, np.ndarray
 def write_cam_file(path: PathLike, content: CamFile) -> None:
     """Write CAMs in their layout, as float32. The file appears whole or not at all."""
     path, cams = Path(path), content.cams
+    if content.layout == "dict":
+        write_atomically(path, lambda file: np.save(file, np.array(cams, dtype=object), allow_pickle=True))
+        return
     keys = np.array(list(cams), np.int64)
     maps = np.stack(list(cams.values())) if cams else np.zeros((0, 1, 1), np.float32)
     if content.layout == "npz":
@@ -183,11 +191,9 @@ def write_cam_file(path: PathLike, content: CamFile) -> None:
     if content.layout == "array":
         write_atomically(path, lambda file: np.save(file, maps))
         return
-    stored: Any = cams
-    if content.layout == "irn":
-        stored = {"keys": keys, "cam": maps, "high_res": maps}
-        if content.low is not None:
-            stored["cam"] = np.stack([_resize(value, content.low) for value in maps]) if len(maps) else maps
+    stored: Any = {"keys": keys, "cam": maps, "high_res": maps}
+    if content.low is not None:
+        stored["cam"] = np.stack([_resize(value, content.low) for value in maps]) if len(maps) else maps
     write_atomically(path, lambda file: np.save(file, np.array(stored, dtype=object), allow_pickle=True))
 
 

@@ -89,7 +89,7 @@ def read_image(path: Path) -> np.ndarray:
     picture = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if data.size else None
     if picture is None:
         raise CamFileError(f"{path} is not a readable image")
-    return np.ascontiguousarray(picture[..., ::-1])
+    return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB, dst=picture))  # in place
 
 
 def image_size(path: Path, file: Any = None) -> Tuple[int, int]:

@@ -36,7 +36,8 @@ def read_labels(path: PathLike, classes: Sequence[str]) -> Labels:
             `.csv` with the header `image,<class>,<class>,...` and values 0 and 1, or with the header `image,labels` and
             names separated by ";";
             a folder of VOC XML annotations.
-        classes: C class names, in the order of the columns.
+        classes: C class names, in the order of the columns, without background. Where a file names labels, `background` may be
+            among them; it does not count.
 
     Returns:
         Image id -> (C,) uint8, 1 for each class in the image.
@@ -78,9 +79,15 @@ def _row(path: Path, key: Any, value: Any, classes: Sequence[str]) -> np.ndarray
     if row.shape != (len(classes),) or row.dtype.kind not in "biuf" or not np.isin(row, (0, 1)).all():
         raise CamFileError(
             f"{path}: image {reprlib.repr(key)} must have {len(classes)} labels of 0 and 1; got {row.dtype} of shape "
-            f"{row.shape}. Was the file made for these classes?"
+            f"{row.shape}. {_advice(row.shape[-1:], classes)}"
         )
     return row.astype(np.uint8)
+
+
+def _advice(width: Sequence[int], classes: Sequence[str]) -> str:
+    if tuple(width) == (len(classes) + 1,):
+        return "Background is no class: if it is column 0, leave that out."
+    return "Was the file made for these classes?"
 
 
 def _npy(path: Path, classes: Sequence[str]) -> Labels:
@@ -98,7 +105,8 @@ def _npz(path: Path, classes: Sequence[str]) -> Labels:
     except Exception as error:
         raise CamFileError(f"{path} must be an archive of `ids` (N,) and `labels` (N, C); {error}.") from error
     if ids.ndim != 1 or rows.shape != (len(ids), len(classes)):
-        raise CamFileError(f"{path} must hold labels ({len(ids)}, {len(classes)}); got {rows.shape}.")
+        advice = _advice(rows.shape[1:], classes)
+        raise CamFileError(f"{path} must hold labels ({len(ids)}, {len(classes)}); got {rows.shape}. {advice}")
     return {image_id(key): _row(path, key, row, classes) for key, row in zip(ids.tolist(), rows)}
 
 
@@ -122,6 +130,8 @@ def _named(path: Path, key: Any, value: Any, classes: Sequence[str]) -> np.ndarr
         return _row(path, key, value, classes)
     row = np.zeros(len(classes), np.uint8)
     for item in value:
+        if item == "background" and item not in classes:  # it is in every image
+            continue
         index = list(classes).index(item) if item in classes else item
         if type(index) is not int or not 0 <= index < len(classes):
             raise CamFileError(

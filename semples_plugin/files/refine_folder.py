@@ -2,57 +2,31 @@
 
 Flow: plan (read the size of every image, group the images by size into chunks) -> for each chunk: read, refine, write ->
 summary. The chunks depend on the folder alone, not on what is done already or on the number of processes. An interrupted run
-that is started again therefore ends with the same bytes. Every file appears whole or not at all.
+that is started again therefore ends with the same bytes. What is done with a chunk is in `refine_images`; with `workers` other
+processes do all of it, or only read and write while this one keeps the GPU at work.
 """
 
 from __future__ import annotations
 
-import errno
+import collections
 import json
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Generator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from .. import masks, regions
+from .. import masks
 from .._files import remove_parts, write_atomically
 from ..errors import CamFileError
-from ..mask_proposals import ProposalAlign
 from ..refiner import PromptRefiner
-from .cam_folder import LoadedCam, cam_tensor, chunks, load, plan
-from .cams import CamFile, write_cam_file
-from .images import write_label_png
+from .cam_folder import CamItem, chunks, plan
+from .refine_images import ChunkResult, Job, Options, Proposals, done, read, refine, refine_chunk, write
+from .workers import Workers
 
 __all__ = ["Options", "Proposals", "Summary", "refine_folder", "write_summary"]
 
-
-class Options(NamedTuple):
-    """How a folder is refined.
-
-    Attributes:
-        threshold: background score of the pseudo labels, or two, (low, high): pixels between them are 255.
-        align: `"pamr"` or `"crf"` to align the masks to the edges of the image, or None.
-        suppress: weight the CAMs by CLIP's dense features; needs a refiner.
-        clip_steps: gradient steps on the refiner's losses; needs a refiner.
-        batch_size: images per chunk.
-        max_pixels: images with more pixels are refined at a smaller size, and their masks are enlarged again.
-        soft_masks: whether to write the refined masks also as 8-bit `.npz` files.
-    """
-
-    threshold: masks.Threshold = 0.4
-    align: Optional[str] = "pamr"
-    suppress: bool = False
-    clip_steps: int = 0
-    batch_size: int = 8
-    max_pixels: int = 1_000_000
-    soft_masks: bool = False
-
-
-Proposals = Callable[[LoadedCam], Any]  # an image -> its masks (M, h, w) bool, at the size of `img`
+LARGE = ("tiles", "shrink")
 
 
 class Summary(NamedTuple):
@@ -83,6 +57,8 @@ def refine_folder(
     labels: Optional[Dict[str, np.ndarray]] = None,
     refiner: Optional[PromptRefiner] = None,
     proposals: Optional[Proposals] = None,
+    workers: int = 0,
+    build: Optional[Callable[[], PromptRefiner]] = None,
     shard: Tuple[int, int] = (0, 1),
     progress: bool = True,
     settings: Optional[Dict[str, Any]] = None,
@@ -100,61 +76,127 @@ def refine_folder(
         proposals: gives the masks without a class of an image, array or tensor; the refined masks are then their unions, see
             `mask_proposals.choose_proposals`, chosen after `align` at the background threshold (of two, the higher). An error
             of it fails its own image.
+        workers: number of processes that work beside this one, each with one thread; 0 for none. On a CPU each of them reads,
+            refines and writes its own chunks. With a refiner or proposals on another device they read and write, and this
+            process refines. The results do not depend on their number. A script that calls this needs
+            `if __name__ == "__main__":`, and `proposals` that can be pickled.
+        build: makes in a worker what `refiner` is here, such as `functools.partial(PromptRefiner.load, path)`: a refiner is
+            not sent to other processes. Needed for `workers` and a `refiner` on the CPU; each worker holds its own CLIP.
         shard: (index, number) of this process among those that share the work.
         progress: whether to show a progress bar.
         settings: everything else that decides the result (prompts, CLIP), as JSON can hold it. `out/settings.json` records it.
 
     Raises:
-        ValueError: if `options` needs a refiner and there is none.
+        ValueError: if `options` needs a refiner and there is none, or workers need `build` and there is none.
         CamFileError: if the folder has no CAM file, or `out` holds results of other settings.
+        WorkerError: if a worker was killed. What is written until then is whole, and counts when the run is started again.
     """
     from tqdm import tqdm
 
     masks.check_align(options.align, 1)
     if (options.suppress or options.clip_steps) and refiner is None:
         raise ValueError("`suppress` and `clip_steps` use CLIP, so they need a refiner; got none.")
+    if options.large not in LARGE:
+        raise ValueError(f"`large` must be 'tiles' or 'shrink'; got {options.large!r}.")
+    devices = [getattr(what, "device", "cpu") for what in (refiner, proposals) if what is not None]
+    here = any(str(device).partition(":")[0] != "cpu" for device in devices)  # where the images are refined
+    if workers and refiner is not None and not here and build is None:
+        raise ValueError("`workers` and a `refiner` on the CPU need `build`, which makes the refiner anew in each; got none.")
     start = time.monotonic()
     items, failed = plan(cams, images)
     _remember(out, {**options._asdict(), **(settings or {})})
-    for part in (out, *(out / name for name in ("cams", "labels", "masks"))):
-        remove_parts(part)
-    mine = [chunk for i, chunk in enumerate(chunks(items, options.batch_size)) if i % shard[1] == shard[0]]
+    _remove_parts(out)
+    every = chunks(items, options.batch_size, options.max_pixels)
+    mine = [chunk for i, chunk in enumerate(every) if i % shard[1] == shard[0]]
     failed = {name: why for i, (name, why) in enumerate(sorted(failed.items())) if i % shard[1] == shard[0]}
-    refined = skipped = empty = 0
-    bar = tqdm(total=sum(map(len, mine)), desc="refining", disable=not progress)
-    for chunk in mine:
-        todo = [item for item in chunk if not _done(out, item.name, options)]
-        skipped += len(chunk) - len(todo)
-        if todo:
-            loaded, broken = load(chunk, labels, num_classes, options.max_pixels)
-            failed.update(broken)
-            aligns = _aligns(loaded, options, proposals, failed)
-            loaded = [one for one in loaded if one.item.name in aligns]
-            if loaded:
-                empty += sum(not one.labels.any() for one in loaded if one.item in todo)
-                wanted = {item.name for item in todo}
-                refined += _refine_chunk(loaded, wanted, out, num_classes, options, refiner, aligns, failed)
-        bar.update(len(chunk))
-    bar.close()
+    todo = [_Part(chunk, {item.name for item in chunk if not done(out, item.name, options)}) for chunk in mine]
+    todo = [part for part in todo if part.wanted]
+    count = sum(map(len, mine))
+    skipped = count - sum(len(part.wanted) for part in todo)
+    job = Job(out, num_classes, options, labels, refiner, proposals, build)
+    results: Dict[int, ChunkResult] = {}
+    number = min(workers, len(todo))
+    run = _one_by_one(job, todo) if not number else (_refined_here if here else _refined_by_workers)(job, todo, number)
+    ahead = count - sum(len(part.chunk) for part in todo)  # images of parts that are done
+    with tqdm(total=count, initial=ahead, desc="refining", disable=not progress) as bar:
+        try:
+            for i, result in run:
+                results[i] = result
+                bar.update(len(todo[i].chunk))
+        except BaseException:
+            run.close()  # ends the workers, whose parts can be removed then
+            _remove_parts(out)
+            raise
+    for i in sorted(results):
+        failed.update(results[i].failed)
+    refined, empty = (sum(getattr(result, name) for result in results.values()) for name in ("refined", "empty"))
     return Summary(refined, skipped, empty, failed, time.monotonic() - start)
 
 
-def _aligns(
-    loaded: List[LoadedCam], options: Options, proposals: Optional[Proposals], failed: Dict[str, str]
-) -> Dict[str, Any]:
-    """How the masks of each image are aligned; images whose proposals cannot be had are in `failed` instead."""
-    if proposals is None:
-        return {one.item.name: options.align for one in loaded}
-    found: Dict[str, Any] = {}
-    threshold = options.threshold[1] if isinstance(options.threshold, (tuple, list)) else options.threshold
-    for one in loaded:
-        try:
-            found[one.item.name] = ProposalAlign(proposals(one), threshold=threshold, first=options.align)
-        except CamFileError as error:
-            failed[one.item.name] = str(error)
-        except Exception as error:  # as of a model; one image must not end the run
-            failed[one.item.name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return found
+class _Part(NamedTuple):
+    """A chunk, and which of its images are to be written."""
+
+    chunk: List[CamItem]
+    wanted: "set[str]"
+
+    def __str__(self) -> str:
+        names = sorted(self.wanted)
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+_Results = Generator[Tuple[int, ChunkResult], None, None]  # number of a part, its result
+
+
+def _one_by_one(job: Job, parts: Sequence[_Part]) -> _Results:
+    for i, part in enumerate(parts):
+        yield i, refine_chunk(job, part.chunk, part.wanted)
+
+
+def _refined_by_workers(job: Job, parts: Sequence[_Part], number: int) -> _Results:
+    """Each worker reads, refines and writes whole parts."""
+    with Workers(number, job) as workers:
+        for i, part in enumerate(parts):
+            workers.submit(i, str(part), refine_chunk, part.chunk, part.wanted)
+        for _ in parts:
+            yield workers.next()
+
+
+def _refined_here(job: Job, parts: Sequence[_Part], number: int) -> _Results:
+    """Workers read what comes next and write what is done, while this process refines."""
+    waiting = collections.deque(enumerate(parts))
+    counts: Dict[int, List[int]] = {}  # part -> images that are still being written, written, without label
+    failed: Dict[int, Dict[str, str]] = {}
+    reading, writing = 0, 0
+    with Workers(number, job) as workers:
+        while waiting or reading or writing:
+            while waiting and reading <= number and writing <= number * job.options.batch_size:  # bounds the memory
+                i, part = waiting.popleft()
+                workers.submit((i, None), str(part), read, part.chunk)
+                reading += 1
+            (i, name), value = workers.next()
+            if name is None:
+                reading -= 1
+                loaded, failed[i] = value
+                refined, empty = refine(job, loaded, parts[i].wanted, failed[i])
+                counts[i] = [0, 0, empty]
+                for one in refined:
+                    workers.submit((i, one.item.name), one.item.name, write, one)
+                    writing += 1
+                    counts[i][0] += 1
+            else:
+                writing -= 1
+                counts[i][0] -= 1
+                if value is None:
+                    counts[i][1] += 1
+                else:
+                    failed[i][name] = value
+            if not counts[i][0]:
+                yield i, ChunkResult(counts[i][1], counts[i][2], failed[i])
+
+
+def _remove_parts(out: Path) -> None:
+    for folder in (out, *(out / name for name in ("cams", "labels", "masks"))):
+        remove_parts(folder)
 
 
 def _remember(out: Path, settings: Dict[str, Any]) -> None:
@@ -181,129 +223,6 @@ def _differences(before: str, settings: Dict[str, Any]) -> str:
     new = json.loads(json.dumps(settings))
     keys = [key for key in sorted({**old, **new}) if old.get(key) != new.get(key)]
     return "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys)
-
-
-def _targets(out: Path, name: str, options: Options) -> Dict[str, Path]:
-    """The files of one image."""
-    files = {"cams": out / "cams" / f"{name}.npy", "labels": out / "labels" / f"{name}.png"}
-    if options.soft_masks:
-        files["masks"] = out / "masks" / f"{name}.npz"
-    return files
-
-
-def _done(out: Path, name: str, options: Options) -> bool:
-    files = _targets(out, name, options)
-    cam = files.pop("cams")
-    return (_whole(cam) or _whole(cam.with_suffix(".npz"))) and all(_whole(path) for path in files.values())
-
-
-def _whole(path: Path) -> bool:
-    """Whether there is such a file; an empty one is what a full disk leaves."""
-    return path.is_file() and path.stat().st_size > 0
-
-
-def _refine_chunk(
-    loaded: List[LoadedCam],
-    wanted: "set[str]",
-    out: Path,
-    num_classes: int,
-    options: Options,
-    refiner: Optional[PromptRefiner],
-    aligns: Dict[str, Any],
-    failed: Dict[str, str],
-) -> int:
-    try:
-        result = _masks_of(loaded, num_classes, options, refiner, aligns)
-    except Exception as error:
-        if not _out_of_memory(error):
-            raise
-        result = None  # go on outside of this `except`, whose error holds the tensors of the failed try
-    if result is None and len(loaded) == 1:
-        size = "{} x {}".format(*loaded[0].item.size)
-        failed[loaded[0].item.name] = (
-            f"not enough memory for its {size} pixels and {int(loaded[0].labels.sum())} classes; give a smaller --max-pixels"
-        )
-        return 0
-    if result is None:
-        half = len(loaded) // 2
-        return sum(
-            _refine_chunk(part, wanted, out, num_classes, options, refiner, aligns, failed)
-            for part in (loaded[:half], loaded[half:])
-        )
-    count = 0
-    for i, one in enumerate(loaded):
-        if one.item.name in wanted:
-            if not (out / "settings.json").exists():
-                raise CamFileError(
-                    f"{out} was removed or emptied while its images were refined; {one.item.name} and the rest are lost."
-                )
-            try:
-                _write(out, one, result[i : i + 1], options)
-                count += 1
-            except Exception as error:
-                failed[one.item.name] = f"could not be written: {' '.join(str(error).split())}"
-                if isinstance(error, OSError) and error.errno in _NO_USE_TO_GO_ON:
-                    raise CamFileError(
-                        f"{one.item.name} could not be written to {out}: {error.strerror}. The images before it are done; the "
-                        "same command goes on from here."
-                    ) from error
-    return count
-
-
-_NO_USE_TO_GO_ON = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "not enough memory" in text or "can't allocate" in text)
-    )
-
-
-def _masks_of(
-    loaded: List[LoadedCam], num_classes: int, options: Options, refiner: Optional[PromptRefiner], aligns: Dict[str, Any]
-) -> Tensor:
-    """Refined masks (B, C, h, w) of a chunk."""
-    device = refiner.device if refiner is not None else torch.device("cpu")
-    img = torch.stack([one.img for one in loaded]).to(device)  # (B, 3, h, w)
-    present = torch.from_numpy(np.stack([one.labels for one in loaded])).to(device)  # (B, C)
-    cam = torch.stack([cam_tensor(one.content, img.shape[2:], num_classes) for one in loaded]).to(device)  # (B, C, h, w)
-    align = [aligns[one.item.name] for one in loaded]
-    if refiner is None:
-        return masks.cam_to_masks(img, cam, regions.positive_pairs(present), align=align)
-    return refiner.refine_masks(img, cam, present, suppress=options.suppress, align=align, clip_steps=options.clip_steps).masks
-
-
-def _write(out: Path, one: LoadedCam, result: Tensor, options: Options) -> None:
-    """Write all files of one image, the CAM file last: where it exists, the others exist too."""
-    present = one.labels.nonzero()[0].tolist()
-    full = F.interpolate(result[:, present], size=one.item.size, mode="bilinear", align_corners=False) if present else None
-    if full is None:
-        label_map, cams = np.zeros(one.item.size, np.uint8), {}
-    else:
-        index = masks.pseudo_labels(full, options.threshold)[0].cpu().numpy()
-        uncertain = index == masks.UNCERTAIN
-        label_map = np.array([0, *(k + 1 for k in present)], np.uint8)[np.where(uncertain, 0, index)]
-        label_map[uncertain] = masks.UNCERTAIN
-        cams = {k: full[0, i].cpu().numpy() for i, k in enumerate(present)}
-    if not all(np.isfinite(value).all() for value in cams.values()):
-        raise CamFileError("its refined masks are not finite, so nothing is written; look at the range of its CAM")
-    files = _targets(out, one.item.name, options)
-    for path in files.values():
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_label_png(files["labels"], label_map)
-    if options.soft_masks:
-        levels = np.stack([np.round(value * 255) for value in cams.values()]) if cams else np.zeros((0, *one.item.size))
-        content: Dict[str, np.ndarray] = {"keys": np.array(present, np.int64), "masks": levels.astype(np.uint8)}
-        write_atomically(files["masks"], lambda file: _savez(file, content))
-    if one.content.layout == "array":
-        cams = {k: cams.get(k, np.zeros(one.item.size, np.float32)) for k in one.content.cams}
-    target = files["cams"].with_suffix(".npz") if one.content.layout == "npz" else files["cams"]
-    write_cam_file(target, CamFile(cams, one.content.layout, one.content.low))
-
-
-def _savez(file: Any, content: Dict[str, np.ndarray]) -> None:
-    np.savez_compressed(file, **content)  # type: ignore[arg-type]
 
 
 def write_summary(path: Path, summary: Summary) -> None:

@@ -183,3 +183,14 @@ def test_nothing_to_count_is_an_error(data: Data, capsys: pytest.CaptureFixture[
     for arguments in (data.arguments("--list", data.root / "empty.txt"), data.arguments(pred=data.root / "none")):
         status, out, err = run(capsys, *arguments)
         assert (status, out) == (2, "") and err.startswith("error: There is nothing to evaluate: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("pred", ["cams", "labels"])
+def test_a_class_list_may_name_background_first(pred: str, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = data.arguments(pred=getattr(data, pred))
+    plain = run(capsys, *arguments)
+    data.classes.write_text("background\n" + data.classes.read_text())
+    assert run(capsys, *arguments) == plain and plain[0] == 0
+    data.classes.write_text("boat\nbackground\ntrain\n")
+    status, _, error = run(capsys, *arguments)
+    assert status == 2 and "names background at place 2. It is no class" in error

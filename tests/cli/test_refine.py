@@ -114,6 +114,33 @@ def test_images_without_a_positive_label_are_counted(some: World, capsys: pytest
     assert "9 images have no positive label; their pseudo labels are all background" in capsys.readouterr().out
 
 
+def test_a_class_list_may_name_background_first(some: World) -> None:
+    assert some.refine(out=some.root / "plain") == 0
+    some.classes.write_text("background\n" + some.classes.read_text())
+    (some.root / "labels.csv").write_text(
+        "image,labels\n" + "".join(f"img{i},background;{['boat', 'train;bird', 'boat;train;bird'][i % 3]}\n" for i in range(9))
+    )
+    assert some.refine() == 0 and some.refine("--labels", some.root / "labels.csv", out=some.root / "labelled") == 0
+    assert results(some.out) == results(some.root / "plain") == results(some.root / "labelled")
+
+
+def test_files_with_a_background_column_say_so(some: World, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(some.root / "labels.npy", {f"img{i}": np.ones(4) for i in range(9)})  # type: ignore[arg-type]
+    assert some.refine("--labels", some.root / "labels.npy") == 2
+    assert (
+        "must have 3 labels of 0 and 1" in (error := capsys.readouterr().err) and "if it is column 0, leave that out" in error
+    )
+    np.savez(some.root / "labels.npz", ids=np.array(["img0"]), labels=np.ones((1, 4)))
+    assert some.refine("--labels", some.root / "labels.npz") == 2
+    assert "Background is no class: if it is column 0, leave that out." in capsys.readouterr().err
+    np.save(some.cams / "img0.npy", np.ones((4, 24, 32), np.float32))
+    np.save(some.cams / "img1.npy", {3: np.ones((32, 24), np.float32)})  # type: ignore[arg-type]
+    assert some.refine() == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert "If map 0 is background, save the array without it, cam[1:]." in lines[0]
+    assert "If 0 is background there, leave it out and count the classes from 0." in lines[1]
+
+
 # ---------------------------------------------------------------------------------------------------- --suppress, --clip-steps
 
 
@@ -196,7 +223,8 @@ def test_prompts_and_clip_belong_to_the_settings(folder: Path, clip_file: Path, 
         (["--clip-steps", "0", "--clip", "clip.pt"], "matter only where CLIP is used"),
         (["--set", "lambda_b=1"], "matter only where CLIP is used"),
         (["--device", "cuda"], "matter only where CLIP is used"),
-        (["--clip-steps", "-1"], "--clip-steps must be at least 0"),
+        (["--clip-steps", "-1"], "--clip-steps and --workers must be at least 0"),
+        (["--workers", "-1"], "--clip-steps and --workers must be at least 0"),
         (["--suppress", "--set", "lambda_b"], "--set takes NAME=VALUE; got 'lambda_b'"),
         (["--suppress", "--clip", "CLIP", "--set", "unknown=1"], "unknown"),
         (["--suppress", "--clip", "CLIP", "--set", "lambda_b=-1"], "`lambda_b` must be at least 0"),

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-import semples_plugin.files.refine_folder as folders
+import semples_plugin.files.refine_images as refine_images
 from semples_plugin import cli
 from semples_plugin.files.cams import cam_paths, read_cam_file
 from semples_plugin.files.refine_folder import Options, refine_folder
@@ -428,7 +428,7 @@ def test_missing_results_are_written_again_with_the_same_bytes(some: World, caps
 
 def test_a_run_interrupted_between_two_files_of_an_image_resumes(some: World, monkeypatch: pytest.MonkeyPatch) -> None:
     some.refine(out=some.root / "whole")
-    write, count = folders.write_cam_file, [0]
+    write, count = refine_images.write_cam_file, [0]
 
     def interrupted(*args: Any) -> None:
         count[0] += 1
@@ -437,7 +437,7 @@ def test_a_run_interrupted_between_two_files_of_an_image_resumes(some: World, mo
         write(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "write_cam_file", interrupted)
+        patch.setattr(refine_images, "write_cam_file", interrupted)
         assert some.refine() == 130
     assert len(results(some.out)) == 7 and not parts(some.out)  # the fourth image has its label map only
     assert some.refine() == 0
@@ -516,7 +516,7 @@ refine("few")
 few = peak()
 refine("many")
 many = peak()
-refine("large", "--max-pixels", "10000")
+refine("large", "--max-pixels", "10000", "--large", "shrink")
 print("MiB", few, many, peak())
 """
 
