@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import List, Optional, Sequence
 
 from semples_plugin.cli.refine import read_threshold
+from semples_plugin.config import VOC, parse_assignments
 from semples_plugin.errors import SemplesError
 from semples_plugin.masks import check_threshold
 
@@ -51,6 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, metavar="N", help="of the host; default: its own")
     add("--input-size", type=int, metavar="N", help="of the host; default: its own, in a rehearsal 64")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="option of the refiner, such as lambda_area=1")
+    add("--controls", action="store_true", help="take the host alone to the segmentation network too, and train with the area "
+        "term alone, if it has a weight")  # fmt: skip
     add("--threshold", type=float, default=0.4, metavar="T", help="background score of the masks; default: %(default)s")
     add("--label-thresholds", default="0.3:0.5", metavar="LOW:HIGH", help="of the pseudo labels; default: %(default)s")
     add("--crf", choices=["auto", "off"], default="auto", help="auto: a dense CRF where pydensecrf is installed")
@@ -89,6 +92,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
         path = getattr(options, name)
         if path is not None and not path.exists():
             raise ValueError(f"--{name}: there is no file {path}.")
+    VOC.replace(**parse_assignments("--set", options.set))  # refuses what is no option
     training = REHEARSAL if options.rehearsal else Training()
     training = training._replace(
         **{name: value for name, value in (("steps", options.steps), ("batch_size", options.batch_size)) if value is not None}
@@ -115,6 +119,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
         input_size=options.input_size or small["input_size"],
         batch_size=small["batch_size"],
         refiner=(*options.set, *(["prompt_length=4"] if options.rehearsal else [])),
+        controls=options.controls,
         threshold=options.threshold,
         low=low_high[0],
         high=low_high[1],
