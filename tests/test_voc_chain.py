@@ -421,6 +421,19 @@ def test_the_host_alone_is_trained_as_refine_is_with_nothing_attached(world: Pat
     assert str(world / "run" / "lists" / "train" / "0") not in steps["seed0/alone/cams"].commands[0]
 
 
+def test_online_is_one_training_in_the_place_of_three(world: Path) -> None:
+    three = [step.name for step in make_steps(settings(world))]
+    steps = {step.name: step for step in make_steps(settings(world, online=7))}
+    assert list(steps) == [*three[:2], "seed0/online", *three[5:]]
+    online, runner = steps["seed0/online"], world / "run" / "seed0" / "runner"
+    assert "--stage online" in online.commands[0] and "--set online_steps=7" in online.commands[0]
+    assert online.makes == [runner / name for name in ("online.pt", "prompts.safetensors", "online.jsonl")]
+    assert f"--resume {runner / 'online.pt'}" in steps["seed0/cams"].commands[0]
+    assert steps["seed0/alone/train"].commands == make_steps(settings(world))[16].commands
+    (section, *_) = ledger.sections(settings(world, online=7).facts())
+    assert "online" in section.steps and "match" not in section.steps
+
+
 def test_controls_go_to_the_end_of_the_chain(world: Path) -> None:
     options = {"controls": True, "use_crf": True}
     names = [step.name for step in make_steps(settings(world, **options))]
@@ -480,6 +493,8 @@ def test_a_dry_run_prints_every_command_and_its_estimate_and_runs_nothing(
         (["--seeds", "0"], "--seeds must be at least 1; got 0"),
         (["--finetune", "no.pth"], "--finetune: there is no file no.pth"),
         (["--tflops", "0"], "--tflops must be above 0; got 0"),
+        (["--online", "0"], "--online must be at least 1; got 0"),
+        (["--set", "online_steps=5"], "has an option of its own: --online N"),
         (["--set", "lambda_aera=1"], "did you mean 'lambda_area'"),
     ],
 )

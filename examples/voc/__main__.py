@@ -52,6 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, metavar="N", help="of the host; default: its own")
     add("--input-size", type=int, metavar="N", help="of the host; default: its own, in a rehearsal 64")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="option of the refiner, such as lambda_area=1")
+    add("--online", type=int, metavar="N", help="one training in the place of match, prompt and refine: prompts are learned "
+        "along the way, and join over N steps")  # fmt: skip
     add("--controls", action="store_true", help="take the host alone to the segmentation network too, and train with the area "
         "term alone, if it has a weight")  # fmt: skip
     add("--threshold", type=float, default=0.4, metavar="T", help="background score of the masks; default: %(default)s")
@@ -80,7 +82,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
         raise ValueError(f"--label-thresholds takes two, such as 0.3:0.5; got {options.label_thresholds}.")
     check_threshold("--label-thresholds", low_high)
     check_threshold("--threshold", options.threshold)
-    for name in ("seeds", "gpus", "processes", "epochs", "input-size", "steps", "batch-size", "limit"):
+    for name in ("seeds", "gpus", "processes", "online", "epochs", "input-size", "steps", "batch-size", "limit"):
         value = getattr(options, name.replace("-", "_"))
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1; got {value}.")
@@ -92,7 +94,10 @@ def read_settings(options: argparse.Namespace) -> Settings:
         path = getattr(options, name)
         if path is not None and not path.exists():
             raise ValueError(f"--{name}: there is no file {path}.")
-    VOC.replace(**parse_assignments("--set", options.set))  # refuses what is no option
+    given = parse_assignments("--set", options.set)
+    VOC.replace(**given)  # refuses what is no option
+    if "online_steps" in given:
+        raise ValueError("--set online_steps changes the steps of the chain, so it has an option of its own: --online N.")
     training = REHEARSAL if options.rehearsal else Training()
     training = training._replace(
         **{name: value for name, value in (("steps", options.steps), ("batch_size", options.batch_size)) if value is not None}
@@ -119,6 +124,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
         input_size=options.input_size or small["input_size"],
         batch_size=small["batch_size"],
         refiner=(*options.set, *(["prompt_length=4"] if options.rehearsal else [])),
+        online=options.online,
         controls=options.controls,
         threshold=options.threshold,
         low=low_high[0],

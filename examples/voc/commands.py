@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import List, Sequence, Tuple
 
+from semples_plugin.adapters.runner.job import ONLINE, STAGES
 from semples_plugin.adapters.runner.record import commit
 
 from . import crf, data_check, ledger
@@ -102,7 +103,8 @@ class OneRun:
         self.photos, self.truth = settings.voc / "JPEGImages", settings.voc / "SegmentationClass"
         self.host, self.runner = self.folder / "host", self.folder / "runner"
         alone = self.host / "saved" / "checkpoint.pth"  # its own script writes it
-        self.weights = {ALONE: alone, AREA: self.runner / "match.pt"}.get(control, self.runner / "refine.pt")
+        last = "refine" if settings.online is None else ONLINE
+        self.weights = {ALONE: alone, AREA: self.runner / "match.pt"}.get(control, self.runner / f"{last}.pt")
         self.host_facts = {"host": commit(settings.repo)} if settings.repo.is_dir() else {}
 
     def steps(self) -> List[Step]:
@@ -197,8 +199,13 @@ class OneRun:
             command = self._host("match", ours, train, module="examples.voc.area")
             what = "train the host with the area term alone"
             return [stage("train", what, [self.weights, log], [], [self.runner, saved], command)]
+        if s.online is not None:
+            command = self._host(ONLINE, [*ours, "--set", f"online_steps={s.online}"], train)
+            what = "train the host with match and refine, prompts learned along the way"
+            made = [self.weights, prompts, self.runner / f"{ONLINE}.jsonl"]
+            return [stage(ONLINE, what, made, [], [self.runner, saved], command)]
         made, log_of_refine = [match, log], self.runner / "refine.jsonl"
-        commands = {name: self._host(name, ours, train) for name in ("match", "prompt", "refine")}
+        commands = {name: self._host(name, ours, train) for name in STAGES}
         what = "train the host again, with match and refine"
         return [
             stage("match", "train the host with match", made, [], [self.runner, saved], commands["match"]),

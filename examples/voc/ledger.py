@@ -11,13 +11,13 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import semples_plugin
 from semples_plugin._files import write_atomically
+from semples_plugin.adapters.runner.job import ONLINE, STAGES
 
 from .chain import read_json, write_json
 from .settings import ALONE, AREA
 
-STAGES = ("match", "prompt", "refine")
 WHAT_CONTROLS = (
-    "Host alone: its own script with nothing attached, from the same start, for as many epochs as refine. Area term alone: the "
+    "Host alone: its own script with nothing attached, from the same start, for as many epochs. Area term alone: the "
     "same with the area term at its weight, and no CLIP. Both figures of a gain have the same random seed."
 )
 BEST = "chosen on the ground truth of this split, so this is a best case"
@@ -86,7 +86,7 @@ def sections(facts: Dict[str, Any]) -> List[Section]:
         Section("Seeds", f"CAM files of the host after the stages, as its own script writes them. {WHAT_CONTROLS}",
                 _controlled([Row("seeds", "single", "scale 1.0, and its mirror image", BEST),
                              Row("seeds", "multi", f"scales {scales}, and their mirror images", BEST)], facts, always=True),
-                ["train", *STAGES, "cams-single", "cams", "seeds"]),
+                ["train", *([ONLINE] if facts["online_steps"] else STAGES), "cams-single", "cams", "seeds"]),
         Section("Masks", "The CAMs of several scales, aligned to the edges of the photos.",
                 _controlled([Row("mask-figures", "best", "best threshold", BEST),
                              Row("mask-figures", "fixed", "fixed threshold", fixed),

@@ -34,6 +34,7 @@ class Settings(NamedTuple):
         limit: images of each list, None for all.
         epochs, input_size, batch_size: of the host, None for its own.
         refiner: options of the refiner, NAME=VALUE.
+        online: steps over which the prompts join, for one training that learns them along the way; None for three stages.
         controls: take the host alone to the end of the chain too, and the area term alone.
         threshold: background score of the masks.
         low, high: background scores of the pseudo labels.
@@ -61,6 +62,7 @@ class Settings(NamedTuple):
     input_size: Optional[int] = None
     batch_size: Optional[int] = None
     refiner: Tuple[str, ...] = ()
+    online: Optional[int] = None
     controls: bool = False
     threshold: float = 0.4
     low: float = 0.3
@@ -105,6 +107,7 @@ class Settings(NamedTuple):
             "host_epochs": self.epochs or EPOCHS,
             "input_size": self.input_size or INPUT_SIZE,
             "refiner": list(self.refiner),
+            "online_steps": self.online,
             "controls": self.controls,
             "area_weight": self.area_weight,
             "scales": [float(scale) for scale in SCALES],
