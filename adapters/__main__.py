@@ -5,7 +5,7 @@
 Stages: match (train with L_match), prompt (learn the background prompts with the trained host), refine (train again from the
 start with L_match + lambda L_refine); `all` runs the three, each in a process of its own, and continues an interrupted run.
 `online` is one stage instead of three, with --set online_steps=N: prompts are learned along the way.
-`plain` runs the script with nothing attached, for baselines and for the host's CAM files.
+`plain` runs the script with nothing attached, for baselines (with --checkpoint from there) and for the host's CAM files.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def make_parser() -> argparse.ArgumentParser:
         "default: %(default)s")  # fmt: skip
     add("--clip", default="ViT-B/32", metavar="NAME", help="CLIP model or weights file; default: %(default)s")
     add("--prompts", type=Path, metavar="FILE", help="learned prompts: only the refine stage is run")
-    add("--checkpoint", type=Path, metavar="FILE", help="the host's own checkpoint, from which match and refine start; "
-        "default: what the script starts from")  # fmt: skip
+    add("--checkpoint", type=Path, metavar="FILE", help="the host's own checkpoint, from which match and refine start, "
+        "and plain; default: what the script starts from")  # fmt: skip
     add("--mode", choices=["add", "replace"], default="add", help="add to the host's label loss, or replace it; "
         "default: %(default)s")  # fmt: skip
     add("--network", metavar="CLASS", help="class name of the network; default: the first that fits the adapter")
@@ -187,6 +187,10 @@ def _check(options: argparse.Namespace, script: List[str]) -> None:
         raise ValueError(
             "--stage plain trains nothing; a trained branch is put into the host by --branch OUT/refine.clusters.safetensors."
         )
+    if options.branch is not None and options.checkpoint is not None and options.stage == "plain":
+        raise ValueError(
+            "--stage plain takes --checkpoint for a training script or --branch for one that writes CAM files; got both."
+        )
     if options.branch is not None and options.stage != "plain":
         raise ValueError("--branch is for --stage plain; the other stages make and keep their own.")
     if (options.branch_option or options.cluster_prompts) and options.clusters is None:
@@ -209,7 +213,7 @@ OF_ATTACH = ("network", "label_loss", "labels", "forward_pass", "first_step", "l
 def _targets(options: argparse.Namespace) -> List[Tuple[Target, Dict[str, Any]]]:
     """The networks to attach to, each with the options of its adapter, for the record."""
     given = parse_assignments("--host-option", options.host_option)
-    if options.stage == "plain":
+    if options.stage == "plain" and options.checkpoint is None:
         return [(Target(options.host, CamSource(), {}), given)]
     if options.source is not None:
         source = _loaded("--source", options.source)(**given)

@@ -8,7 +8,7 @@ from typing import Callable, Dict, Tuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from semples_plugin import PromptRefiner, losses, regions
+from semples_plugin import PromptRefiner, losses, regions, terms
 from semples_plugin.config import RefinerConfig
 from semples_plugin.refiner import RefinerOutput
 
@@ -58,8 +58,9 @@ class AreaOnly(PromptRefiner):
         img, cam, labels = self._check(img, cam, labels)
         pairs, size = regions.positive_pairs(labels), (self.encoder.image_size,) * 2
         masks = regions.pair_masks(cam, pairs, size, self.config.normalize, self.config.eps)
-        area = losses.area(masks)
-        return RefinerOutput(self.config.lambda_area * area, {"area": area}, masks, pairs)
+        values, weights = {"area": losses.area(masks, "none")}, {"area": self.config.lambda_area}
+        loss, by_name = terms.weighted_sum(values, weights, terms.class_weights(pairs, self.classes, self.config))
+        return RefinerOutput(loss, by_name, masks, pairs)
 
 
 def area_only(config: RefinerConfig, size: int) -> Callable[[Tensor, Tensor, Tensor], Tuple[Tensor, Dict[str, Tensor]]]:

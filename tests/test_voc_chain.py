@@ -16,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+from examples.controls import AreaOnly
 from examples.voc import __main__ as command
-from examples.voc import crf, data_check, ledger, segmentation
+from examples.voc import area, crf, data_check, ledger, segmentation
 from examples.voc.chain import Chain, ChainError, Command, Digests, Step, read_json
 from examples.voc.commands import make_steps
 from examples.voc.segmentation import Batches, Training
@@ -402,8 +403,59 @@ def settings(world: Path, **options: Any) -> Settings:
 def test_every_seed_has_the_steps_of_the_paper(world: Path) -> None:
     names = [step.name for step in make_steps(settings(world, seeds=2))]
     assert names[:5] == ["check", "weights", "seed0/match", "seed0/prompt", "seed0/refine"]
-    assert names[-3:] == ["seed1/predictions", "seed1/evaluation", "ledger"]
-    assert [name.replace("seed0", "seed1") for name in names[2:16]] == names[16:-1]
+    alone = ["train", "cams-single", "cams", "seeds", "masks", "masks-crf", "mask-figures"]
+    assert names[-8:] == [*(f"seed1/alone/{name}" for name in alone), "ledger"]
+    assert [name.replace("seed0", "seed1") for name in names[2:23]] == names[23:-1]
+
+
+def test_the_host_alone_is_trained_as_refine_is_with_nothing_attached(world: Path, tmp_path: Path) -> None:
+    start = tmp_path / "own.pth"
+    steps = {step.name: step for step in make_steps(settings(world, checkpoint=start, epochs=3))}
+    (refine,), (alone,) = (steps[f"seed0/{name}"].groups[0] for name in ("refine", "alone/train"))
+    script = [words[words.index("--") + 1 :] for words in (list(refine.words), list(alone.words))]
+    assert script[0] == script[1] and "--epochs" in script[0]
+    for words in (alone.words, refine.words):
+        assert list(words)[words.index("--checkpoint") + 1] == str(start)
+    assert alone.words[alone.words.index("--stage") + 1] == "plain" and "--clip" not in alone.words
+    assert steps["seed0/alone/train"].makes == [world / "run" / "seed0" / "alone" / "host" / "saved" / "checkpoint.pth"]
+    assert str(world / "run" / "lists" / "train" / "0") not in steps["seed0/alone/cams"].commands[0]
+
+
+def test_online_is_one_training_in_the_place_of_three(world: Path) -> None:
+    three = [step.name for step in make_steps(settings(world))]
+    steps = {step.name: step for step in make_steps(settings(world, online=7))}
+    assert list(steps) == [*three[:2], "seed0/online", *three[5:]]
+    online, runner = steps["seed0/online"], world / "run" / "seed0" / "runner"
+    assert "--stage online" in online.commands[0] and "--set online_steps=7" in online.commands[0]
+    assert online.makes == [runner / name for name in ("online.pt", "prompts.safetensors", "online.jsonl")]
+    assert f"--resume {runner / 'online.pt'}" in steps["seed0/cams"].commands[0]
+    assert steps["seed0/alone/train"].commands == make_steps(settings(world))[16].commands
+    (section, *_) = ledger.sections(settings(world, online=7).facts())
+    assert "online" in section.steps and "match" not in section.steps
+
+
+def test_controls_go_to_the_end_of_the_chain(world: Path) -> None:
+    options = {"controls": True, "use_crf": True}
+    names = [step.name for step in make_steps(settings(world, **options))]
+    assert "seed0/alone/evaluation" in names and not any("area" in name for name in names)  # it has no weight
+    steps = {step.name: step for step in make_steps(settings(world, refiner=("lambda_area=2",), **options))}
+    assert [name for name in steps if name.startswith("seed0/area")] == [
+        name.replace("alone", "area") for name in names if name.startswith("seed0/alone")
+    ]
+    command = steps["seed0/area/train"].commands[0]
+    assert "-m examples.voc.area mctformer" in command and "--stage match" in command and "--set lambda_area=2" in command
+    made: List[Path] = []
+    for step in steps.values():
+        assert all(any(path == one or one in path.parents for one in made) for path in step.needs), step.name
+        made += step.makes
+
+
+def test_the_runner_with_the_area_term_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(area.runner, "main", lambda arguments: seen.append((arguments, area.runner.PromptRefiner)))
+    before = area.runner.PromptRefiner
+    area.main(["mctformer"])
+    assert seen == [(["mctformer"], AreaOnly)] and area.runner.PromptRefiner is before
 
 
 def test_what_a_step_reads_is_made_before(world: Path) -> None:
@@ -428,7 +480,7 @@ def test_a_dry_run_prints_every_command_and_its_estimate_and_runs_nothing(
     arguments = ["--voc", str(world / "VOC2012"), "--repo", str(world / "host"), "--out", str(tmp_path / "run"), "--seeds", "2"]
     assert command.main([*arguments, "--dry-run", "--gpus", "2"]) == 0
     said = capsys.readouterr().out
-    assert said.count("estimate:") + said.count("left out:") == 31 and "TFLOP/s" in said
+    assert said.count("estimate:") + said.count("left out:") == 45 and "TFLOP/s" in said
     assert "main.py --data-path" in said and "deit_small_patch16_224-cd65a155.pth" in said
     assert not (tmp_path / "run").exists()
 
@@ -441,6 +493,9 @@ def test_a_dry_run_prints_every_command_and_its_estimate_and_runs_nothing(
         (["--seeds", "0"], "--seeds must be at least 1; got 0"),
         (["--finetune", "no.pth"], "--finetune: there is no file no.pth"),
         (["--tflops", "0"], "--tflops must be above 0; got 0"),
+        (["--online", "0"], "--online must be at least 1; got 0"),
+        (["--set", "online_steps=5"], "has an option of its own: --online N"),
+        (["--set", "lambda_aera=1"], "did you mean 'lambda_area'"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: List[str], message: str, capsys: pytest.CaptureFixture) -> None:
@@ -452,11 +507,12 @@ def test_wrong_arguments_are_refused(arguments: List[str], message: str, capsys:
 # ---------------------------------------------------------------------------------------------------- the ledger
 
 
-def write_figures(out: Path, seeds: int) -> None:
+def write_figures(out: Path, seeds: int, facts: Dict[str, Any]) -> None:
+    """A figure for every row, 0.5 for the method and 0.4 for its controls, and 0.1 more with every seed."""
     for seed in range(seeds):
-        for section in ledger.sections({"threshold": 0.4, "label_thresholds": [0.3, 0.5], "scales": [1.0]}):
+        for section in ledger.sections(facts):
             for row in section.rows:
-                path = out / f"seed{seed}" / "figures" / row.step / f"{row.file}.json"
+                path = out / f"seed{seed}" / row.control / "figures" / row.step / f"{row.file}.json"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if row.file == "crf":
                     continue
@@ -464,7 +520,7 @@ def write_figures(out: Path, seeds: int) -> None:
                 content = {
                     "split": split,
                     "images": 3,
-                    "miou": 0.5 + seed / 10,
+                    "miou": 0.5 - 0.1 * bool(row.control) + seed / 10,
                     "threshold": None,
                     "uncertain": 0.0,
                     "absent": ["cat"],
@@ -474,8 +530,8 @@ def write_figures(out: Path, seeds: int) -> None:
 
 @pytest.mark.parametrize("rehearsal", [False, True])
 def test_the_ledger_keeps_kinds_of_figures_apart(world: Path, tmp_path: Path, rehearsal: bool) -> None:
-    write_figures(tmp_path, 2)
     facts = settings(world, seeds=2, rehearsal=rehearsal).facts()
+    write_figures(tmp_path, 2, facts)
     record = {"step": "seed0/masks", "what": "<align>", "note": None, "commands": ["semples refine <x>"], "seconds": 3.2}
     ledger.write(tmp_path, facts, [{**record, "finished": "2026-01-01", "versions": {"torch": "2.0"}}])
     content = read_json(tmp_path / "ledger.json")
@@ -484,7 +540,7 @@ def test_the_ledger_keeps_kinds_of_figures_apart(world: Path, tmp_path: Path, re
     assert {row["split"] for row in content["sections"][0]["rows"]} == {"train"}
     rows = content["sections"][3]["rows"]
     assert rows[0]["split"] == "val" and rows[0]["mean"] == pytest.approx(55) and rows[0]["deviation"] == pytest.approx(50**0.5)
-    assert rows[1]["mean"] is None
+    assert [row["mean"] for row in rows[1:]] == [None] * 3  # the host alone is not taken that far
     page = (tmp_path / "ledger.html").read_text()
     assert ("The figures mean nothing" in page) is rehearsal
     for text in (
@@ -499,3 +555,23 @@ def test_the_ledger_keeps_kinds_of_figures_apart(world: Path, tmp_path: Path, re
     ):
         assert text in page
     assert "http" not in page.replace(str(world), "")  # loads nothing
+
+
+def test_gains_are_those_over_the_host_alone(world: Path, tmp_path: Path) -> None:
+    facts = settings(world, seeds=2, controls=True, refiner=("lambda_area=1",)).facts()
+    write_figures(tmp_path, 2, facts)
+    ledger.write(tmp_path, facts, [])
+    content = read_json(tmp_path / "ledger.json")
+    assert content is not None
+    for section in content["sections"]:
+        whole, alone, only_area = section["rows"][:3]
+        assert alone["name"] == f"host alone: {whole['name']}" and only_area["name"] == f"area term alone: {whole['name']}"
+        assert whole["gain"] == pytest.approx([10, 10]) and whole["deviation_of_gain"] == pytest.approx(0)
+        assert only_area["gain"] == pytest.approx([0, 0]) and alone["gain"] == [] and alone["mean"] == pytest.approx(45)
+    assert "+10.00 ± 0.00 over the host alone" in (tmp_path / "ledger.html").read_text()
+    less = settings(world, seeds=2).facts()
+    ledger.write(tmp_path, less, [])  # figures that a run with --controls left do not count
+    content = read_json(tmp_path / "ledger.json")
+    assert content is not None and content["sections"][3]["rows"][0]["gain"] == []
+    assert content["sections"][0]["rows"][0]["gain"] == pytest.approx([10, 10])
+    assert "not run: only with --controls" in (tmp_path / "ledger.html").read_text()

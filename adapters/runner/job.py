@@ -47,7 +47,7 @@ class Job(NamedTuple):
         refiner: makes the `PromptRefiner`.
         facts: what identifies the run, for its record.
         prompts: prompt file, read by the refine stage and written by the prompt stage.
-        checkpoint: the host's own checkpoint, from which match and refine start; by default what the script starts from.
+        checkpoint: the host's own checkpoint, from which match, refine and plain start; by default what the script starts from.
         prompt_epochs: epochs of the prompt stage, or None for those of the configuration.
         seed: of Python, NumPy and torch before the script starts.
         cpu: run a host with hard-coded `.cuda()` on the CPU.

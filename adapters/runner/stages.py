@@ -67,10 +67,13 @@ def run_all(job: Job, stages: Sequence[str], command: Callable[[str], List[str]]
 
 
 def _plain(job: Job) -> None:
-    """Run the script as it is, or with a trained cluster branch in its model."""
+    """Run the script as it is, from a checkpoint if there is one, or with a trained cluster branch in its model."""
     branch = None if job.branch is None else ClusterBranch.load(job.branch).eval().requires_grad_(False)
     with contextlib.ExitStack() as stack:
         stack.enter_context(host_process(job))
+        if job.checkpoint is not None:
+            _plain_from(job, job.checkpoint)
+            return
         if branch is None:
             run_script(job)
             return
@@ -83,6 +86,23 @@ def _plain(job: Job) -> None:
         run_script(job)
         if finder.model is None:
             raise finder.none_fits(job.script[0], "a transformer for this branch")
+
+
+def _plain_from(job: Job, checkpoint: Path) -> None:
+    """Run a training script whose network starts from a checkpoint, as match and refine do, and then nothing else."""
+    target = job.targets[0]
+
+    def found(model: nn.Module, *arguments: Any) -> None:
+        _load_weights(checkpoint, unwrap(model))
+        print(f"semples: {type(unwrap(model)).__name__} starts from {checkpoint}", file=sys.stderr)
+
+    finder = ModelFinder(
+        target.source.modules, found, network=target.options.get("network"), by_parts=bool(target.source.calls)
+    )
+    with finder:
+        run_script(job)
+    if finder.model is None:
+        raise finder.none_fits(job.script[0], f"a network that the adapter {target.host!r} knows")
 
 
 def _refiner(job: Job) -> PromptRefiner:

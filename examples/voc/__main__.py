@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import List, Optional, Sequence
 
 from semples_plugin.cli.refine import read_threshold
+from semples_plugin.config import VOC, parse_assignments
 from semples_plugin.errors import SemplesError
 from semples_plugin.masks import check_threshold
 
@@ -51,6 +52,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, metavar="N", help="of the host; default: its own")
     add("--input-size", type=int, metavar="N", help="of the host; default: its own, in a rehearsal 64")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="option of the refiner, such as lambda_area=1")
+    add("--online", type=int, metavar="N", help="one training in the place of match, prompt and refine: prompts are learned "
+        "along the way, and join over N steps")  # fmt: skip
+    add("--controls", action="store_true", help="take the host alone to the segmentation network too, and train with the area "
+        "term alone, if it has a weight")  # fmt: skip
     add("--threshold", type=float, default=0.4, metavar="T", help="background score of the masks; default: %(default)s")
     add("--label-thresholds", default="0.3:0.5", metavar="LOW:HIGH", help="of the pseudo labels; default: %(default)s")
     add("--crf", choices=["auto", "off"], default="auto", help="auto: a dense CRF where pydensecrf is installed")
@@ -77,7 +82,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
         raise ValueError(f"--label-thresholds takes two, such as 0.3:0.5; got {options.label_thresholds}.")
     check_threshold("--label-thresholds", low_high)
     check_threshold("--threshold", options.threshold)
-    for name in ("seeds", "gpus", "processes", "epochs", "input-size", "steps", "batch-size", "limit"):
+    for name in ("seeds", "gpus", "processes", "online", "epochs", "input-size", "steps", "batch-size", "limit"):
         value = getattr(options, name.replace("-", "_"))
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1; got {value}.")
@@ -89,6 +94,10 @@ def read_settings(options: argparse.Namespace) -> Settings:
         path = getattr(options, name)
         if path is not None and not path.exists():
             raise ValueError(f"--{name}: there is no file {path}.")
+    given = parse_assignments("--set", options.set)
+    VOC.replace(**given)  # refuses what is no option
+    if "online_steps" in given:
+        raise ValueError("--set online_steps changes the steps of the chain, so it has an option of its own: --online N.")
     training = REHEARSAL if options.rehearsal else Training()
     training = training._replace(
         **{name: value for name, value in (("steps", options.steps), ("batch_size", options.batch_size)) if value is not None}
@@ -115,6 +124,8 @@ def read_settings(options: argparse.Namespace) -> Settings:
         input_size=options.input_size or small["input_size"],
         batch_size=small["batch_size"],
         refiner=(*options.set, *(["prompt_length=4"] if options.rehearsal else [])),
+        online=options.online,
+        controls=options.controls,
         threshold=options.threshold,
         low=low_high[0],
         high=low_high[1],

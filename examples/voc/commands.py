@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 from typing import List, Sequence, Tuple
 
+from semples_plugin.adapters.runner.job import ONLINE, STAGES
 from semples_plugin.adapters.runner.record import commit
 
 from . import crf, data_check, ledger
 from .chain import ChainError, Command, Step, read_json
 from .estimates import Estimates
-from .settings import SCALES, Settings
+from .settings import ALONE, AREA, SCALES, Settings
 from .weights import DEIT, get_weights, hub_file
 
 SEEDS = (("single", "cams-single"), ("multi", "cams"))
@@ -25,7 +26,8 @@ def make_steps(settings: Settings) -> List[Step]:
     estimates = Estimates(settings, lists)
     steps = [_check(settings, lists, estimates), _weights(settings)]
     for seed in range(settings.seeds):
-        steps += OneSeed(settings, seed, estimates).steps()
+        for control in settings.runs:
+            steps += OneRun(settings, seed, estimates, control).steps()
     return [*steps, _ledger(settings, steps)]
 
 
@@ -83,32 +85,42 @@ def _ledger(s: Settings, steps: Sequence[Step]) -> Step:
     )
 
 
-class OneSeed:
-    """The steps of one seed, in a folder of its own."""
+class OneRun:
+    """The steps of one seed, in a folder of its own, with the method or a control of it.
 
-    def __init__(self, settings: Settings, seed: int, estimates: Estimates):
-        self.s, self.seed, self.estimates = settings, seed, estimates
-        self.folder = settings.out / f"seed{seed}"
+    Args:
+        settings, estimates: of the whole.
+        seed: of host and segmentation network.
+        control: "" for the method, or a name of `Settings.runs`.
+    """
+
+    def __init__(self, settings: Settings, seed: int, estimates: Estimates, control: str = ""):
+        self.s, self.seed, self.estimates, self.control = settings, seed, estimates, control
+        self.to_the_end = control == "" or settings.controls
+        self.part = "all" if self.to_the_end else "train"  # the images whose masks are made
+        self.folder = settings.out / f"seed{seed}" / control
         self.lists, self.given = settings.out / "lists", settings.out / "weights"
         self.photos, self.truth = settings.voc / "JPEGImages", settings.voc / "SegmentationClass"
         self.host, self.runner = self.folder / "host", self.folder / "runner"
-        self.weights = self.runner / "refine.pt"
+        alone = self.host / "saved" / "checkpoint.pth"  # its own script writes it
+        last = "refine" if settings.online is None else ONLINE
+        self.weights = {ALONE: alone, AREA: self.runner / "match.pt"}.get(control, self.runner / f"{last}.pt")
         self.host_facts = {"host": commit(settings.repo)} if settings.repo.is_dir() else {}
 
     def steps(self) -> List[Step]:
         """All of them, in order."""
+        which = "all training images" if self.part == "all" else "train"
         return [
             *self._stages(),
             self._cams("cams-single", "CAM files of train by the host's script, scale 1.0", "train", ["1.0"]),
-            self._cams("cams", "CAM files of all training images by the host's script, its own scales", "all", SCALES),
+            self._cams("cams", f"CAM files of {which} by the host's script, its own scales", self.part, SCALES),
             self._figures("seeds", "mIoU of the CAM files", [(kind, self.folder / cams) for kind, cams in SEEDS]),
             *self._masks(),
-            *self._labels(),
-            *self._segmentation(),
+            *([*self._labels(), *self._segmentation()] if self.to_the_end else []),
         ]
 
     def _name(self, step: str) -> str:
-        return f"seed{self.seed}/{step}"
+        return "/".join([f"seed{self.seed}", *([self.control] if self.control else []), step])
 
     def _start(self, processes: int) -> List[str]:
         """The beginning of a command that shares its work among processes; the name of a module follows."""
@@ -118,12 +130,14 @@ class OneSeed:
 
     # ------------------------------------------------------------------------------------------------ the host
 
-    def _host(self, stage: str, ours: Sequence[str], script: Sequence[str], gpu: int = 0) -> Command:
+    def _host(
+        self, stage: str, ours: Sequence[str], script: Sequence[str], gpu: int = 0, module: str = "semples_plugin.adapters"
+    ) -> Command:
         """The host's script in the runner, on one GPU."""
         words = [
             self.s.python,
             "-m",
-            "semples_plugin.adapters",
+            module,
             "mctformer",
             "--repo",
             str(self.s.repo),
@@ -155,30 +169,48 @@ class OneSeed:
         s, match, prompts = self.s, self.runner / "match.pt", self.runner / "prompts.safetensors"
         train = ["main.py", "--data-path", str(s.voc), "--img-list", str(self.lists / "all"), "--output_dir", "saved"]
         train += [*(["--finetune", DEIT] if s.pretrained else []), "--seed", str(self.seed), *self._sizes(training=True)]
+        start = [] if s.checkpoint is None else ["--checkpoint", str(s.checkpoint)]
         ours = ["--restart", "--seed", str(self.seed), "--clip", s.clip or str(self.given / "clip.pt")]
         ours += [word for assignment in s.refiner for word in ("--set", assignment)]
-        ours += [] if s.checkpoint is None else ["--checkpoint", str(s.checkpoint)]
+        ours += start
         ours += ["--prompt-epochs", "2", "--log-every", "1"] if s.rehearsal else []
         saved = self.host / "saved"  # the host's script appends to its log there
 
-        def stage(name: str, what: str, makes: Sequence[Path], needs: Sequence[Path], clears: Sequence[Path]) -> Step:
+        def stage(
+            name: str, what: str, makes: Sequence[Path], needs: Sequence[Path], clears: Sequence[Path], command: Command
+        ) -> Step:
             return Step(
                 name=self._name(name),
                 what=what,
                 makes=makes,
                 needs=[self.lists, self.given / "weights.json", *needs],
                 facts=self.host_facts,
-                groups=[[self._host(name, ours, train)]],
+                groups=[[command]],
                 before=self._prepare_host,
                 clears=clears,
-                estimate=self.estimates.stage(name),
+                estimate=self.estimates.stage(name if self.control == "" else self.control),
             )
 
-        logs = [self.runner / f"{name}.jsonl" for name in ("match", "refine")]
+        if self.control == ALONE:
+            command = self._host("plain", ["--seed", str(self.seed), *start], train)
+            return [stage("train", "train the host with nothing attached", [self.weights], [], [saved], command)]
+        log = self.runner / "match.jsonl"
+        if self.control == AREA:
+            command = self._host("match", ours, train, module="examples.voc.area")
+            what = "train the host with the area term alone"
+            return [stage("train", what, [self.weights, log], [], [self.runner, saved], command)]
+        if s.online is not None:
+            command = self._host(ONLINE, [*ours, "--set", f"online_steps={s.online}"], train)
+            what = "train the host with match and refine, prompts learned along the way"
+            made = [self.weights, prompts, self.runner / f"{ONLINE}.jsonl"]
+            return [stage(ONLINE, what, made, [], [self.runner, saved], command)]
+        made, log_of_refine = [match, log], self.runner / "refine.jsonl"
+        commands = {name: self._host(name, ours, train) for name in STAGES}
+        what = "train the host again, with match and refine"
         return [
-            stage("match", "train the host with match", [match, logs[0]], [], [self.runner, saved]),
-            stage("prompt", "learn the background prompts", [prompts], [match], [saved]),
-            stage("refine", "train the host again, with match and refine", [self.weights, logs[1]], [match, prompts], [saved]),
+            stage("match", "train the host with match", made, [], [self.runner, saved], commands["match"]),
+            stage("prompt", "learn the background prompts", [prompts], [match], [saved], commands["prompt"]),
+            stage("refine", what, [self.weights, log_of_refine], [match, prompts], [saved], commands["refine"]),
         ]
 
     def _cams(self, name: str, what: str, part: str, scales: Sequence[str]) -> Step:
@@ -249,7 +281,7 @@ class OneSeed:
             groups=[[self._refine(cams, out, "--threshold", threshold)]],
             resumes=True,
             clears=[out],
-            estimate=self.estimates.refine(),
+            estimate=self.estimates.refine(self.part),
         )
         words = [sys.executable, "-m", "examples.voc.crf", "--photos", str(self.photos), "--cams", str(out / "cams")]
         words += ["--list", str(self.lists / "train.txt"), "--threshold", threshold, "--out", str(with_crf)]

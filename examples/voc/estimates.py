@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .data_check import Lists, count_pairs, gigabytes
-from .settings import EPOCHS, INPUT_SIZE, SCALES, Settings
+from .settings import ALONE, AREA, EPOCHS, INPUT_SIZE, SCALES, Settings
 
 PIXELS = 500 * 375  # of a VOC photo
 
@@ -42,7 +42,8 @@ class Estimates:
         images, epochs = len(self.lists.train_aug), 1 if which == "prompt" else self.s.epochs or EPOCHS
         size = ((self.s.input_size or INPUT_SIZE) / INPUT_SIZE) ** 2
         host = self.HOST_GFLOP * size * (1 if which == "prompt" else 3) * images * epochs
-        views = 2 * self.pairs * epochs * self.CLIP_GFLOP * (1 if which == "prompt" else 3)
+        clip = which not in (ALONE, AREA)
+        views = 2 * self.pairs * epochs * self.CLIP_GFLOP * (1 if which == "prompt" else 3) * clip
         return self._gpu(host + views, f"{images} images x {epochs} " + ("epoch" if epochs == 1 else "epochs")) + "; 0.3 GB"
 
     def cams(self, part: str, scales: int) -> str:
@@ -55,8 +56,9 @@ class Estimates:
     def evaluate(self, folders: int, split: str = "train") -> str:
         return self._cpu(folders * len(getattr(self.lists, split)), self.EVALUATE)
 
-    def refine(self) -> str:
-        return self._cpu(len(self.lists.train_aug), self.REFINE, self.s.processes) + f"; {gigabytes(self.pairs * PIXELS * 4)}"
+    def refine(self, part: str = "all") -> str:
+        ids, pairs = (self.lists.train, self.train_pairs) if part == "train" else (self.lists.train_aug, self.pairs)
+        return self._cpu(len(ids), self.REFINE, self.s.processes) + f"; {gigabytes(pairs * PIXELS * 4)}"
 
     def labels(self) -> str:
         size = gigabytes(self.pairs * PIXELS * 4)
@@ -78,9 +80,12 @@ class Estimates:
 
     def disk(self) -> int:
         """Bytes that the run writes: CAM files three times and those of train, weights, the host's pictures."""
-        cams = (3 * self.pairs + self.train_pairs) * PIXELS * 4
+        total = 0.0
+        for control in self.s.runs:  # a control that ends with its masks has CAM files of train only
+            pairs = 3 * self.pairs if control == "" or self.s.controls else 2 * self.train_pairs
+            total += (pairs + self.train_pairs) * PIXELS * 4 + 2e9
         pictures = self.pairs * PIXELS * 2
-        return int(self.s.seeds * (cams + 2e9) + pictures)
+        return int(self.s.seeds * total + pictures)
 
 
 def duration(seconds: float) -> str:

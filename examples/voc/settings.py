@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from semples_plugin.adapters.runner.record import commit
+from semples_plugin.config import VOC, parse_assignments
 
 from .segmentation import Training
 
 SCALES = ("1.0", "0.75", "1.25")  # the host's own
 EPOCHS, INPUT_SIZE = 45, 448  # the host's own
+ALONE, AREA = "alone", "area"  # the controls: the host with nothing attached, and with the area term only
 
 
 class Settings(NamedTuple):
@@ -32,6 +34,8 @@ class Settings(NamedTuple):
         limit: images of each list, None for all.
         epochs, input_size, batch_size: of the host, None for its own.
         refiner: options of the refiner, NAME=VALUE.
+        online: steps over which the prompts join, for one training that learns them along the way; None for three stages.
+        controls: take the host alone to the end of the chain too, and the area term alone.
         threshold: background score of the masks.
         low, high: background scores of the pseudo labels.
         segmenter: name or folder of the SegFormer.
@@ -58,6 +62,8 @@ class Settings(NamedTuple):
     input_size: Optional[int] = None
     batch_size: Optional[int] = None
     refiner: Tuple[str, ...] = ()
+    online: Optional[int] = None
+    controls: bool = False
     threshold: float = 0.4
     low: float = 0.3
     high: float = 0.5
@@ -77,6 +83,16 @@ class Settings(NamedTuple):
         """Whether the host starts from DeiT-S: it can double the grid of its positions, but not more."""
         return self.input_size in (None, INPUT_SIZE)
 
+    @property
+    def area_weight(self) -> float:
+        """Weight of the area term."""
+        return float(parse_assignments("--set", self.refiner).get("lambda_area", VOC.lambda_area))
+
+    @property
+    def runs(self) -> List[str]:
+        """What is trained with every seed: the method, "", and the controls. Without a weight the area term is no control."""
+        return ["", ALONE, *([AREA] if self.controls and self.area_weight else [])]
+
     def facts(self) -> Dict[str, Any]:
         """What the ledger says about a run."""
         return {
@@ -91,6 +107,9 @@ class Settings(NamedTuple):
             "host_epochs": self.epochs or EPOCHS,
             "input_size": self.input_size or INPUT_SIZE,
             "refiner": list(self.refiner),
+            "online_steps": self.online,
+            "controls": self.controls,
+            "area_weight": self.area_weight,
             "scales": [float(scale) for scale in SCALES],
             "threshold": self.threshold,
             "label_thresholds": [self.low, self.high],

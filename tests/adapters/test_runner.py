@@ -549,6 +549,23 @@ def test_match_and_refine_can_replace_or_weigh(run: Run, start: Any) -> None:
     assert not any(same(a, b) for i, a in enumerate(results) for b in results[:i])
 
 
+def test_plain_starts_from_a_checkpoint(run: Run, start: Any, complete: Complete, capsys: Any) -> None:
+    given = complete.run.out / "match.pt"
+    ours = ["--stage", "plain", "--checkpoint", str(given)]
+    assert start(run.arguments(*ours, script=["train.py", "--lr", "0"])) == 0
+    names = moved(given, run.repo / "ckpt" / "toy.pt")
+    assert names and all("running_" in name or "num_batches" in name for name in names)
+    assert start(run.arguments("--stage", "match", "--weight", "0", "--checkpoint", str(given))) == 0
+    assert start(run.arguments(*ours)) == 0
+    assert same(weights(run.out / "match.pt"), weights(run.repo / "ckpt" / "toy.pt"))
+    capsys.readouterr()
+    assert start(run.arguments(*ours, script=["tools/where.py"])) == 1
+    assert "where.py trained without a network that the adapter 'generic' knows" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        start(run.arguments(*ours, "--branch", str(given)))
+    assert "--stage plain takes --checkpoint for a training script or --branch" in capsys.readouterr().err
+
+
 class Seen(NamedTuple):
     batches: List[Tuple[Tensor, Tensor, Tensor]]
     fits: List[Tuple[Tensor, Tensor]]
@@ -1139,8 +1156,8 @@ def test_a_stage_leaves_the_process_as_it_was(
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     out = complete.run.out
     ours = ["--stage", stage, "--checkpoint", str(out / "match.pt"), "--prompts", str(out / "prompts.safetensors")]
-    if stage == "prompt":
-        ours = ours[:4]
+    if stage in ("prompt", "plain"):
+        ours = ours[: 4 if stage == "prompt" else 2]
     jobs: List[Any] = []
     with monkeypatch.context() as patch:
         patch.setattr(command, "run_stage", lambda *job: jobs.append(job))

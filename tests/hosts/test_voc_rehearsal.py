@@ -83,7 +83,12 @@ def test_a_rehearsal_runs_to_the_end_and_again_after_kills(hosts: Any, tmp_path:
     ledger = json.loads((out / "ledger.json").read_text(encoding="utf-8"))
     assert ledger["banner"].startswith("Rehearsal")
     rows = {(section["title"], row["name"]): row for section in ledger["sections"] for row in section["rows"]}
-    assert all(0 <= row["mean"] <= 100 for (_, name), row in rows.items() if "CRF" not in name)
+    assert all(0 <= row["mean"] <= 100 for row in rows.values() if not row["why"])
+    assert not any(row["why"] for (title, name), row in rows.items() if title in ("Seeds", "Masks") and "CRF" not in name)
+    (gain,) = rows["Masks", "fixed threshold"]["gain"]
+    assert gain == pytest.approx(
+        rows["Masks", "fixed threshold"]["mean"] - rows["Masks", "host alone: fixed threshold"]["mean"]
+    )
     assert rows["Segmentation", "network alone"]["split"] == "val"
     whole = contents(out)
     again = run(hosts, out)
