@@ -121,7 +121,8 @@ def _reach(host: SmallHost, refiner: Optional[PromptRefiner], train: Any, device
     with where_it_runs():
         probe = adapters.probe(host.adapter, host.net, refiner, img, labels, **host.options)
     trainable = {name: p.numel() for name, p in host.net.named_parameters() if p.requires_grad}
-    missed = sorted({name.split(".")[0] for name in trainable if name not in probe.names})
+    hit = {name.split(".")[0] for name in probe.names}
+    missed = sorted({name.split(".")[0] for name in trainable} - hit)
     reached = sum(trainable[name] for name in probe.names) / sum(trainable.values())
     return {"reached": reached, "missed": missed, "verdict": probe.verdict}
 

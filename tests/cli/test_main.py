@@ -69,7 +69,7 @@ def test_every_option_is_explained() -> None:
         (["refine"], "the following arguments are required: --images, --cams, --out"),
         (
             ["refine", "--images", "a", "--cams", "b", "--out", "c", "--threshold", "much"],
-            "must be a number, or two such as 0.3:0.5; got 'much'",
+            "must be a number, two such as 0.3:0.5, or auto; got 'much'",
         ),
         (["refine", "--images", "a", "--cams", "b", "--out", "c", "--align", "edges"], "invalid choice: 'edges'"),
         (["refine", "--images", "a", "--cams", "b", "--out", "c", "--bogus"], "unrecognized arguments: --bogus"),

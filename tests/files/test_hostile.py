@@ -22,7 +22,7 @@ from semples_plugin import PromptRefiner, cli
 from semples_plugin._files import open_regular, read_tensors, remove_parts, write_atomically, write_tensors
 from semples_plugin.clip_backends import load_clip, openai_clip_module
 from semples_plugin.errors import CamFileError, ClipError, PromptFileError
-from semples_plugin.files import cams, images, labels, pickles, refine_folder
+from semples_plugin.files import cams, images, labels, pickles, refine_images
 from semples_plugin.prompt_files import read_file
 from tests.files.refine_world import World
 
@@ -325,7 +325,7 @@ def test_no_value_that_is_not_finite_is_written(world: World, capsys: Any) -> No
 def test_a_batch_that_does_not_fit_is_split(world: World, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b", "c"):
         world.add(name)
-    inner, sizes = refine_folder._masks_of, []
+    inner, sizes = refine_images._masks_of, []
 
     def short(loaded: Any, *rest: Any) -> Any:
         sizes.append(len(loaded))
@@ -333,7 +333,7 @@ def test_a_batch_that_does_not_fit_is_split(world: World, capsys: Any, monkeypat
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
         return inner(loaded, *rest)
 
-    monkeypatch.setattr(refine_folder, "_masks_of", short)
+    monkeypatch.setattr(refine_images, "_masks_of", short)
     assert world.refine() == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("failed: b: not enough memory for its ") and "--max-pixels" in line
@@ -345,13 +345,13 @@ def test_a_folder_that_is_removed_on_the_way_is_an_error(world: World, capsys: A
 
     for name in ("a", "b"):
         world.add(name)
-    inner = refine_folder._masks_of
+    inner = refine_images._masks_of
 
     def removing(*arguments: Any) -> Any:
         shutil.rmtree(world.out)
         return inner(*arguments)
 
-    monkeypatch.setattr(refine_folder, "_masks_of", removing)
+    monkeypatch.setattr(refine_images, "_masks_of", removing)
     assert world.refine() == 2
     assert "was removed or emptied while its images were refined" in capsys.readouterr().err
 
