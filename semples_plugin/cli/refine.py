@@ -7,7 +7,7 @@ import functools
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Mapping, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Union
 
 from ..class_names import read_class_names
 from ..config import parse_assignments
@@ -185,10 +185,11 @@ def _proposals(options: argparse.Namespace) -> Optional["Proposals"]:
     return _Sam(options.sam, options.device)
 
 
-class _Folder(NamedTuple):
+class _Folder:
     """`--masks`."""
 
-    folder: Path
+    def __init__(self, folder: Path):
+        self.folder = folder
 
     def __call__(self, one: "LoadedCam") -> Any:
         from ..files.proposals import read_proposals
