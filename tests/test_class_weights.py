@@ -55,8 +55,9 @@ def test_without_class_weights_the_bits_stay_the_same(make_refiner: Any, make_ba
     batch = make_batch(LABELS)
     out = make_refiner(**ALL_TERMS).compute(*batch)
     refiner = make_refiner(**ALL_TERMS)
-    views = refiner._views(*batch[:2], out.pairs, refiner.config.eps)
-    values, weights = refiner._pair_terms(torch.cat(views[1]), views[0], out.pairs)
+    masks, views = refiner._views(*batch[:2], out.pairs, refiner.config.eps)
+    features = refiner.encoder.encode_image(torch.cat(views))
+    values, weights = refiner._pair_terms(features, masks, out.pairs, refiner._learned(out.pairs), refiner.config)
     assert all(torch.equal(out.terms[name], value.mean()) for name, value in values.items())
     assert torch.equal(out.loss, torch.stack([weights[name] * value.mean() for name, value in values.items()]).sum())
 
