@@ -329,7 +329,7 @@ ARGUMENTS: Dict[str, Tuple[Dict[str, Any], type, str]] = {
     "another network as CLIP": (
         {"clip": nn.Linear(2, 2)},
         TypeError,
-        "`clip` must be an OpenAI `clip`, `open_clip` or `transformers` model; got Linear without visual, transformer, token_embedding",
+        "`clip` must be an OpenAI `clip`, `open_clip` or `transformers` model; got Linear without visual, transformer",
     ),
 }
 
