@@ -93,7 +93,7 @@ def source_hash(*folders: Path) -> str:
     """
     digest = hashlib.sha256()
     examples = Path(__file__).parent
-    paths = [examples / "controls.py", examples / "recipe.py", examples / "seeds.py"]
+    paths = [examples / f"{name}.py" for name in ("controls", "hosts", "recipe", "seeds", "small")]
     for folder in (Path(semples_plugin.__file__).parent, *folders):
         paths += sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".pt", ".json"))
     for path in paths:

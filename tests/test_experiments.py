@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Dict
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from examples.demo.experiment import CLIP_FILE
 from examples.demo.host import HostCam
 from examples.hosts import MissingHost, SmallHost, make_host
 from examples.recipe import COMPACT_CLIP
+from examples.small import small_iou
 from examples.tables import Line, as_csv, as_markdown, difference, draw
 from semples_plugin import PromptRefiner
 from tests.voc_photos import write_photos
@@ -187,3 +189,11 @@ def test_a_host_of_your_own_and_one_that_is_not_there() -> None:
     assert isinstance(make_host("examples.hosts:demo", 4), SmallHost)
     with pytest.raises(MissingHost, match="must be one of demo, mctformer.*got 'nobody.home:make'"):
         make_host("nobody.home:make", 4)
+
+
+def test_small_things_are_the_smaller_half_of_the_pairs() -> None:
+    truth, guess = np.zeros((2, 8, 8), int), np.zeros((2, 8, 8), int)
+    truth[0, :4, :4], truth[1, :2, :2], truth[1, 4:] = 1, 1, 2  # 16, 4 and 32 pixels
+    truth[1, 2, :] = 255
+    guess[1, :3, :4] = 1  # 4 right, 4 wrong, 4 not counted
+    assert small_iou(guess, truth, np.array([[1, 0], [1, 1]])) == pytest.approx(0.5)

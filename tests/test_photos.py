@@ -110,7 +110,7 @@ def test_an_interrupted_run_continues_and_gives_the_same_rows(
     assert run(tmp_path / "twice") == once
     assert (tmp_path / "twice" / "match.pt").stat().st_mtime_ns == before
     files = [path.relative_to(tmp_path / "once") for path in (tmp_path / "once").rglob("*") if path.is_file()]
-    assert len(files) == 9 + 1 + 1  # weights, prompts, CAMs that were optimized
+    assert len(files) == 10 + 1 + 1  # weights, prompts, CAMs that were optimized
     for file in files:
         if file.suffix != ".safetensors":
             a, b = (torch.load(tmp_path / folder / file, weights_only=True) for folder in ("once", "twice"))

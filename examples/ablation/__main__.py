@@ -33,7 +33,7 @@ from .experiment import Settings, run_cell
 from .rows import BASE, MATCH, ROWS
 
 FEW = 3  # seeds of a row that changes one option
-FIGURES = ["mIoU", "mIoU, aligned", "co-occurrence share"]
+FIGURES = ["mIoU", "mIoU, aligned", "co-occurrence share", "IoU of small things", "IoU of small things, aligned"]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -84,7 +84,9 @@ def main(argv: Sequence[str] = ()) -> None:
         args.batch_size, parts=args.out, **weights,
     )  # fmt: skip
     facts = [settings._replace(parts=Path())._asdict(), str(args.data), str(args.labels), data.classes]
-    made_with = hashlib.sha256((source_hash(Path(__file__).parent) + repr(facts)).encode()).hexdigest()
+    made_with = hashlib.sha256(
+        (source_hash(Path(__file__).parent, Path(demo.__file__).parent) + repr(facts)).encode()
+    ).hexdigest()
     settings = settings._replace(parts=args.out / f"parts_{made_with[:8]}")  # parts of other code are not taken over
     seeds = range(1, args.seeds + 1)
     cells = [Cell(BASE, seed, 0) for seed in seeds]

@@ -70,6 +70,7 @@ ROWS = [
     *_scan(OF_MATCH, MATCH, "lambda_b", [1.2, 4.8]),
     *_scan(OF_MATCH, MATCH, "eps", [1e-4]),
     Row(OF_MATCH, "+ match, ImageNet's image statistics", MATCH, raw=True, all_seeds=False),
+    Row(OF_MATCH, "+ match, views cropped around the CAM", MATCH, options={"view_crop": 0.25}, all_seeds=False),
     Row(OF_MATCH, "+ match, linear form on cut masks, weight 5", MATCH, options=PLUS, weight=5.0, all_seeds=False),
     *_scan(OF_REFINE, LEARNED, "prompt_length", [2, 16], "learned"),
     *_scan(OF_REFINE, LEARNED, "lambda_refine", [0.5, 4.0], "learned"),

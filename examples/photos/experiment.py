@@ -29,6 +29,7 @@ from semples_plugin.regions import change_stats, pair_masks, positive_pairs, res
 
 from ..controls import area_loss, random_clip
 from ..recipe import COMPACT_CLIP, PHOTOS, PLUS_WEIGHT
+from ..small import small_iou
 from .hosts import CLASSES, Extra, PhotoHost, Photos, cams_of, train
 
 THRESHOLDS = [round(0.02 * i, 2) for i in range(1, 50)]
@@ -42,11 +43,12 @@ BEST_AREA = "area term alone, its own best weight"
 PAPER = "+ match, SemPLeS's form"
 RANDOM = "+ match, CLIP with random weights"
 MATCH = "+ match"
+CROPPED = "+ match, views cropped around the CAM"
 LEARNED = "+ match + refine, learned prompts"
 HAND = "+ match + refine, hand-written prompts"
 OPTIMIZED = "host alone, refine_masks with CLIP (no training)"
-ROWS = (ALONE, AREA, BEST_AREA, PAPER, RANDOM, MATCH, LEARNED, HAND, OPTIMIZED)
-ALIGNED = (ALONE, AREA, BEST_AREA, MATCH, LEARNED, OPTIMIZED)  # scored after edge alignment, too
+ROWS = (ALONE, AREA, BEST_AREA, PAPER, RANDOM, MATCH, CROPPED, LEARNED, HAND, OPTIMIZED)
+ALIGNED = (ALONE, AREA, BEST_AREA, MATCH, CROPPED, LEARNED, OPTIMIZED)  # scored after edge alignment, too
 
 
 class Settings(NamedTuple):
@@ -114,12 +116,14 @@ def read_truth(root: Path, ids: List[str], size: int) -> np.ndarray:
 
 
 class Score(NamedTuple):
-    """Figures of a row: mIoU on both halves of val at the best threshold of the first, and IoU per label on the second."""
+    """Figures of a row: mIoU on both halves of val at the best threshold of the first; on the second, IoU per label, and of
+    small things, see `examples.small`."""
 
     threshold: float
     chosen: float
     miou: float
     iou: List[Optional[float]]
+    small: float
 
 
 def normalized(cam: Tensor, photos: Photos, size: int) -> Tensor:
@@ -133,15 +137,18 @@ def score(masks: Tensor, photos: Photos, truth: np.ndarray) -> Score:
     dense = torch.zeros(len(photos.ids), len(CLASSES), *masks.shape[1:])
     dense[pairs[:, 0], pairs[:, 1]] = masks
 
+    def labels_of(part: slice, threshold: float) -> np.ndarray:
+        return pseudo_labels(dense[part], threshold).numpy()
+
     def confusion(part: slice, threshold: float) -> np.ndarray:
-        labels = pseudo_labels(dense[part], threshold).numpy()
-        return confusion_matrix(labels, truth[part], len(CLASSES) + 1)
+        return confusion_matrix(labels_of(part, threshold), truth[part], len(CLASSES) + 1)
 
     choose, rest = slice(0, None, 2), slice(1, None, 2)
     values = [mean_iou(confusion(choose, t)) for t in THRESHOLDS]
     best = int(np.argmax(values))
     result = confusion(rest, THRESHOLDS[best])
-    return Score(THRESHOLDS[best], values[best], mean_iou(result), iou_per_class(result))
+    small = small_iou(labels_of(rest, THRESHOLDS[best]), truth[rest], photos.labels[rest].numpy())
+    return Score(THRESHOLDS[best], values[best], mean_iou(result), iou_per_class(result), small)
 
 
 def aligned(masks: Tensor, photos: Photos, size: int) -> Tensor:
@@ -234,6 +241,7 @@ def run(backbone: Tuple[nn.Module, int], clip: nn.Module, data: Data, settings: 
         PAPER: ("paper", lambda: with_refiner(new_refiner(clip, settings.paper, seed), 1.0)),
         RANDOM: ("random", lambda: with_refiner(new_refiner(random_clip(clip, seed), config, seed))),
         MATCH: ("match", lambda: with_refiner(new_refiner(clip, config, seed))),
+        CROPPED: ("cropped", lambda: with_refiner(new_refiner(clip, config, seed, view_crop=0.25))),
         LEARNED: ("refine", with_prompts),
         HAND: ("hand", lambda: with_refiner(new_refiner(clip, config, seed, **hand))),
     }
