@@ -678,6 +678,14 @@ def test_nothing_is_left_after_exceptions_at_random_places(refiner: PromptRefine
 def test_nothing_is_left_after_interrupts(refiner: PromptRefiner) -> None:
     """SIGINT at every line of `__enter__`, `__exit__` and what they call."""
     model = net(1)
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background inherit that it is ignored
+    try:
+        interrupt_everywhere(refiner, model)
+    finally:
+        signal.signal(signal.SIGINT, outside)
+
+
+def interrupt_everywhere(refiner: PromptRefiner, model: nn.Module) -> None:
     before = signal.getsignal(signal.SIGINT)
     interrupted = total = 0
 

@@ -130,8 +130,9 @@ def started(world: World) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "semples_plugin", *world.arguments("--batch-size", 4, "--workers", 2)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background inherit that it is ignored
+    )  # fmt: skip
     end = time.monotonic() + 120
     while not list((world.out / "cams").glob("*.npy")) and process.poll() is None and time.monotonic() < end:
         time.sleep(0.005)
