@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Callable, Deque, Dict, Iterator, NamedTuple, Tuple
 
@@ -145,6 +146,8 @@ class Workers:
 def _interrupts_held_back() -> Iterator[None]:
     """Ctrl-C comes after this `with`. Processes that are started in it never get one."""
     mask = getattr(signal, "pthread_sigmask", None)  # not on Windows
+    if mask:
+        resource_tracker.ensure_running()  # the first process would start it, which lets Ctrl-C through again
     before = mask(signal.SIG_BLOCK, {signal.SIGINT}) if mask else None
     try:
         yield

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, Iterator
@@ -76,3 +78,28 @@ def test_ctrl_c_goes_to_this_process_alone(workers: Workers) -> None:
         workers.submit(i, "", scaled, i)
     results: Any = [workers.next() for _ in range(4)]
     assert len(results) == 4
+
+
+STARTING = """
+import os, signal
+from semples_plugin.files.workers import Workers
+from tests.files.worker_tasks import scaled
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background inherit that it is ignored
+    with Workers(2, 10) as workers:
+        for process in workers._processes.values():
+            os.kill(process.pid, signal.SIGINT)  # long before the worker has imported anything
+        for i in range(4):
+            workers.submit(i, "", scaled, i)
+        print(sorted(workers.next()[0] for _ in range(4)))
+"""
+
+
+def test_ctrl_c_while_the_workers_start(tmp_path: Path) -> None:
+    script = tmp_path / "starting.py"
+    script.write_text(STARTING)
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr, done.returncode) == ("[0, 1, 2, 3]\n", "", 0)
