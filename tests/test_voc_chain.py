@@ -18,9 +18,10 @@ from PIL import Image
 
 from examples.controls import AreaOnly
 from examples.voc import __main__ as command
-from examples.voc import area, crf, data_check, ledger, segmentation
+from examples.voc import area, coco_masks, crf, data_check, ledger, segmentation
 from examples.voc.chain import Chain, ChainError, Command, Digests, Step, read_json
 from examples.voc.commands import make_steps
+from examples.voc.datasets import Coco, Voc
 from examples.voc.segmentation import Batches, Training
 from examples.voc.settings import Settings
 
@@ -223,16 +224,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def found(world: Path, **changed: Any) -> List[str]:
     """What the check says is missing."""
-    values: Dict[str, Any] = {"voc": world / "VOC2012", "repo": world / "host", "clip": None, "needed_bytes": 0, **changed}
-    values["labels"] = changed.get("labels", values["repo"] / "voc12" / "cls_labels.npy")
-    lists = data_check.find_lists(values["voc"], values["repo"])
+    values: Dict[str, Any] = {
+        "data": Voc(world / "VOC2012"),
+        "repo": world / "host",
+        "clip": None,
+        "needed_bytes": 0,
+        **changed,
+    }
+    values["labels"] = changed.get("labels", values["data"].labels(values["repo"]))
+    lists = values["data"].lists(values["repo"])
     values["python"], values["gpu"], values["out"] = changed.get("python", "/no/python"), False, world / "out" / "run"
     return [str(one) for one in data_check.check(lists=lists, **values)]
 
 
 def test_the_check_lists_all_that_is_missing_and_where_it_comes_from(world: Path, tmp_path: Path) -> None:
     assert len(found(world)) == 1 and "a Python with torch at /no/python" in found(world)[0]
-    nothing = "\n".join(found(world, voc=tmp_path / "no", repo=tmp_path / "no"))
+    nothing = "\n".join(found(world, data=Voc(tmp_path / "no"), repo=tmp_path / "no"))
     for part in ("JPEGImages", "SegmentationClass", "train.txt", "val.txt", "trainaug.txt", "cls_labels.npy", "main.py"):
         assert part in nothing
     assert "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar" in nothing
@@ -252,7 +259,7 @@ def test_the_check_names_single_files_and_labels(world: Path, tmp_path: Path) ->
     (voc / "ImageSets").symlink_to(world / "VOC2012" / "ImageSets")
     labels = tmp_path / "labels.json"
     labels.write_text(json.dumps({"2007_000000": ["cat"]}))
-    said = "\n".join(found(world, voc=voc, labels=labels))
+    said = "\n".join(found(world, data=Voc(voc), labels=[labels]))
     assert f"1 files in {voc / 'JPEGImages'}: 2007_000000" in said
     assert f"1 files in {voc / 'SegmentationClass'}: 2007_000000" in said
     assert f"labels of 6 images in {labels}: 2007_000001, 2007_000002, 2007_000003, ..." in said
@@ -266,15 +273,118 @@ def test_the_check_tries_what_the_host_imports(world: Path) -> None:
 
 
 def test_lists_are_those_of_the_data_set_then_of_the_host(world: Path, tmp_path: Path) -> None:
-    voc, repo = world / "VOC2012", world / "host"
-    lists = data_check.find_lists(voc, repo)
+    voc, repo = Voc(world / "VOC2012"), world / "host"
+    lists = voc.lists(repo)
     assert [len(ids) for ids in lists] == [5, 3, 2]
-    assert [len(ids) for ids in data_check.find_lists(voc, repo, 4)] == [4, 3, 2]
-    data_check.write_lists(tmp_path, voc, lists, repo / "voc12" / "cls_labels.npy")
+    assert [len(ids) for ids in voc.lists(repo, 4)] == [4, 3, 2]
+    data_check.write_lists(tmp_path, voc, lists, voc.labels(repo))
     rows = np.load(tmp_path / "cls_labels.npy", allow_pickle=True).item()
     assert set(rows) == {*lists.train_aug, *lists.val} and rows["2007_000001"].tolist() == np.eye(20)[1].tolist()
     assert (tmp_path / "train" / "train_aug_id.txt").read_text().split() == lists.train
     assert read_json(tmp_path / "images.json")["pairs"] == 7  # type: ignore[index]
+
+
+# ---------------------------------------------------------------------------------------------------- a small COCO
+
+CATEGORIES = {1: "person", 18: "dog", 90: "toothbrush"}  # id -> name; columns 0, 16 and 79
+
+
+def square(number: int, image: int, category: int, left: int, side: int, **more: Any) -> Dict[str, Any]:
+    """An annotation whose mask is a square at the top."""
+    corners = [left, 0, left + side, 0, left + side, side, left, side]
+    one = {"id": number, "image_id": image, "category_id": category, "area": side * side, "iscrowd": 0}
+    return {**one, "segmentation": [corners], **more}
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `MSCOCO` (3 photos of train, 2 of val, their annotations) and `host`, with its lists."""
+    root = tmp_path_factory.mktemp("coco")
+    rng = np.random.default_rng(0)
+    (root / "MSCOCO" / "annotations").mkdir(parents=True)
+    (root / "host" / "coco").mkdir(parents=True)
+    (root / "host" / "main.py").touch()
+    for split, numbers in (("train", (9, 25, 30)), ("val", (42, 73))):
+        ids = [f"COCO_{split}2014_{number:012d}" for number in numbers]
+        (root / "MSCOCO" / f"{split}2014").mkdir()
+        for name in ids:
+            photo = rng.integers(0, 255, (20, 30, 3)).astype(np.uint8)
+            Image.fromarray(photo).save(root / "MSCOCO" / f"{split}2014" / f"{name}.jpg")
+        data_check.write_ids(root / "host" / "coco" / f"{split}_id.txt", ids)
+        crowd = {"counts": [0, 20, 580], "size": [20, 30]}  # the first column
+        content = {
+            "images": [{"id": n, "file_name": f"{name}.jpg", "height": 20, "width": 30} for n, name in zip(numbers, ids)],
+            "categories": [{"id": number, "name": name} for number, name in CATEGORIES.items()],
+            "annotations": [
+                square(1, numbers[0], 90, 4, 4),
+                square(2, numbers[0], 18, 0, 12),
+                square(3, numbers[0], 1, 0, 0, segmentation=crowd, area=20, iscrowd=1),
+                square(4, numbers[1], 18, 20, 8),
+            ],
+        }
+        (root / "MSCOCO" / "annotations" / f"instances_{split}2014.json").write_text(json.dumps(content))
+    return root
+
+
+def test_masks_of_coco_have_small_things_on_top(coco: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools")
+    file, ids = coco / "MSCOCO" / "annotations" / "instances_train2014.json", coco / "host" / "coco" / "train_id.txt"
+    arguments = ["--annotations", str(file), "--list", str(ids), "--out", str(tmp_path / "masks")]
+    coco_masks.main(arguments)
+    expected = np.zeros((20, 30), np.uint8)
+    expected[:12, :12], expected[:, 0], expected[:4, 4:8] = 17, 1, 80
+    paths = sorted((tmp_path / "masks").iterdir())
+    assert [path.stem for path in paths] == ids.read_text().split()
+    masks = [np.asarray(Image.open(path)) for path in paths]
+    assert (masks[0] == expected).all() and (masks[1] == 17).sum() == 64 and not masks[2].any()
+    before = paths[0].stat().st_mtime_ns
+    paths[1].unlink()
+    coco_masks.main(arguments)  # goes on
+    assert paths[0].stat().st_mtime_ns == before and paths[1].exists()
+    data_check.write_ids(tmp_path / "ids.txt", ["COCO_train2014_000000000001"])
+    with pytest.raises(SystemExit, match="has no image COCO_train2014_000000000001"):
+        coco_masks.main([*arguments[:3], str(tmp_path / "ids.txt"), *arguments[4:]])
+
+
+def test_the_chain_on_coco(coco: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools")
+    data, repo = Coco(coco / "MSCOCO"), coco / "host"
+    lists = data.lists(repo)
+    assert [len(ids) for ids in lists] == [2, 2, 2] and [len(ids) for ids in data.lists(repo, 1)] == [1, 1, 1]
+    assert len(Coco(coco / "MSCOCO", coco / "absent.json").lists(repo).train) == 3  # one has no class
+    assert data.missing(lists) == data.missing_labels(data.labels(repo), lists) == []
+    data_check.write_lists(tmp_path, data, lists, data.labels(repo))
+    rows = np.load(tmp_path / "cls_labels.npy", allow_pickle=True).item()
+    assert {name: np.flatnonzero(row).tolist() for name, row in rows.items()} == {
+        name: columns for ids in (lists.train, lists.val) for name, columns in zip(ids, ([0, 16, 79], [16]))
+    }
+    for name in ("train_id.txt", "train_aug_id.txt"):
+        assert (tmp_path / "all" / name).read_text().split() == lists.train
+    steps = {step.name: step for step in make_steps(Settings(data, repo, coco / "run", python=sys.executable, use_crf=True))}
+    assert list(steps)[:3] == ["check", "data-masks", "weights"]
+    for name, words in (
+        ("seed0/match", f"main.py --data-set COCO --data-path {data.root} --label-file-path {coco / 'run' / 'lists'}"),
+        ("seed0/match", "--classes coco --stage match"),
+        ("seed0/cams", "--data-set COCOMS"),
+        ("seed0/masks", f"--images {data.root / 'train2014'}"),
+        ("seed0/masks-crf", "--num-classes 80"),
+        ("seed0/seeds", f"--gt {coco / 'run' / 'coco-masks' / 'train'}"),
+        ("seed0/evaluation", f"--gt {coco / 'run' / 'coco-masks' / 'val'}"),
+        ("seed0/evaluation", "--classes coco"),
+        ("seed0/segmentation", f"--photos {data.root / 'train2014'}"),
+        ("seed0/predictions", f"--photos {data.root / 'val2014'}"),
+    ):
+        assert words in steps[name].commands[0], name
+    assert coco / "run" / "coco-masks" / "val" in steps["seed0/evaluation"].needs
+
+
+def test_what_is_missing_of_coco(tmp_path: Path) -> None:
+    data = Coco(tmp_path)
+    said = "\n".join(
+        map(str, [*data.missing(data.lists(tmp_path)), *data.missing_labels(data.labels(tmp_path), data.lists(tmp_path))])
+    )
+    for part in ("train2014.zip", "annotations_trainval2014.zip", "instances_val2014.json", "train_id.txt", "MCTformer"):
+        assert part in said
 
 
 # ---------------------------------------------------------------------------------------------------- segmentation
@@ -286,7 +396,7 @@ HOW = Training(steps=5, batch_size=2, crop=32, lr=1e-3, warmup=1, every=2, worke
 def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("segmenter") / "random"
     try:
-        network = segmentation.random_network()
+        network = segmentation.random_network(21)
     except ImportError as error:  # none, or one for a newer torch
         pytest.skip(f"SegFormer of transformers: {error}")
     segmentation.save_network(network, folder)
@@ -295,7 +405,7 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def train(world: Path, segmenter: Path) -> Callable[..., None]:
-    ids = data_check.find_lists(world / "VOC2012", world / "host").train
+    ids = Voc(world / "VOC2012").lists(world / "host").train
 
     def run(out: Path, how: Training = HOW) -> None:
         voc = world / "VOC2012"
@@ -385,7 +495,7 @@ def test_the_learning_rate_rises_and_falls_to_zero() -> None:
 
 
 def test_predictions_have_the_size_of_the_photos(world: Path, trained: Path, tmp_path: Path) -> None:
-    ids, photos = data_check.find_lists(world / "VOC2012", world / "host").val, world / "VOC2012" / "JPEGImages"
+    ids, photos = Voc(world / "VOC2012").lists(world / "host").val, world / "VOC2012" / "JPEGImages"
     with_crf = tmp_path / "crf" if crf.available() else None
     segmentation.predict(ids, photos, str(trained / "model"), tmp_path / "plain", with_crf, cpu=True)
     for name in ids:
@@ -397,7 +507,7 @@ def test_predictions_have_the_size_of_the_photos(world: Path, trained: Path, tmp
 
 
 def settings(world: Path, **options: Any) -> Settings:
-    return Settings(world / "VOC2012", world / "host", world / "run", python=sys.executable, **options)
+    return Settings(Voc(world / "VOC2012"), world / "host", world / "run", python=sys.executable, **options)
 
 
 def test_every_seed_has_the_steps_of_the_paper(world: Path) -> None:
@@ -481,7 +591,7 @@ def test_a_dry_run_prints_every_command_and_its_estimate_and_runs_nothing(
     assert command.main([*arguments, "--dry-run", "--gpus", "2"]) == 0
     said = capsys.readouterr().out
     assert said.count("estimate:") + said.count("left out:") == 45 and "TFLOP/s" in said
-    assert "main.py --data-path" in said and "deit_small_patch16_224-cd65a155.pth" in said
+    assert "main.py --data-set VOC12 --data-path" in said and "deit_small_patch16_224-cd65a155.pth" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -492,6 +602,7 @@ def test_a_dry_run_prints_every_command_and_its_estimate_and_runs_nothing(
         (["--label-thresholds", "0.4"], "--label-thresholds takes two"),
         (["--seeds", "0"], "--seeds must be at least 1; got 0"),
         (["--finetune", "no.pth"], "--finetune: there is no file no.pth"),
+        (["--coco", "coco"], "not allowed with argument --voc"),
         (["--tflops", "0"], "--tflops must be above 0; got 0"),
         (["--online", "0"], "--online must be at least 1; got 0"),
         (["--set", "online_steps=5"], "has an option of its own: --online N"),

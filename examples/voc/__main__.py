@@ -1,6 +1,7 @@
-"""The chain on PASCAL VOC 2012: a host in three stages, CAM files, masks, pseudo labels, a segmentation network, one page.
+"""The chain on PASCAL VOC 2012 or MS COCO 2014, from a host in three stages to a segmentation network and one page of figures.
 
     python -m examples.voc --voc VOCdevkit/VOC2012 --host mctformer --repo MCTformer --out runs/voc
+    python -m examples.voc --coco MSCOCO --host mctformer --repo MCTformer --out runs/coco
     python -m examples.voc ... --dry-run                      every command, with rough times and sizes; runs nothing
     python -m examples.voc ... --rehearsal --cpu --limit 6    the same chain, tiny and with random weights
 
@@ -16,13 +17,14 @@ from pathlib import Path
 from typing import List, Optional, Sequence
 
 from semples_plugin.cli.refine import read_threshold
-from semples_plugin.config import VOC, parse_assignments
+from semples_plugin.config import config_for, parse_assignments
 from semples_plugin.errors import SemplesError
 from semples_plugin.masks import check_threshold
 
 from . import crf
 from .chain import Chain, ChainError, Step
 from .commands import make_steps
+from .datasets import Coco, Voc
 from .segmentation import Training
 from .settings import Settings
 
@@ -35,11 +37,14 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m examples.voc", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--voc", type=Path, required=True, metavar="DIR", help="the folder VOCdevkit/VOC2012")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--voc", type=Path, metavar="DIR", help="the folder VOCdevkit/VOC2012")
+    data.add_argument("--coco", type=Path, metavar="DIR", help="the folder with train2014, val2014 and annotations")
     add("--host", choices=["mctformer"], default="mctformer", help="default: %(default)s (MCTformer+)")
     add("--repo", type=Path, required=True, metavar="DIR", help="clone of the host; nothing in it is changed")
-    add("--out", type=Path, default=Path("runs/voc"), metavar="DIR", help="default: %(default)s")
-    add("--labels", type=Path, metavar="FILE", help="image-level labels; default: the host's voc12/cls_labels.npy")
+    add("--out", type=Path, metavar="DIR", help="default: runs/voc or runs/coco")
+    add("--labels", type=Path, metavar="FILE", help="image-level labels; default: the host's voc12/cls_labels.npy, or those "
+        "of COCO's annotation files")  # fmt: skip
     add("--clip", default="ViT-B/32", metavar="NAME", help="CLIP model or weights file; default: %(default)s")
     add("--finetune", type=Path, metavar="FILE", help="the weights that the host starts from, DeiT-S; default: downloaded")
     add("--checkpoint", type=Path, metavar="FILE", help="a trained host from which match and refine start, as in the paper")
@@ -87,7 +92,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1; got {value}.")
     if options.limit is not None and not options.rehearsal:
-        raise ValueError("--limit is for a --rehearsal; figures of a part of VOC compare with nothing.")
+        raise ValueError("--limit is for a --rehearsal; figures of a part of a data set compare with nothing.")
     if not options.tflops > 0:
         raise ValueError(f"--tflops must be above 0; got {options.tflops:g}.")
     for name in ("labels", "finetune", "checkpoint"):
@@ -95,7 +100,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
         if path is not None and not path.exists():
             raise ValueError(f"--{name}: there is no file {path}.")
     given = parse_assignments("--set", options.set)
-    VOC.replace(**given)  # refuses what is no option
+    config_for("voc" if options.coco is None else "coco").replace(**given)  # refuses what is no option
     if "online_steps" in given:
         raise ValueError("--set online_steps changes the steps of the chain, so it has an option of its own: --online N.")
     training = REHEARSAL if options.rehearsal else Training()
@@ -106,11 +111,12 @@ def read_settings(options: argparse.Namespace) -> Settings:
     clip = str(Path(options.clip).resolve()) if Path(options.clip).is_file() else options.clip
     segmenter = str(Path(options.segmenter).resolve()) if Path(options.segmenter).is_dir() else options.segmenter
     absolute = {name: path and path.resolve() for name, path in vars(options).items() if isinstance(path, Path)}
+    labels = absolute.get("labels")
+    data = Voc(absolute["voc"], labels) if options.coco is None else Coco(absolute["coco"], labels)
     return Settings(
-        voc=absolute["voc"],
+        data=data,
         repo=absolute["repo"],
-        out=absolute["out"],
-        labels=absolute.get("labels"),
+        out=(options.out or Path("runs") / data.option).resolve(),
         clip=None if options.rehearsal else clip,
         finetune=absolute.get("finetune"),
         checkpoint=absolute.get("checkpoint"),

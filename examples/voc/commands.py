@@ -12,6 +12,7 @@ from semples_plugin.adapters.runner.record import commit
 
 from . import crf, data_check, ledger
 from .chain import ChainError, Command, Step, read_json
+from .datasets import Lists, read_ids
 from .estimates import Estimates
 from .settings import ALONE, AREA, SCALES, Settings
 from .weights import DEIT, get_weights, hub_file
@@ -22,32 +23,61 @@ Figure = Tuple[str, Path]  # its name, and the folder of label PNGs or CAM files
 
 def make_steps(settings: Settings) -> List[Step]:
     """All steps in order."""
-    lists = data_check.find_lists(settings.voc, settings.repo, settings.limit)
+    lists = settings.data.lists(settings.repo, settings.limit)
     estimates = Estimates(settings, lists)
-    steps = [_check(settings, lists, estimates), _weights(settings)]
+    steps = [_check(settings, lists, estimates), *_draw(settings, estimates), _weights(settings)]
     for seed in range(settings.seeds):
         for control in settings.runs:
             steps += OneRun(settings, seed, estimates, control).steps()
     return [*steps, _ledger(settings, steps)]
 
 
-def _check(s: Settings, lists: data_check.Lists, estimates: Estimates) -> Step:
+def _check(s: Settings, lists: Lists, estimates: Estimates) -> Step:
     def before() -> None:
         needed = 0 if s.rehearsal else estimates.disk()
-        found = data_check.check(s.voc, s.repo, lists, s.labels_file, s.clip, s.python, not s.cpu, s.out, needed)
+        found = data_check.check(s.data, s.repo, lists, s.label_files, s.clip, s.python, not s.cpu, s.out, needed)
         if found:
             raise ChainError(data_check.report(found))
-        data_check.write_lists(s.out / "lists", s.voc, lists, s.labels_file)
+        data_check.write_lists(s.out / "lists", s.data, lists, s.label_files)
 
     return Step(
         name="check",
         what="look for everything that is needed, and write the lists",
         makes=[s.out / "lists"],
-        facts={"voc": str(s.voc), "repo": str(s.repo), "labels": str(s.labels_file), "limit": s.limit},
+        facts={
+            s.data.option: str(s.data.root),
+            "repo": str(s.repo),
+            "labels": [str(path) for path in s.label_files],
+            "limit": s.limit,
+        },
         before=before,
         always=True,
         estimate="seconds",
     )
+
+
+def _draw(s: Settings, estimates: Estimates) -> List[Step]:
+    """Masks from annotation files, where the data set has no other."""
+    files = dict(zip(("train", "val"), s.data.annotations()))
+    if not files:
+        return []
+    group = []
+    for split, file in files.items():
+        words = [sys.executable, "-m", "examples.voc.coco_masks", "--annotations", str(file)]
+        words += ["--list", str(s.out / "lists" / f"{split}.txt"), "--out", str(s.data.masks(split, s.out))]
+        group.append(Command(words))
+    return [
+        Step(
+            name="data-masks",
+            what="draw the masks of the annotation files; they serve evaluation only",
+            makes=[s.data.masks(split, s.out) for split in files],
+            needs=[s.out / "lists", *files.values()],
+            groups=[group],
+            resumes=True,
+            clears=[s.data.masks(split, s.out) for split in files],
+            estimate=estimates.draw(),
+        )
+    ]
 
 
 def _weights(s: Settings) -> Step:
@@ -60,7 +90,7 @@ def _weights(s: Settings) -> Step:
         what="get the weights: CLIP, the host's start, the segmentation network",
         makes=[folder / "weights.json", folder / "segmenter", hub_file(folder), *([folder / "clip.pt"] if s.rehearsal else [])],
         needs=needs,
-        facts={"clip": s.clip, "segmenter": s.segmenter, "rehearsal": s.rehearsal},
+        facts={"clip": s.clip, "segmenter": s.segmenter, "classes": len(s.data.classes), "rehearsal": s.rehearsal},
         before=lambda: get_weights(s, folder),
         clears=[folder],
         estimate="as long as its downloads take",
@@ -100,7 +130,7 @@ class OneRun:
         self.part = "all" if self.to_the_end else "train"  # the images whose masks are made
         self.folder = settings.out / f"seed{seed}" / control
         self.lists, self.given = settings.out / "lists", settings.out / "weights"
-        self.photos, self.truth = settings.voc / "JPEGImages", settings.voc / "SegmentationClass"
+        self.photos, self.classes = settings.data.photos("train"), ["--classes", settings.data.option]
         self.host, self.runner = self.folder / "host", self.folder / "runner"
         alone = self.host / "saved" / "checkpoint.pth"  # its own script writes it
         last = "refine" if settings.online is None else ONLINE
@@ -144,7 +174,17 @@ class OneRun:
             "--cwd",
             str(self.host),
         ]
-        words += ["--out", str(self.runner), "--stage", stage, *(["--cpu"] if self.s.cpu else []), *ours, "--", *script]
+        words += [
+            "--out",
+            str(self.runner),
+            *self.classes,
+            "--stage",
+            stage,
+            *(["--cpu"] if self.s.cpu else []),
+            *ours,
+            "--",
+            *script,
+        ]
         environment = {"TORCH_HOME": str(self.given / "torch")}
         if self.s.gpus > 1:
             environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
@@ -159,6 +199,12 @@ class OneRun:
             words += ["--batch-size", str(self.s.batch_size)]
         return [*words, *(["--device", "cpu", "--num_workers", "0", "--no-pin-mem"] if self.s.cpu else [])]
 
+    def _data(self, training: bool) -> List[str]:
+        """The data set, for the host."""
+        data = self.s.data
+        words = ["--data-set", data.host[0 if training else 1], "--data-path", str(data.root)]
+        return [*words, *data.label_words(self.lists / "cls_labels.npy")]
+
     def _prepare_host(self) -> None:
         """The folder that the host's script runs in."""
         for part in ("voc12", "saved"):
@@ -167,7 +213,7 @@ class OneRun:
 
     def _stages(self) -> List[Step]:
         s, match, prompts = self.s, self.runner / "match.pt", self.runner / "prompts.safetensors"
-        train = ["main.py", "--data-path", str(s.voc), "--img-list", str(self.lists / "all"), "--output_dir", "saved"]
+        train = ["main.py", *self._data(training=True), "--img-list", str(self.lists / "all"), "--output_dir", "saved"]
         train += [*(["--finetune", DEIT] if s.pretrained else []), "--seed", str(self.seed), *self._sizes(training=True)]
         start = [] if s.checkpoint is None else ["--checkpoint", str(s.checkpoint)]
         ours = ["--restart", "--seed", str(self.seed), "--clip", s.clip or str(self.given / "clip.pt")]
@@ -221,16 +267,16 @@ class OneRun:
         def before() -> None:
             self._prepare_host()
             target.mkdir(parents=True, exist_ok=True)
-            ids = (self.lists / part / "train_aug_id.txt").read_text(encoding="utf-8").split()
+            data = self.s.data
+            ids, val = (read_ids(self.lists / part / name) for name in (data.train_lists[0], "val_id.txt"))
             for i in range(shards):
-                data_check.write_ids(parts / str(i) / "train_aug_id.txt", ids[i::shards])
-                shutil.copyfile(self.lists / part / "val_id.txt", parts / str(i) / "val_id.txt")
+                data_check.write_host_lists(parts / str(i), data, ids[i::shards], val)
 
         def after() -> None:
             for path in (parts, pictures):
                 shutil.rmtree(path, ignore_errors=True)
 
-        script = ["main.py", "--data-set", "VOC12MS", "--data-path", str(self.s.voc), "--gen_attention_maps"]
+        script = ["main.py", *self._data(training=False), "--gen_attention_maps"]
         script += ["--resume", str(self.weights), "--scales", *scales, *self._sizes(training=False)]
         script += ["--cam-npy-dir", str(target), "--attention-dir", str(pictures)]
         return Step(
@@ -249,17 +295,17 @@ class OneRun:
     # ------------------------------------------------------------------------------------------------ figures
 
     def _figures(self, name: str, what: str, figures: Sequence[Figure], split: str = "train") -> Step:
-        target = self.folder / "figures" / name
+        target, truth = self.folder / "figures" / name, self.s.data.masks(split, self.s.out)
         groups = []
         for figure, predictions in figures:
-            words = [sys.executable, "-m", "semples_plugin", "evaluate", "--pred", str(predictions), "--gt", str(self.truth)]
-            words += ["--list", str(self.lists / f"{split}.txt"), "--split", split, "--json"]
+            words = [sys.executable, "-m", "semples_plugin", "evaluate", "--pred", str(predictions), "--gt", str(truth)]
+            words += ["--list", str(self.lists / f"{split}.txt"), "--split", split, *self.classes, "--json"]
             groups.append([Command(words, stdout=target / f"{figure}.json")])
         return Step(
             name=self._name(name),
             what=f"{what} on {split}",
             makes=[target],
-            needs=[self.lists, *(path for _, path in figures)],
+            needs=[self.lists, *(path for _, path in figures), *([truth] if self.s.data.annotations() else [])],
             groups=groups,
             estimate=self.estimates.evaluate(len(figures), split),
         )
@@ -268,7 +314,7 @@ class OneRun:
 
     def _refine(self, cams: Path, out: Path, *more: str) -> Command:
         words = [*self._start(self.s.processes), "semples_plugin", "refine", "--images", str(self.photos), "--cams", str(cams)]
-        return Command([*words, "--out", str(out), *more, "--quiet"])
+        return Command([*words, "--out", str(out), *self.classes, *more, "--quiet"])
 
     def _masks(self) -> List[Step]:
         out, cams, with_crf = self.folder / "masks", self.folder / "cams", self.folder / "masks-crf"
@@ -285,6 +331,7 @@ class OneRun:
         )
         words = [sys.executable, "-m", "examples.voc.crf", "--photos", str(self.photos), "--cams", str(out / "cams")]
         words += ["--list", str(self.lists / "train.txt"), "--threshold", threshold, "--out", str(with_crf)]
+        words += ["--num-classes", str(len(self.s.data.classes))]
         used = self.s.use_crf
         field = Step(
             name=self._name("masks-crf"),
@@ -320,12 +367,32 @@ class OneRun:
     def _segmentation(self) -> List[Step]:
         labels, out, predicted = self.folder / "labels" / "labels", self.folder / "segmentation", self.folder / "predictions"
         start = [*self._start(self.s.gpus), "examples.voc.segmentation"]
-        common = ["--photos", str(self.photos), *(["--cpu"] if self.s.cpu else [])]
+        common = ["--cpu"] if self.s.cpu else []
         how = self.s.training._replace(seed=self.seed)
-        train = [*start, "train", *common, "--labels", str(labels), "--list", str(self.lists / "train_aug.txt")]
+        train = [
+            *start,
+            "train",
+            *common,
+            "--photos",
+            str(self.photos),
+            "--labels",
+            str(labels),
+            "--list",
+            str(self.lists / "train_aug.txt"),
+        ]
         train += ["--segmenter", str(self.given / "segmenter"), "--out", str(out)]
         train += [word for field, value in how._asdict().items() for word in (f"--{field.replace('_', '-')}", f"{value}")]
-        predict = [*start, "predict", *common, "--list", str(self.lists / "val.txt"), "--segmenter", str(out / "model")]
+        predict = [
+            *start,
+            "predict",
+            *common,
+            "--photos",
+            str(self.s.data.photos("val")),
+            "--list",
+            str(self.lists / "val.txt"),
+            "--segmenter",
+            str(out / "model"),
+        ]
         predict += ["--out", str(predicted / "plain"), *(["--crf-out", str(predicted / "crf")] if self.s.use_crf else [])]
         made = [predicted / "plain", *([predicted / "crf"] if self.s.use_crf else [])]
         return [

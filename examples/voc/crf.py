@@ -1,6 +1,6 @@
 """Dense CRF with pydensecrf, where that is installed; its parameters are those in common use for VOC.
 
-python -m examples.voc.crf --photos DIR --cams DIR --list FILE --threshold 0.4 --out DIR
+python -m examples.voc.crf --photos DIR --cams DIR --list FILE --threshold 0.4 --num-classes 20 --out DIR
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Optional, Sequence
 import numpy as np
 
 from semples_plugin._files import remove_parts
-from semples_plugin.class_names import VOC_CLASSES
 from semples_plugin.files.cams import cam_paths, read_cam_file
 from semples_plugin.files.images import find_image, read_image, write_label_png
 
@@ -48,6 +47,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     for name in ("photos", "cams", "list", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--threshold", type=float, required=True, help="score of background beside the CAMs")
+    parser.add_argument("--num-classes", type=int, required=True)
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     remove_parts(options.out)
@@ -56,7 +56,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         if (options.out / f"{name}.png").is_file():
             continue
         photo = read_image(find_image(options.photos, name))
-        cams = read_cam_file(paths[name], len(VOC_CLASSES)).cams
+        cams = read_cam_file(paths[name], options.num_classes).cams
         scores = np.stack([np.full(photo.shape[:2], options.threshold, np.float32), *(cams[k] for k in sorted(cams))])
         labels = np.array([0, *(k + 1 for k in sorted(cams))], np.uint8)
         write_label_png(options.out / f"{name}.png", labels[dense_crf(photo, scores / scores.sum(0))])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from .data_check import Lists, count_pairs, gigabytes
+from .data_check import count_pairs, gigabytes
+from .datasets import Lists
 from .settings import ALONE, AREA, EPOCHS, INPUT_SIZE, SCALES, Settings
-
-PIXELS = 500 * 375  # of a VOC photo
 
 
 class Estimates:
@@ -19,14 +18,16 @@ class Estimates:
     HOST_GFLOP = 46.6  # MCTformer+ at 448 x 448
     CLIP_GFLOP = 8.7  # image encoder of ViT-B/32, one view
     SEGMENTER_GFLOP = 113.6  # SegFormer with MiT-B2 at 512 x 512
-    # Seconds per image of one process, for 48 photos of 500 x 375 pixels with 1.8 classes, on two cores with other work too.
-    REFINE, LABELS, EVALUATE, CRF = 1.6, 0.39, 0.05, 0.42
+    # Seconds per image of one process, for 48 photos of 500 x 375 pixels with 1.8 classes, on two cores with other work too;
+    # to draw masks for 40 photos with 1.9 objects.
+    REFINE, LABELS, EVALUATE, CRF, DRAW = 1.6, 0.39, 0.05, 0.42, 0.003
 
     def __init__(self, s: Settings, lists: Lists):
         self.s, self.lists = s, lists
-        labels = s.labels_file
-        self.pairs = count_pairs(labels, lists.train_aug) or round(1.5 * len(lists.train_aug))
-        self.train_pairs = count_pairs(labels, lists.train) or round(1.5 * len(lists.train))
+        self.pixels, per_image = s.data.pixels, s.data.pairs
+        self.pairs, self.train_pairs = (
+            count_pairs(s.data, s.label_files, ids) or round(per_image * len(ids)) for ids in (lists.train_aug, lists.train)
+        )
 
     def _gpu(self, gigaflop: float, basis: str, gpus: int = 1) -> str:
         seconds = gigaflop / (1000 * self.s.tflops * max(1, gpus))
@@ -48,20 +49,23 @@ class Estimates:
 
     def cams(self, part: str, scales: int) -> str:
         ids, pairs = (self.lists.train, self.train_pairs) if part == "train" else (self.lists.train_aug, self.pairs)
-        area = sum(float(scale) ** 2 for scale in SCALES[:scales]) * PIXELS / INPUT_SIZE**2
+        area = sum(float(scale) ** 2 for scale in SCALES[:scales]) * self.pixels / INPUT_SIZE**2
         return self._gpu(len(ids) * 2 * area * self.HOST_GFLOP, f"{len(ids)} images x {2 * scales} passes", self.s.gpus) + (
-            f"; {gigabytes(pairs * PIXELS * 4)}, and the host's pictures until the step ends"
+            f"; {gigabytes(pairs * self.pixels * 4)}, and the host's pictures until the step ends"
         )
+
+    def draw(self) -> str:
+        return self._cpu(len(self.lists.train) + len(self.lists.val), self.DRAW, 2)
 
     def evaluate(self, folders: int, split: str = "train") -> str:
         return self._cpu(folders * len(getattr(self.lists, split)), self.EVALUATE)
 
     def refine(self, part: str = "all") -> str:
         ids, pairs = (self.lists.train, self.train_pairs) if part == "train" else (self.lists.train_aug, self.pairs)
-        return self._cpu(len(ids), self.REFINE, self.s.processes) + f"; {gigabytes(pairs * PIXELS * 4)}"
+        return self._cpu(len(ids), self.REFINE, self.s.processes) + f"; {gigabytes(pairs * self.pixels * 4)}"
 
     def labels(self) -> str:
-        size = gigabytes(self.pairs * PIXELS * 4)
+        size = gigabytes(self.pairs * self.pixels * 4)
         return self._cpu(len(self.lists.train_aug), self.LABELS, self.s.processes) + f"; {size} until the step ends"
 
     def crf(self, split: str) -> str:
@@ -75,7 +79,7 @@ class Estimates:
 
     def predict(self) -> str:
         images = len(self.lists.val)
-        work = self._gpu(images * self.SEGMENTER_GFLOP * PIXELS / 512**2, f"{images} images", self.s.gpus)
+        work = self._gpu(images * self.SEGMENTER_GFLOP * self.pixels / 512**2, f"{images} images", self.s.gpus)
         return f"{work}; with a CRF {self.crf('val')}" if self.s.use_crf else work
 
     def disk(self) -> int:
@@ -83,8 +87,8 @@ class Estimates:
         total = 0.0
         for control in self.s.runs:  # a control that ends with its masks has CAM files of train only
             pairs = 3 * self.pairs if control == "" or self.s.controls else 2 * self.train_pairs
-            total += (pairs + self.train_pairs) * PIXELS * 4 + 2e9
-        pictures = self.pairs * PIXELS * 2
+            total += (pairs + self.train_pairs) * self.pixels * 4 + 2e9
+        pictures = self.pairs * self.pixels * 2  # of the host, until its step ends
         return int(self.s.seeds * total + pictures)
 
 

@@ -29,7 +29,6 @@ from semples_plugin.masks import UNCERTAIN
 
 from . import crf
 
-NUM_LABELS = 21
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
@@ -109,25 +108,27 @@ def as_tensor(photo: np.ndarray) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- network
 
 
-def load_network(segmenter: str) -> nn.Module:
-    """SegFormer with `NUM_LABELS` labels, from a folder or a name of the Hugging Face hub; with a new head if need be.
+def load_network(segmenter: str, num_labels: Optional[int] = None) -> nn.Module:
+    """SegFormer from a folder or a name of the Hugging Face hub, with a new head if need be.
+
+    Args:
+        num_labels: with background; by default as many as it has.
 
     Raises:
         ModuleNotFoundError: if `transformers` is not installed.
     """
     segformer = _segformer()
     torch.manual_seed(0)  # of a head that is new
-    return segformer.SegformerForSemanticSegmentation.from_pretrained(
-        segmenter, num_labels=NUM_LABELS, ignore_mismatched_sizes=True
-    )
+    how = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+    return segformer.SegformerForSemanticSegmentation.from_pretrained(segmenter, **how)
 
 
-def random_network(seed: int = 0) -> nn.Module:
+def random_network(num_labels: int, seed: int = 0) -> nn.Module:
     """A tiny SegFormer with random weights, for rehearsals."""
     segformer = _segformer()
     torch.manual_seed(seed)
     config = segformer.SegformerConfig(
-        num_labels=NUM_LABELS, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 3, 4],
+        num_labels=num_labels, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 3, 4],
         decoder_hidden_size=32, mlp_ratios=[2, 2, 2, 2],
     )  # fmt: skip
     return segformer.SegformerForSemanticSegmentation(config)
@@ -312,7 +313,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         one = commands.add_parser(name)
         one.add_argument("--photos", type=Path, required=True)
         one.add_argument("--list", type=Path, required=True)
-        one.add_argument("--segmenter", required=True, help="folder or name of a SegFormer")
+        one.add_argument("--segmenter", required=True, help="folder of a SegFormer, with its head")
         one.add_argument("--out", type=Path, required=True)
         one.add_argument("--cpu", action="store_true")
         if name == "train":

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from semples_plugin.adapters.runner.record import commit
-from semples_plugin.config import VOC, parse_assignments
+from semples_plugin.config import config_for, parse_assignments
 
+from .datasets import DataSet
 from .segmentation import Training
 
 SCALES = ("1.0", "0.75", "1.25")  # the host's own
@@ -19,10 +20,9 @@ class Settings(NamedTuple):
     """What one run is asked for; paths are absolute.
 
     Attributes:
-        voc: the folder VOC2012.
+        data: the data set.
         repo: clone of the host.
         out: folder of the run.
-        labels: file of image-level labels, None for the host's own.
         clip: name or file of the CLIP, None for random weights.
         finetune: file of the weights that the host starts from, None to download them.
         checkpoint: a trained host that match and refine start from, or None.
@@ -45,10 +45,9 @@ class Settings(NamedTuple):
         tflops: assumed speed of a GPU, for estimates.
     """
 
-    voc: Path
+    data: DataSet
     repo: Path
     out: Path
-    labels: Optional[Path] = None
     clip: Optional[str] = "ViT-B/32"
     finetune: Optional[Path] = None
     checkpoint: Optional[Path] = None
@@ -74,9 +73,9 @@ class Settings(NamedTuple):
     tflops: float = 10.0
 
     @property
-    def labels_file(self) -> Path:
-        """The file of image-level labels."""
-        return self.labels or self.repo / "voc12" / "cls_labels.npy"
+    def label_files(self) -> List[Path]:
+        """The files of image-level labels."""
+        return self.data.labels(self.repo)
 
     @property
     def pretrained(self) -> bool:
@@ -86,7 +85,8 @@ class Settings(NamedTuple):
     @property
     def area_weight(self) -> float:
         """Weight of the area term."""
-        return float(parse_assignments("--set", self.refiner).get("lambda_area", VOC.lambda_area))
+        default = config_for(self.data.option).lambda_area
+        return float(parse_assignments("--set", self.refiner).get("lambda_area", default))
 
     @property
     def runs(self) -> List[str]:
@@ -99,7 +99,8 @@ class Settings(NamedTuple):
             "rehearsal": self.rehearsal,
             "seeds": self.seeds,
             "gpus": self.gpus,
-            "voc": str(self.voc),
+            "data_set": self.data.name,
+            "data": str(self.data.root),
             "host": "MCTformer+",
             "host_commit": commit(self.repo) if self.repo.is_dir() else None,
             "clip": self.clip or "random weights",

@@ -30,7 +30,7 @@ def get_weights(settings: Settings, folder: Path) -> None:
     Raises:
         ChainError: if one could not be downloaded.
     """
-    hub = hub_file(folder)
+    hub, labels = hub_file(folder), 1 + len(settings.data.classes)
     hub.parent.mkdir(parents=True, exist_ok=True)
     given = {"clip": settings.clip, "checkpoint": settings.checkpoint}
     hashes = {name: sha256(Path(path)) for name, path in given.items() if path is not None and Path(path).is_file()}
@@ -38,13 +38,13 @@ def get_weights(settings: Settings, folder: Path) -> None:
         torch.manual_seed(0)
         torch.save(random_clip().state_dict(), folder / "clip.pt")
         torch.save({"model": random_deit()}, hub)
-        network, hashes["clip"] = random_network(), sha256(folder / "clip.pt")
+        network, hashes["clip"] = random_network(labels), sha256(folder / "clip.pt")
     else:
         _fetch_deit(settings, hub)
         if settings.clip is not None and "clip" not in hashes:
             load_clip(settings.clip, "cpu")  # downloads it once and checks it
         try:
-            network = load_network(settings.segmenter)
+            network = load_network(settings.segmenter, labels)
         except OSError as error:
             raise ChainError(
                 f"The SegFormer {settings.segmenter} could not be loaded ({error}). Give a folder: --segmenter DIR."
