@@ -10,27 +10,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from semples_plugin.class_names import COCO_CATEGORY_IDS, COCO_CLASSES, VOC_CLASSES
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 OWN = ("ledger.html", "steps/ledger.json", "steps/digests.json")  # the second holds the digest of the first
 TIMES = re.compile(rb'"(started|finished|seconds|went_on|stamp)": [^\n]*')
 
 
-def command(hosts: Any, out: Path) -> List[str]:
-    words = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "examples.voc",
-        "--voc",
-        str(hosts.photos()),
-        "--repo",
-        str(hosts.repo("mctformer")),
-    ]
+def command(hosts: Any, out: Path, coco: Optional[Path] = None) -> List[str]:
+    words = [sys.executable, "-W", "ignore", "-m", "examples.voc", "--repo", str(hosts.repo("mctformer"))]
+    words += ["--voc", str(hosts.photos())] if coco is None else ["--coco", str(coco)]
     return [*words, "--out", str(out), "--rehearsal", "--cpu", "--limit", "4"]
 
 
@@ -39,8 +34,9 @@ def environment() -> Dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def run(hosts: Any, out: Path) -> str:
-    done = subprocess.run(command(hosts, out), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1800)
+def run(hosts: Any, out: Path, *options: str, coco: Optional[Path] = None) -> str:
+    words = [*command(hosts, out, coco), *options]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return done.stdout
 
@@ -75,9 +71,13 @@ def contents(out: Path) -> Dict[str, bytes]:
     return found
 
 
-def test_a_rehearsal_runs_to_the_end_and_again_after_kills(hosts: Any, tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def masks(hosts: Any) -> None:
     if not (hosts.photos() / "SegmentationClass").is_dir() or not (hosts.photos() / "ImageSets").is_dir():
         pytest.skip("VOC_PHOTOS has no SegmentationClass and ImageSets")
+
+
+def test_a_rehearsal_runs_to_the_end_and_again_after_kills(hosts: Any, tmp_path: Path) -> None:
     before, out = hosts.state("mctformer"), tmp_path / "run"
     assert "All done" in run(hosts, out)
     ledger = json.loads((out / "ledger.json").read_text(encoding="utf-8"))
@@ -101,3 +101,55 @@ def test_a_rehearsal_runs_to_the_end_and_again_after_kills(hosts: Any, tmp_path:
     assert killed.keys() == whole.keys()
     assert [name for name in whole if killed[name] != whole[name]] == []
     assert hosts.state("mctformer") == before
+
+
+def test_prompts_learned_along_the_way(hosts: Any, tmp_path: Path) -> None:
+    run(hosts, tmp_path, "--online", "4")
+    assert (tmp_path / "seed0" / "runner" / "online.pt").is_file()
+    ledger = json.loads((tmp_path / "ledger.json").read_text(encoding="utf-8"))
+    assert list(ledger["sections"][0]["steps"]) == ["online"]
+    assert all(row["gain"] for row in ledger["sections"][0]["rows"] if not row["control"])
+
+
+SAME = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle", "pottedplant": "potted plant",
+        "sofa": "couch", "tvmonitor": "tv"}  # fmt: skip
+TO_COCO = np.array([0, *(1 + list(COCO_CLASSES).index(SAME.get(name, name)) for name in VOC_CLASSES), *[0] * 235])  # 255 -> 0
+
+
+def as_coco(voc: Path, repo: Path, out: Path, split: str, count: int) -> Dict[str, np.ndarray]:
+    """Photos of VOC in the layout of COCO under names of the host's list; id -> mask in labels of COCO."""
+    mask_api = pytest.importorskip("pycocotools.mask")
+    names = (voc / "ImageSets" / "Segmentation" / f"{split}.txt").read_text(encoding="utf-8").split()[:count]
+    ids = (repo / "coco" / f"{split}_id.txt").read_text(encoding="utf-8").split()[:count]
+    images: List[Dict[str, Any]] = []
+    annotations: List[Dict[str, Any]] = []
+    masks = {}
+    (out / f"{split}2014").mkdir(parents=True)
+    (out / "annotations").mkdir(exist_ok=True)
+    for name, new in zip(names, ids):
+        (out / f"{split}2014" / f"{new}.jpg").write_bytes((voc / "JPEGImages" / f"{name}.jpg").read_bytes())
+        mask = masks[new] = TO_COCO[np.asarray(Image.open(voc / "SegmentationClass" / f"{name}.png"))]
+        images.append({"id": int(new[-12:]), "file_name": f"{new}.jpg", "height": mask.shape[0], "width": mask.shape[1]})
+        for label in set(np.unique(mask).tolist()) - {0}:
+            segmentation = mask_api.encode(np.asfortranarray(mask == label, dtype=np.uint8))
+            segmentation["counts"] = segmentation["counts"].decode()
+            one = {"id": len(annotations) + 1, "image_id": int(new[-12:]), "category_id": COCO_CATEGORY_IDS[label - 1]}
+            annotations.append({**one, "segmentation": segmentation, "area": int((mask == label).sum()), "iscrowd": 0})
+    categories = [{"id": number, "name": name} for number, name in zip(COCO_CATEGORY_IDS, COCO_CLASSES)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (out / "annotations" / f"instances_{split}2014.json").write_text(json.dumps(content), encoding="utf-8")
+    return masks
+
+
+def test_photos_in_the_layout_of_coco(hosts: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    masks = [as_coco(hosts.photos(), hosts.repo("mctformer"), tmp_path / "coco", split, 4) for split in ("train", "val")]
+    run(hosts, out, coco=tmp_path / "coco")
+    for split, expected in zip(("train", "val"), masks):
+        for name, mask in expected.items():
+            assert (np.asarray(Image.open(out / "coco-masks" / split / f"{name}.png")) == mask).all()
+    ledger = json.loads((out / "ledger.json").read_text(encoding="utf-8"))
+    assert ledger["facts"]["data_set"] == "COCO"
+    rows = {(section["title"], row["name"]): row for section in ledger["sections"] for row in section["rows"]}
+    assert rows["Seeds", "scale 1.0, and its mirror image"]["images"] == rows["Segmentation", "network alone"]["images"] == 4
+    assert json.loads((out / "seed0" / "segmentation" / "model" / "config.json").read_text())["id2label"].keys() >= {"80"}
