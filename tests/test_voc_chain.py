@@ -246,7 +246,7 @@ def test_the_check_lists_all_that_is_missing_and_where_it_comes_from(world: Path
     assert "git clone https://github.com/xulianuwa/MCTformer" in nothing
     assert "SBD" in nothing
     assert any("CLIP no.pt" in one for one in found(world, clip="no.pt"))
-    assert not any("CLIP" in one for one in found(world, clip="ViT-B/32"))
+    assert not any("CLIP" in one for name in ("ViT-B/32", "hf:openai/clip-vit-base-patch32") for one in found(world, clip=name))
     assert any("disk space: about" in one for one in found(world, needed_bytes=10**18))
 
 
@@ -380,6 +380,8 @@ def test_the_chain_on_coco(coco: Path, tmp_path: Path) -> None:
 
 def test_what_is_missing_of_coco(tmp_path: Path) -> None:
     data = Coco(tmp_path)
+    missing = [*data.missing(data.lists(tmp_path)), *data.missing_labels(data.labels(tmp_path), data.lists(tmp_path))]
+    assert len(missing) == len({one.what for one in missing})
     said = "\n".join(
         map(str, [*data.missing(data.lists(tmp_path)), *data.missing_labels(data.labels(tmp_path), data.lists(tmp_path))])
     )
@@ -531,6 +533,47 @@ def test_the_host_alone_is_trained_as_refine_is_with_nothing_attached(world: Pat
     assert str(world / "run" / "lists" / "train" / "0") not in steps["seed0/alone/cams"].commands[0]
 
 
+def test_all_trainings_start_from_a_host_that_is_trained_first(world: Path) -> None:
+    options = {"host_first": True, "mode": "replace", "host_arguments": ("--lr", "5e-4"), "refiner": ("lambda_area=1",)}
+    steps = {step.name: step for step in make_steps(settings(world, controls=True, **options))}
+    assert list(steps)[:4] == ["check", "weights", "seed0/start/train", "seed0/match"]
+    (first,) = steps["seed0/start/train"].makes
+    assert first == world / "run" / "seed0" / "start" / "host" / "saved" / "checkpoint.pth"
+    assert "--checkpoint" not in steps["seed0/start/train"].commands[0] and "--lr" not in steps["seed0/start/train"].commands[0]
+    for name, mode in (("match", True), ("refine", True), ("alone/train", False), ("area/train", False)):
+        step = steps[f"seed0/{name}"]
+        assert f"--checkpoint {first}" in step.commands[0] and step.commands[0].endswith("--lr 5e-4") and first in step.needs
+        assert ("--mode replace" in step.commands[0]) is mode, name
+    facts = settings(world, **options).facts()
+    assert facts["start"] == "DeiT-S, then its own training with nothing attached" and facts["mode"] == "replace"
+
+
+def test_another_number_of_processes_or_gpus_changes_nothing_that_is_done(world: Path) -> None:
+    few = {step.name: step for step in make_steps(settings(world, use_crf=True, gpus=1, processes=2))}
+    many = {step.name: step for step in make_steps(settings(world, use_crf=True, gpus=4, processes=8))}
+    for name in ("cams", "masks", "masks-crf", "labels", "predictions"):
+        one, other = few[f"seed0/{name}"], many[f"seed0/{name}"]
+        assert one.commands != other.commands and one.decides == other.decides and one.decides, name
+    assert few["seed0/masks"].decides != few["seed0/alone/masks"].decides
+
+
+def test_the_chain_compares_what_decides(chain: Chain) -> None:
+    step = write_step(chain.out, "one", "a")
+    chain.run([step._replace(decides=["the same"])])
+    assert chain.run([write_step(chain.out, "one", "b")._replace(decides=["the same"])]) == []
+    assert chain.run([step._replace(decides=["other"])]) == ["one"]
+
+
+def test_what_follows_two_dashes_goes_to_the_host(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--voc", str(world / "VOC2012"), "--repo", str(world / "host"), "--out", str(tmp_path / "run"), "--cpu"]
+    assert command.main([*arguments, "--dry-run", "--mode", "replace", "--", "--batch-size", "64"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "--stage match" in line]
+    assert "--mode replace" in lines[0] and "--no-pin-mem --batch-size 64" in lines[0]
+    with pytest.raises(SystemExit):
+        command.main([*arguments, "--", "--epochs=3"])
+    assert "--epochs=3 after -- is set by the chain" in capsys.readouterr().err
+
+
 def test_online_is_one_training_in_the_place_of_three(world: Path) -> None:
     three = [step.name for step in make_steps(settings(world))]
     steps = {step.name: step for step in make_steps(settings(world, online=7))}
@@ -603,6 +646,9 @@ def test_a_dry_run_prints_every_command_and_its_estimate_and_runs_nothing(
         (["--seeds", "0"], "--seeds must be at least 1; got 0"),
         (["--finetune", "no.pth"], "--finetune: there is no file no.pth"),
         (["--coco", "coco"], "not allowed with argument --voc"),
+        (["--gpus", "3", "--dry-run"], "--batch-size must be a multiple of the number of GPUs; got 16 and 3"),
+        (["--input-size", "384"], "takes the weights of DeiT-S at 448 pixels only"),
+        (["--host-first", "--checkpoint", __file__], "take one of them"),
         (["--tflops", "0"], "--tflops must be above 0; got 0"),
         (["--online", "0"], "--online must be at least 1; got 0"),
         (["--set", "online_steps=5"], "has an option of its own: --online N"),

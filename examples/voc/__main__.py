@@ -26,15 +26,22 @@ from .chain import Chain, ChainError, Step
 from .commands import make_steps
 from .datasets import Coco, Voc
 from .segmentation import Training
-from .settings import Settings
+from .settings import INPUT_SIZE, Settings
 
 REHEARSAL = Training(steps=12, batch_size=2, crop=64, warmup=2, every=4, workers=0)
+OF_THE_CHAIN = (
+    "--data-set --data-path --label-file-path --img-list --output_dir --finetune --resume --seed --input-size --epochs "
+    "--device --num_workers --gen_attention_maps --cam-npy-dir --attention-dir --scales"
+).split()  # arguments of the host's script that the chain sets
 SMALL = {"input_size": 64, "epochs": 2, "batch_size": 3}  # of the host in a rehearsal
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m examples.voc", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m examples.voc",
+        usage="%(prog)s [options] [-- arguments of the host's training script]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     data = parser.add_mutually_exclusive_group(required=True)
@@ -48,6 +55,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--clip", default="ViT-B/32", metavar="NAME", help="CLIP model or weights file; default: %(default)s")
     add("--finetune", type=Path, metavar="FILE", help="the weights that the host starts from, DeiT-S; default: downloaded")
     add("--checkpoint", type=Path, metavar="FILE", help="a trained host from which match and refine start, as in the paper")
+    add("--host-first", action="store_true", help="train the host with nothing attached first, as long as the others, and "
+        "start those from it, as in the paper")  # fmt: skip
+    add("--mode", choices=["add", "replace"], default="add", help="add to the host's label loss, or replace it, as in the "
+        "paper; default: %(default)s")  # fmt: skip
     add("--python", default=sys.executable, metavar="FILE", help="interpreter of the host's environment; default: this one")
     add("--seeds", type=int, default=1, metavar="N", help="the chain for seeds 0 to N - 1; default: %(default)s")
     add("--gpus", type=int, metavar="N", help="default: all; the host is trained on one of them")
@@ -76,12 +87,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_settings(options: argparse.Namespace) -> Settings:
+def read_settings(options: argparse.Namespace, host_arguments: Sequence[str] = ()) -> Settings:
     """Settings from the command line.
+
+    Args:
+        host_arguments: what follows `--`.
 
     Raises:
         ValueError: for values that cannot be.
     """
+    for word in host_arguments:
+        if word.partition("=")[0] in OF_THE_CHAIN:
+            raise ValueError(f"{word} after -- is set by the chain; --help lists its own options, such as --epochs.")
     low_high = read_threshold(options.label_thresholds)
     if not isinstance(low_high, tuple):
         raise ValueError(f"--label-thresholds takes two, such as 0.3:0.5; got {options.label_thresholds}.")
@@ -107,6 +124,19 @@ def read_settings(options: argparse.Namespace) -> Settings:
     training = training._replace(
         **{name: value for name, value in (("steps", options.steps), ("batch_size", options.batch_size)) if value is not None}
     )
+    gpus = 0 if options.cpu else _gpus(options.gpus, options.dry_run)
+    if training.batch_size % max(1, gpus):
+        raise ValueError(
+            f"--batch-size must be a multiple of the number of GPUs; got {training.batch_size} and {gpus}. Give --gpus or "
+            "another --batch-size."
+        )
+    if options.input_size not in (None, INPUT_SIZE) and not options.rehearsal and options.checkpoint is None:
+        raise ValueError(
+            f"--input-size {options.input_size}: the host takes the weights of DeiT-S at {INPUT_SIZE} pixels only. Give a "
+            "--checkpoint that was trained at this size."
+        )
+    if options.host_first and options.checkpoint is not None:
+        raise ValueError("--host-first trains what the others start from, which --checkpoint gives; take one of them.")
     small = SMALL if options.rehearsal else dict.fromkeys(SMALL)
     clip = str(Path(options.clip).resolve()) if Path(options.clip).is_file() else options.clip
     segmenter = str(Path(options.segmenter).resolve()) if Path(options.segmenter).is_dir() else options.segmenter
@@ -122,10 +152,13 @@ def read_settings(options: argparse.Namespace) -> Settings:
         checkpoint=absolute.get("checkpoint"),
         python=options.python,
         seeds=options.seeds,
-        gpus=0 if options.cpu else _gpus(options.gpus, options.dry_run),
+        gpus=gpus,
         cpu=options.cpu,
         rehearsal=options.rehearsal,
         limit=options.limit,
+        host_first=options.host_first,
+        mode=options.mode,
+        host_arguments=tuple(host_arguments),
         epochs=options.epochs or small["epochs"],
         input_size=options.input_size or small["input_size"],
         batch_size=small["batch_size"],
@@ -167,9 +200,11 @@ def describe(chain: Chain, steps: Sequence[Step]) -> str:
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the command line. Returns 0 when all is done, 1 when something is missing or a step failed."""
     parser = make_parser()
-    options = parser.parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    end = words.index("--") if "--" in words else len(words)
+    options = parser.parse_args(words[:end])
     try:
-        settings = read_settings(options)
+        settings = read_settings(options, words[end + 1 :])
     except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
         parser.error(str(error))
     chain = Chain(settings.out, lambda line: print(line, flush=True))

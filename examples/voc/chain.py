@@ -61,6 +61,7 @@ class Step(NamedTuple):
         facts: whatever else decides the result, as JSON can hold it.
         groups: its commands: the groups run one after another, the commands of a group side by side.
         before, after: run in this process before and after the commands.
+        decides: command lines that are compared in the place of its own, where the number of processes or GPUs decides nothing.
         resumes: whether the commands go on by themselves in what a killed run of them left.
         always: run it each time, also when it is done.
         clears: further files and folders that are deleted before it begins anew.
@@ -76,6 +77,7 @@ class Step(NamedTuple):
     groups: Sequence[Sequence[Command]] = ()
     before: Optional[Callable[[], None]] = None
     after: Optional[Callable[[], None]] = None
+    decides: Optional[Sequence[str]] = None
     resumes: bool = False
     always: bool = False
     clears: Sequence[Path] = ()
@@ -151,7 +153,7 @@ class Chain:
             raise ChainError(f"{step.name} needs {', '.join(missing)}, which no step before it made.")
         inputs = {
             "facts": step.facts,
-            "commands": step.commands,
+            "commands": step.commands if step.decides is None else list(step.decides),
             "needs": {self._name(path): self.digests.of(path) for path in step.needs},
             "note": step.note,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from . import crf, data_check, ledger
 from .chain import ChainError, Command, Step, read_json
 from .datasets import Lists, read_ids
 from .estimates import Estimates
-from .settings import ALONE, AREA, SCALES, Settings
+from .settings import ALONE, AREA, SCALES, START, Settings
 from .weights import DEIT, get_weights, hub_file
 
 SEEDS = (("single", "cams-single"), ("multi", "cams"))
@@ -27,6 +28,8 @@ def make_steps(settings: Settings) -> List[Step]:
     estimates = Estimates(settings, lists)
     steps = [_check(settings, lists, estimates), *_draw(settings, estimates), _weights(settings)]
     for seed in range(settings.seeds):
+        if settings.host_first:
+            steps += OneRun(settings, seed, estimates, START).stages()
         for control in settings.runs:
             steps += OneRun(settings, seed, estimates, control).steps()
     return [*steps, _ledger(settings, steps)]
@@ -121,7 +124,7 @@ class OneRun:
     Args:
         settings, estimates: of the whole.
         seed: of host and segmentation network.
-        control: "" for the method, or a name of `Settings.runs`.
+        control: "" for the method, a name of `Settings.runs`, or `START`.
     """
 
     def __init__(self, settings: Settings, seed: int, estimates: Estimates, control: str = ""):
@@ -133,15 +136,17 @@ class OneRun:
         self.photos, self.classes = settings.data.photos("train"), ["--classes", settings.data.option]
         self.host, self.runner = self.folder / "host", self.folder / "runner"
         alone = self.host / "saved" / "checkpoint.pth"  # its own script writes it
+        first = settings.out / f"seed{seed}" / START / "host" / "saved" / alone.name if settings.host_first else None
+        self.first = first if control != START else None
         last = "refine" if settings.online is None else ONLINE
-        self.weights = {ALONE: alone, AREA: self.runner / "match.pt"}.get(control, self.runner / f"{last}.pt")
+        self.weights = {ALONE: alone, START: alone, AREA: self.runner / "match.pt"}.get(control, self.runner / f"{last}.pt")
         self.host_facts = {"host": commit(settings.repo)} if settings.repo.is_dir() else {}
 
     def steps(self) -> List[Step]:
         """All of them, in order."""
         which = "all training images" if self.part == "all" else "train"
         return [
-            *self._stages(),
+            *self.stages(),
             self._cams("cams-single", "CAM files of train by the host's script, scale 1.0", "train", ["1.0"]),
             self._cams("cams", f"CAM files of {which} by the host's script, its own scales", self.part, SCALES),
             self._figures("seeds", "mIoU of the CAM files", [(kind, self.folder / cams) for kind, cams in SEEDS]),
@@ -152,7 +157,7 @@ class OneRun:
     def _name(self, step: str) -> str:
         return "/".join([f"seed{self.seed}", *([self.control] if self.control else []), step])
 
-    def _start(self, processes: int) -> List[str]:
+    def _begin(self, processes: int) -> List[str]:
         """The beginning of a command that shares its work among processes; the name of a module follows."""
         if processes < 2:
             return [sys.executable, "-m"]
@@ -211,13 +216,19 @@ class OneRun:
             (self.host / part).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.lists / "cls_labels.npy", self.host / "voc12" / "cls_labels.npy")
 
-    def _stages(self) -> List[Step]:
+    def stages(self) -> List[Step]:
+        """The trainings."""
         s, match, prompts = self.s, self.runner / "match.pt", self.runner / "prompts.safetensors"
         train = ["main.py", *self._data(training=True), "--img-list", str(self.lists / "all"), "--output_dir", "saved"]
         train += [*(["--finetune", DEIT] if s.pretrained else []), "--seed", str(self.seed), *self._sizes(training=True)]
-        start = [] if s.checkpoint is None else ["--checkpoint", str(s.checkpoint)]
+        if self.control != START:
+            train += s.host_arguments
+        checkpoint = s.checkpoint or self.first
+        start = [] if checkpoint is None else ["--checkpoint", str(checkpoint)]
         ours = ["--restart", "--seed", str(self.seed), "--clip", s.clip or str(self.given / "clip.pt")]
         ours += [word for assignment in s.refiner for word in ("--set", assignment)]
+        if self.control != AREA:  # which would empty the CAM without the label loss
+            ours += ["--mode", s.mode]
         ours += start
         ours += ["--prompt-epochs", "2", "--log-every", "1"] if s.rehearsal else []
         saved = self.host / "saved"  # the host's script appends to its log there
@@ -229,7 +240,7 @@ class OneRun:
                 name=self._name(name),
                 what=what,
                 makes=makes,
-                needs=[self.lists, self.given / "weights.json", *needs],
+                needs=[self.lists, self.given / "weights.json", *([] if self.first is None else [self.first]), *needs],
                 facts=self.host_facts,
                 groups=[[command]],
                 before=self._prepare_host,
@@ -237,9 +248,10 @@ class OneRun:
                 estimate=self.estimates.stage(name if self.control == "" else self.control),
             )
 
-        if self.control == ALONE:
+        if self.control in (ALONE, START):
             command = self._host("plain", ["--seed", str(self.seed), *start], train)
-            return [stage("train", "train the host with nothing attached", [self.weights], [], [saved], command)]
+            what = "train the host with nothing attached" + (", for all others to start from" if self.control == START else "")
+            return [stage("train", what, [self.weights], [], [saved], command)]
         log = self.runner / "match.jsonl"
         if self.control == AREA:
             command = self._host("match", ours, train, module="examples.voc.area")
@@ -286,6 +298,7 @@ class OneRun:
             needs=[self.lists, self.weights],
             facts=self.host_facts,
             groups=[[self._host("plain", [], [*script, "--img-list", str(parts / str(i))], gpu=i) for i in range(shards)]],
+            decides=[shlex.join(script)],
             before=before,
             after=after,
             clears=[parts, pictures],
@@ -312,24 +325,26 @@ class OneRun:
 
     # ------------------------------------------------------------------------------------------------ masks, pseudo labels
 
-    def _refine(self, cams: Path, out: Path, *more: str) -> Command:
-        words = [*self._start(self.s.processes), "semples_plugin", "refine", "--images", str(self.photos), "--cams", str(cams)]
-        return Command([*words, "--out", str(out), *self.classes, *more, "--quiet"])
+    def _refine(self, cams: Path, out: Path, *more: str) -> List[str]:
+        words = ["semples_plugin", "refine", "--images", str(self.photos), "--cams", str(cams), "--out", str(out)]
+        return [*words, *self.classes, *more, "--quiet"]
 
     def _masks(self) -> List[Step]:
         out, cams, with_crf = self.folder / "masks", self.folder / "cams", self.folder / "masks-crf"
         threshold = f"{self.s.threshold:g}"
+        refine = self._refine(cams, out, "--threshold", threshold)
         align = Step(
             name=self._name("masks"),
             what="align the CAMs to the edges of the photos",
             makes=[out / "cams", out / "labels"],
             needs=[self.lists, cams],
-            groups=[[self._refine(cams, out, "--threshold", threshold)]],
+            groups=[[Command([*self._begin(self.s.processes), *refine])]],
+            decides=[shlex.join(refine)],
             resumes=True,
             clears=[out],
             estimate=self.estimates.refine(self.part),
         )
-        words = [sys.executable, "-m", "examples.voc.crf", "--photos", str(self.photos), "--cams", str(out / "cams")]
+        words = ["examples.voc.crf", "--photos", str(self.photos), "--cams", str(out / "cams")]
         words += ["--list", str(self.lists / "train.txt"), "--threshold", threshold, "--out", str(with_crf)]
         words += ["--num-classes", str(len(self.s.data.classes))]
         used = self.s.use_crf
@@ -338,7 +353,8 @@ class OneRun:
             what="dense CRF on the aligned CAMs of train",
             makes=[with_crf] if used else [],
             needs=[self.lists, out / "cams"] if used else [],
-            groups=[[Command(words)]] if used else [],
+            groups=[[Command([*self._begin(self.s.processes), *words])]] if used else [],
+            decides=[shlex.join(words)] if used else [],
             resumes=True,
             clears=[with_crf],
             estimate=self.estimates.crf("train"),
@@ -349,12 +365,14 @@ class OneRun:
 
     def _labels(self) -> List[Step]:
         out, cams, low, high = self.folder / "labels", self.folder / "masks" / "cams", self.s.low, self.s.high
+        refine = self._refine(cams, out, "--align", "none", "--threshold", f"{low:g}:{high:g}")
         step = Step(
             name=self._name("labels"),
             what=f"pseudo labels: background up to {low:g}, 255 up to {high:g}",
             makes=[out / "labels"],
             needs=[self.lists, cams],
-            groups=[[self._refine(cams, out, "--align", "none", "--threshold", f"{low:g}:{high:g}")]],
+            groups=[[Command([*self._begin(self.s.processes), *refine])]],
+            decides=[shlex.join(refine)],
             after=lambda: shutil.rmtree(out / "cams", ignore_errors=True),  # a copy of those of the masks
             resumes=True,
             clears=[out],
@@ -366,7 +384,7 @@ class OneRun:
 
     def _segmentation(self) -> List[Step]:
         labels, out, predicted = self.folder / "labels" / "labels", self.folder / "segmentation", self.folder / "predictions"
-        start = [*self._start(self.s.gpus), "examples.voc.segmentation"]
+        start = [*self._begin(self.s.gpus), "examples.voc.segmentation"]
         common = ["--cpu"] if self.s.cpu else []
         how = self.s.training._replace(seed=self.seed)
         train = [
@@ -412,6 +430,7 @@ class OneRun:
                 makes=made,
                 needs=[self.lists, out / "model"],
                 groups=[[Command(predict)]],
+                decides=[shlex.join(predict[len(self._begin(self.s.gpus)) :])],
                 resumes=True,
                 clears=[predicted],
                 estimate=self.estimates.predict(),

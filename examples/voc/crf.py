@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 from pathlib import Path
 from typing import Optional, Sequence
 
@@ -52,7 +53,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     remove_parts(options.out)
     paths = cam_paths(options.cams)
-    for name in options.list.read_text(encoding="utf-8").split():
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    for name in options.list.read_text(encoding="utf-8").split()[rank::world]:
         if (options.out / f"{name}.png").is_file():
             continue
         photo = read_image(find_image(options.photos, name))

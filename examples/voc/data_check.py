@@ -46,12 +46,10 @@ def check(
     if not (repo / "main.py").is_file():
         found.append(Missing(f"the host's script {repo / 'main.py'}", MCTFORMER))
     found += _environment(python, gpu)
-    if clip is not None and clip not in published_clips() and not clip.startswith("open_clip:") and not Path(clip).is_file():
-        found.append(
-            Missing(
-                f"CLIP {clip}", f"--clip takes a weights file or one of {', '.join(published_clips())}, which are downloaded"
-            )
-        )
+    if clip is not None and not (clip in published_clips() or clip.startswith(("open_clip:", "hf:")) or Path(clip).is_file()):
+        known = ", ".join(published_clips())
+        source = f"--clip takes a weights file, or what is downloaded: {known}, open_clip:ARCH/TAG, hf:NAME"
+        found.append(Missing(f"CLIP {clip}", source))
     place = out
     while not place.exists():
         place = place.parent

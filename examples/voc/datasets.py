@@ -108,7 +108,8 @@ class DataSet:
         """Files of labels that are not there, and images without labels."""
         absent_files = [path for path in files if not path.exists()]
         if absent_files:
-            return [Missing(f"file {path}", self._source_of_labels) for path in absent_files]
+            others = [path for path in absent_files if path not in self.annotations()]  # which `missing` names
+            return [Missing(f"file {path}", self._source_of_labels) for path in others]
         known = self.read_labels(files)
         absent = [name for name in dict.fromkeys([*lists.train_aug, *lists.val]) if name not in known]
         if not absent:

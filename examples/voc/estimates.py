@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .data_check import count_pairs, gigabytes
 from .datasets import Lists
-from .settings import ALONE, AREA, EPOCHS, INPUT_SIZE, SCALES, Settings
+from .settings import ALONE, AREA, EPOCHS, INPUT_SIZE, SCALES, START, Settings
 
 
 class Estimates:
@@ -19,8 +19,10 @@ class Estimates:
     CLIP_GFLOP = 8.7  # image encoder of ViT-B/32, one view
     SEGMENTER_GFLOP = 113.6  # SegFormer with MiT-B2 at 512 x 512
     # Seconds per image of one process, for 48 photos of 500 x 375 pixels with 1.8 classes, on two cores with other work too;
-    # to draw masks for 40 photos with 1.9 objects.
+    # to draw masks for 40 photos with 1.9 objects. Reckoned as proportional to the pixels.
     REFINE, LABELS, EVALUATE, CRF, DRAW = 1.6, 0.39, 0.05, 0.42, 0.003
+    MEASURED = 500 * 375  # pixels
+    CLASSES = 1.8  # per image; with background 2.8 labels
 
     def __init__(self, s: Settings, lists: Lists):
         self.s, self.lists = s, lists
@@ -34,16 +36,17 @@ class Estimates:
         speed = f"at an assumed {self.s.tflops:g} TFLOP/s (reading and writing not counted)"
         return f"{duration(seconds)} of arithmetic on {max(1, gpus)} GPU: {basis}, {gigaflop / 1e6:.3g} PFLOP, {speed}"
 
-    def _cpu(self, images: int, seconds: float, processes: int = 1) -> str:
+    def _cpu(self, images: int, seconds: float, processes: int = 1, per_class: float = 1.0) -> str:
+        seconds *= self.pixels / self.MEASURED * per_class
         shared = f" / {processes} processes" if processes > 1 else ""
         took = duration(images * seconds / processes)
-        return f"{took} on a CPU: {images} images x {seconds:g} s (measured on two busy cores){shared}"
+        return f"{took} on a CPU: {images} images x {seconds:.2g} s (from measurements on two busy cores){shared}"
 
     def stage(self, which: str) -> str:
         images, epochs = len(self.lists.train_aug), 1 if which == "prompt" else self.s.epochs or EPOCHS
         size = ((self.s.input_size or INPUT_SIZE) / INPUT_SIZE) ** 2
         host = self.HOST_GFLOP * size * (1 if which == "prompt" else 3) * images * epochs
-        clip = which not in (ALONE, AREA)
+        clip = which not in (ALONE, AREA, START)
         views = 2 * self.pairs * epochs * self.CLIP_GFLOP * (1 if which == "prompt" else 3) * clip
         return self._gpu(host + views, f"{images} images x {epochs} " + ("epoch" if epochs == 1 else "epochs")) + "; 0.3 GB"
 
@@ -62,14 +65,19 @@ class Estimates:
 
     def refine(self, part: str = "all") -> str:
         ids, pairs = (self.lists.train, self.train_pairs) if part == "train" else (self.lists.train_aug, self.pairs)
-        return self._cpu(len(ids), self.REFINE, self.s.processes) + f"; {gigabytes(pairs * self.pixels * 4)}"
+        return (
+            self._cpu(len(ids), self.REFINE, self.s.processes, pairs / max(1, len(ids)) / self.CLASSES)
+            + f"; {gigabytes(pairs * self.pixels * 4)}"
+        )
 
     def labels(self) -> str:
         size = gigabytes(self.pairs * self.pixels * 4)
         return self._cpu(len(self.lists.train_aug), self.LABELS, self.s.processes) + f"; {size} until the step ends"
 
     def crf(self, split: str) -> str:
-        return self._cpu(len(getattr(self.lists, split)), self.CRF)
+        labels = 1 + self.s.data.pairs
+        processes = self.s.processes if split == "train" else max(1, self.s.gpus)
+        return self._cpu(len(getattr(self.lists, split)), self.CRF, processes, labels / (1 + self.CLASSES))
 
     def segmentation(self) -> str:
         how = self.s.training

@@ -14,7 +14,7 @@ from semples_plugin._files import write_atomically
 from semples_plugin.adapters.runner.job import ONLINE, STAGES
 
 from .chain import read_json, write_json
-from .settings import ALONE, AREA
+from .settings import ALONE, AREA, START
 
 WHAT_CONTROLS = (
     "Host alone: its own script with nothing attached, from the same start, for as many epochs. Area term alone: the "
@@ -119,7 +119,7 @@ def _section(out: Path, facts: Dict[str, Any], section: Section) -> Dict[str, An
         "records": [
             f"seed{seed}/{control}{name}"
             for seed in range(facts["seeds"])
-            for control in ("", *(f"{control}/" for control in TITLES))
+            for control in (f"{START}/", "", *(f"{control}/" for control in TITLES))
             for name in section.steps
         ],
         "rows": [_row(out, facts, row) for row in section.rows],

@@ -295,7 +295,9 @@ def predict(ids: Sequence[str], photos: Path, segmenter: str, out: Path, crf_out
             full = F.interpolate(logits.float(), photo.shape[:2], mode="bilinear", align_corners=False)[0]  # (L, H, W)
             write_label_png(out / f"{name}.png", full.argmax(0).cpu().numpy())
             if crf_out is not None:
-                write_label_png(crf_out / f"{name}.png", crf.dense_crf(photo, full.softmax(0).cpu().numpy()))
+                shares, labels = full.softmax(0).cpu().numpy(), full.argmax(0).unique().cpu().numpy()
+                found = crf.dense_crf(photo, shares[labels] / shares[labels].sum(0))  # among the labels that are there
+                write_label_png(crf_out / f"{name}.png", labels[found])
 
 
 # ---------------------------------------------------------------------------------------------------- command line

@@ -14,6 +14,7 @@ from .segmentation import Training
 SCALES = ("1.0", "0.75", "1.25")  # the host's own
 EPOCHS, INPUT_SIZE = 45, 448  # the host's own
 ALONE, AREA = "alone", "area"  # the controls: the host with nothing attached, and with the area term only
+START = "start"  # the host that all others start from, trained with nothing attached
 
 
 class Settings(NamedTuple):
@@ -32,6 +33,9 @@ class Settings(NamedTuple):
         cpu: run the host, whose calls of the GPU are hard-coded, without one.
         rehearsal: tiny sizes and random weights.
         limit: images of each list, None for all.
+        host_first: train the host alone, and start all trainings from it.
+        mode: "add" to the host's label loss, or "replace" it.
+        host_arguments: of the host's training script, after the chain's; not for the host that the others start from.
         epochs, input_size, batch_size: of the host, None for its own.
         refiner: options of the refiner, NAME=VALUE.
         online: steps over which the prompts join, for one training that learns them along the way; None for three stages.
@@ -57,6 +61,9 @@ class Settings(NamedTuple):
     cpu: bool = False
     rehearsal: bool = False
     limit: Optional[int] = None
+    host_first: bool = False
+    mode: str = "add"
+    host_arguments: Tuple[str, ...] = ()
     epochs: Optional[int] = None
     input_size: Optional[int] = None
     batch_size: Optional[int] = None
@@ -93,6 +100,13 @@ class Settings(NamedTuple):
         """What is trained with every seed: the method, "", and the controls. Without a weight the area term is no control."""
         return ["", ALONE, *([AREA] if self.controls and self.area_weight else [])]
 
+    def _start(self) -> str:
+        """What match and refine start from, in words."""
+        if self.checkpoint is not None:
+            return str(self.checkpoint)
+        weights = "DeiT-S" if self.pretrained and not self.rehearsal else "random weights"
+        return f"{weights}, then its own training with nothing attached" if self.host_first else weights
+
     def facts(self) -> Dict[str, Any]:
         """What the ledger says about a run."""
         return {
@@ -104,7 +118,9 @@ class Settings(NamedTuple):
             "host": "MCTformer+",
             "host_commit": commit(self.repo) if self.repo.is_dir() else None,
             "clip": self.clip or "random weights",
-            "checkpoint": self.checkpoint and str(self.checkpoint),
+            "start": self._start(),
+            "mode": self.mode,
+            "host_arguments": list(self.host_arguments),
             "host_epochs": self.epochs or EPOCHS,
             "input_size": self.input_size or INPUT_SIZE,
             "refiner": list(self.refiner),
