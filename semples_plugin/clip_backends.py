@@ -165,7 +165,7 @@ def load_clip(
             - an OpenAI name such as `"ViT-B/32"` or `"RN50"` (downloaded once to `~/.cache/clip`);
             - a path to a weights file (OpenAI's archive, or a state dict in its layout);
             - a loaded model of OpenAI's `clip`, open_clip or transformers (copied; yours stays as it is);
-            - `"open_clip:ViT-B-32/laion2b_s34b_b79k"` (needs `pip install open_clip_torch`);
+            - `"open_clip:ViT-B-32/laion2b_s34b_b79k"` or `"open_clip:ViT-B-32/<file>"` (needs `pip install open_clip_torch`);
             - `"hf:openai/clip-vit-base-patch32"`, `"hf:google/siglip-base-patch16-224"` or `"hf:<folder>"` (needs
               `pip install transformers`);
             - a `ClipEncoder`, returned as it is (several refiners may share one).
@@ -214,7 +214,7 @@ def _load_by_name(name: str, dtype: torch.dtype) -> ClipEncoder:
         path, name = Path(name), Path(name).name
     else:
         raise ClipError(
-            f"`clip` must be one of {', '.join(_WEIGHTS)}, a weights file, 'open_clip:<architecture>/<tag>' or "
+            f"`clip` must be one of {', '.join(_WEIGHTS)}, a weights file, 'open_clip:<architecture>/<tag or file>' or "
             f"'hf:<name or folder>'; got {name!r}, which is neither a known name nor a file."
         )
     state = _read_state_dict(path)
