@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 OUT ?= runs/demo
 SEEDS ?= 5
 # A torchvision of PyPI can then be imported beside another build of torch.
-SITE := PYTHONPATH=$(abspath tests/hosts/site)
+SITE := PYTHONPATH="$(CURDIR)/tests/hosts/site$${PYTHONPATH:+:$$PYTHONPATH}"
 
 .PHONY: demo seeds clusters benchmark attack test test-backends test-hosts lint docs docs-serve build/api clean
 demo: $(VENV)/ready
