@@ -7,8 +7,10 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 OUT ?= runs/demo
 SEEDS ?= 5
+# A torchvision of PyPI can then be imported beside another build of torch.
+SITE := PYTHONPATH="$(CURDIR)/tests/hosts/site$${PYTHONPATH:+:$$PYTHONPATH}"
 
-.PHONY: demo seeds clusters benchmark attack test test-hosts lint docs docs-serve build/api clean
+.PHONY: demo seeds clusters benchmark attack test test-backends test-hosts lint docs docs-serve build/api clean
 demo: $(VENV)/ready
 	$(RUN) -m examples.demo --out $(OUT)
 
@@ -27,7 +29,17 @@ attack: $(VENV)/ready
 
 # Two processes, each test file in one of them.
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	$(SITE) OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+
+# What `make test` skips for want of open_clip, timm and pydensecrf: every kind of CLIP of docs/clips.md, and the CRF.
+test-backends: $(VENV)/backends
+	$(SITE) OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -rs tests/test_clip_*.py tests/test_crf.py
+
+# Without their dependencies, so that no other torch comes along; the rest of them is there. pydensecrf2 needs a compiler.
+$(VENV)/backends: $(VENV)/ready
+	$(RUN) -m pip install --quiet --no-deps open_clip_torch==3.3.0 timm==1.0.31 torchvision==0.28.0
+	$(RUN) -m pip install --quiet pydensecrf2 || echo "pydensecrf2 did not build; its tests are skipped"
+	touch $@
 
 # The real baselines: MCTFORMER=dir WEAKTR=dir TRANSCAM=dir ... VOC_PHOTOS=dir, see tests/hosts/README.md
 test-hosts: $(VENV)/hosts

@@ -23,6 +23,7 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 import torch
 from torch import Tensor, nn
 
+from ._checks import warn
 from .archives import archive_tensors, is_torchscript
 from .clip_encoder import CLIP_MEAN, CLIP_STD, ClipEncoder
 from .clip_huggingface import is_hugging_face, load_hugging_face, wrap_hugging_face
@@ -44,6 +45,9 @@ _WEIGHTS: Dict[str, Tuple[str, str]] = {
     "ViT-L/14": ("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
     "ViT-L/14@336px": ("ViT-L-14-336px.pt", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
 }
+
+
+_PUBLISHED_WIDTH = 512  # of the text tower: the smallest of the published models
 
 
 @lru_cache(maxsize=None)
@@ -163,9 +167,9 @@ def load_clip(
     Args:
         clip: one of
             - an OpenAI name such as `"ViT-B/32"` or `"RN50"` (downloaded once to `~/.cache/clip`);
-            - a path to a weights file (OpenAI's archive, or a state dict in its layout);
+            - a path to a weights file (OpenAI's archive, or a state dict in its layout, which runs with OpenAI's QuickGELU);
             - a loaded model of OpenAI's `clip`, open_clip or transformers (copied; yours stays as it is);
-            - `"open_clip:ViT-B-32/laion2b_s34b_b79k"` (needs `pip install open_clip_torch`);
+            - `"open_clip:ViT-B-32/laion2b_s34b_b79k"` or `"open_clip:ViT-B-32/<file>"` (needs `pip install open_clip_torch`);
             - `"hf:openai/clip-vit-base-patch32"`, `"hf:google/siglip-base-patch16-224"` or `"hf:<folder>"` (needs
               `pip install transformers`);
             - a `ClipEncoder`, returned as it is (several refiners may share one).
@@ -214,7 +218,7 @@ def _load_by_name(name: str, dtype: torch.dtype) -> ClipEncoder:
         path, name = Path(name), Path(name).name
     else:
         raise ClipError(
-            f"`clip` must be one of {', '.join(_WEIGHTS)}, a weights file, 'open_clip:<architecture>/<tag>' or "
+            f"`clip` must be one of {', '.join(_WEIGHTS)}, a weights file, 'open_clip:<architecture>/<tag or file>' or "
             f"'hf:<name or folder>'; got {name!r}, which is neither a known name nor a file."
         )
     state = _read_state_dict(path)
@@ -225,6 +229,11 @@ def _load_by_name(name: str, dtype: torch.dtype) -> ClipEncoder:
         model.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError, ArithmeticError, AssertionError) as error:
         raise ClipError(f"{path} does not hold a CLIP model in OpenAI's layout ({error}).") from error
+    if len(state["text_projection"]) >= _PUBLISHED_WIDTH and not is_torchscript(path):
+        warn(
+            f"{path} should be of a model with QuickGELU, as OpenAI's; it runs with that, and a state dict does not say. If it "
+            f"comes from open_clip, as RemoteCLIP does, load it as 'open_clip:<architecture>/{path}'."
+        )
     return _wrap(model, name, dtype, None)
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._torch import missing_weights
 from .clip_encoder import CLIP_MEAN, CLIP_STD, ClipEncoder, Recorder, with_submodule
 from .clip_tokens import Tokens, tokens_of
 from .clip_towers import TowerClip
@@ -38,7 +39,7 @@ def load_hugging_face(name: str, dtype: torch.dtype) -> ClipEncoder:
     Code that lies beside weights is never run.
 
     Raises:
-        ClipError: if transformers is missing, or there is no such model.
+        ClipError: if transformers is missing, there is no such model, or its weights are not complete.
     """
     try:
         from transformers import AutoConfig, AutoModel
@@ -47,14 +48,23 @@ def load_hugging_face(name: str, dtype: torch.dtype) -> ClipEncoder:
     source = name[len("hf:") :]
     try:
         kind = AutoConfig.from_pretrained(source).model_type
-        model = AutoModel.from_pretrained(source) if kind in _KINDS else None
-    except (OSError, ValueError) as error:
+        if kind not in _KINDS:
+            raise ClipError(_refusal(name, kind))
+        loaded: Any = AutoModel.from_pretrained(source, output_loading_info=True)
+    except ClipError:
+        raise
+    except Exception as error:  # transformers and the hub raise many kinds
         raise ClipError(
             f"{name!r} could not be loaded by transformers ({error}) It must be a name on the Hugging Face hub or a folder "
             "that save_pretrained wrote."
         ) from error
-    if model is None:
-        raise ClipError(_refusal(name, kind))
+    model, facts = loaded
+    missing = missing_weights(facts)
+    if missing:
+        raise ClipError(
+            f"{name!r} must hold all weights of a {type(model).__name__}; {len(missing)} are missing or of another shape, such "
+            f"as {missing[0]}. Get the files again, or save the whole model with save_pretrained."
+        )
     return wrap_hugging_face(model, name, dtype)
 
 
@@ -76,7 +86,9 @@ def wrap_hugging_face(model: Any, name: str, dtype: torch.dtype, tokenizer: Any 
     source = str(getattr(model, "name_or_path", "") or "")
     if tokenizer is None:
         tokenizer = _tokenizer_of(source, name, int(model.config.text_config.vocab_size))
-    encoder = HuggingFaceClip(model.float(), name, tokens_of(tokenizer), _statistics(kind, source, tokenizer))
+    # SigLIP is trained on texts in lower case. Folders of SigLIP 2 name Gemma's tokenizer, which leaves capitals as they are.
+    tokens = tokens_of(tokenizer, lower=kind not in _CAUSAL)
+    encoder = HuggingFaceClip(model.float(), name, tokens, _statistics(kind, source, tokenizer))
     model.to(dtype)  # the fingerprint is that of the float32 weights
     return encoder
 

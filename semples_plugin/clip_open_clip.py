@@ -7,12 +7,14 @@ transformers as BiomedCLIP's. Flow: `clip_encoder`, `clip_towers` -> **clip_open
 
 from __future__ import annotations
 
-from typing import Any, List, Tuple
+import os
+from typing import Any, Dict, List, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._text import listing
 from .clip_encoder import CLIP_MEAN, CLIP_STD, ClipEncoder, Recorder, with_submodule
 from .clip_tokens import Tokens, tokens_of
 from .clip_towers import TowerClip
@@ -30,26 +32,45 @@ def load_open_clip(name: str, dtype: torch.dtype) -> ClipEncoder:
     """What open_clip's own loader makes of a name.
 
     Args:
-        name: `"open_clip:<architecture>/<tag>"`, `"open_clip:hf-hub:<name>"` or `"open_clip:local-dir:<folder>"`.
+        name: `"open_clip:<architecture>/<tag or file>"`, `"open_clip:hf-hub:<name>"` or `"open_clip:local-dir:<folder>"`.
         dtype: of the weights.
 
     Raises:
-        ClipError: if open_clip is missing, or it cannot load the name.
+        ClipError: if open_clip is missing, the name says no weights, or open_clip cannot load them.
     """
     try:
         import open_clip
     except ImportError as error:
         raise ClipError(f"{name!r} needs open_clip: `pip install open_clip_torch` ({error}).") from error
     architecture, tag = name[len("open_clip:") :], ""
+    options: Dict[str, Any] = {}
     if not architecture.startswith(("hf-hub:", "local-dir:")):  # these hold slashes and say where their weights are
         architecture, _, tag = architecture.partition("/")
+        if not tag:
+            raise ClipError(
+                f"{name!r} must name its weights, 'open_clip:<architecture>/<tag or file>'; got an architecture alone, whose "
+                f"weights would be random. Tags of it: {listing(open_clip.list_pretrained_tags_by_model(architecture))}."
+            )
+        if os.path.isfile(tag):
+            options["force_preprocess_cfg"] = _statistics_of(architecture)
     try:
-        model, tokenizer = open_clip.create_model(architecture, pretrained=tag or None), open_clip.get_tokenizer(architecture)
+        model = open_clip.create_model(architecture, pretrained=tag or None, require_pretrained=True, **options)
+        tokenizer = open_clip.get_tokenizer(architecture)
     except (RuntimeError, ValueError, OSError, AssertionError) as error:
         raise ClipError(
             f"{name!r} could not be loaded by open_clip ({error}) Names and tags are in open_clip.list_pretrained()."
         ) from error
     return wrap_open_clip(model, name, dtype, tokenizer)
+
+
+def _statistics_of(architecture: str) -> Dict[str, Any]:
+    """Mean and standard deviation of images that all published weights of an architecture share, since a file holds none."""
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    published = [get_pretrained_cfg(architecture, tag) for tag in list_pretrained_tags_by_model(architecture)]
+    found = {(one.get("mean"), one.get("std")) for one in published}
+    mean, std = found.pop() if len(found) == 1 else (None, None)
+    return {"mean": mean, "std": std} if mean and std else {}
 
 
 def wrap_open_clip(model: Any, name: str, dtype: torch.dtype, tokenizer: Any = None) -> ClipEncoder:

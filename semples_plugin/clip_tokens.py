@@ -42,11 +42,12 @@ class Tokens(NamedTuple):
         return [*padding, *row, *tail] if self.left else [*row, *padding, *tail]
 
 
-def tokens_of(tokenizer: Any) -> Tokens:
+def tokens_of(tokenizer: Any, lower: bool = False) -> Tokens:
     """The `Tokens` of a tokenizer.
 
     Args:
         tokenizer: open_clip's (`open_clip.get_tokenizer(...)`), or a tokenizer or processor of `transformers`.
+        lower: whether a tokenizer of `transformers` gets its texts in lower case; open_clip's do what their model needs.
 
     Raises:
         ClipError: if it is none of these, or if it changes a text's ids by what stands around them.
@@ -59,7 +60,7 @@ def tokens_of(tokenizer: Any) -> Tokens:
     if inner is not None and callable(getattr(inner, "convert_tokens_to_ids", None)):  # a processor
         tokenizer = inner
     if callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
-        return _hugging_face(tokenizer, lambda text: text)
+        return _hugging_face(tokenizer, str.lower if lower else str)
     raise ClipError(
         f"`tokenizer` must be one of open_clip, or a tokenizer or processor of transformers; got {type(tokenizer).__name__}. "
         "Pass what open_clip.get_tokenizer(...) or AutoTokenizer.from_pretrained(...) returns."

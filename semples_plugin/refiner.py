@@ -65,7 +65,7 @@ class PromptRefiner(nn.Module):
     Args:
         classes: C class names, or a mapping class name -> name to prompt CLIP with (`{"person": "player", ...}`).
         clip: `"ViT-B/32"` and the like, a weights file, a loaded model of OpenAI's `clip`, open_clip or transformers,
-            `"open_clip:<architecture>/<tag>"` or `"hf:<name or folder>"`; see `semples_plugin.clip_backends.load_clip`.
+            `"open_clip:<architecture>/<tag or file>"` or `"hf:<name or folder>"`; see `semples_plugin.clip_backends.load_clip`.
         config: a `RefinerConfig`: all options. `VOC` and `COCO` hold the published numbers.
         **overrides: options of `RefinerConfig` by name, such as `lambda_area=1.0` or `image_stats=None`.
 

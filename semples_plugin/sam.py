@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import check_number, check_share
+from ._torch import missing_weights
 from .errors import MissingLibraryError, SamError
 
 __all__ = ["BOX_IOU", "MIN_IOU", "MIN_STABILITY", "POINTS_AT_ONCE", "POINTS_PER_SIDE", "SamProposals"]
@@ -118,7 +119,7 @@ def _load(name: str) -> Tuple[Any, Any]:
             raise SamError(f"{name!r} must be a Segment Anything model (type 'sam'); it is of type {kind!r}.")
         loaded: Any = SamModel.from_pretrained(name, output_loading_info=True)
         model, facts = loaded
-        missing = sorted(set(facts["missing_keys"]) | {str(key) for key in facts["mismatched_keys"]})
+        missing = missing_weights(facts)
         if missing:
             raise SamError(f"{name!r} lacks {len(missing)} weights of a Segment Anything model, such as {missing[0]}.")
         return model, SamProcessor.from_pretrained(name)

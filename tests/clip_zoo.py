@@ -75,8 +75,11 @@ def word_tokenizer(folder: Path, pad: str, eos: str) -> Any:
     return tokenizer
 
 
-def siglip2_tokenizer(folder: Path, side: str = "right") -> Any:
-    """`transformers.Siglip2Tokenizer`: letters, and merges that make one word; spaces belong to what follows them."""
+def siglip2_tokenizer(folder: Path, side: str = "right", name: str = "Siglip2Tokenizer") -> Any:
+    """`transformers.Siglip2Tokenizer`: letters, and merges that make one word; spaces belong to what follows them.
+
+    Or `GemmaTokenizer`, which leaves capitals as they are; the published folders of SigLIP 2 name it.
+    """
     transformers = pytest.importorskip("transformers")
     if not hasattr(transformers, "Siglip2Tokenizer"):  # transformers 4
         tokenizer = word_tokenizer(folder, "<pad>", "<eos>")
@@ -86,7 +89,7 @@ def siglip2_tokenizer(folder: Path, side: str = "right") -> Any:
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters, "bo", "boa", "boat"]
     merges = [("b", "o"), ("bo", "a"), ("boa", "t")]
     vocab = {token: i for i, token in enumerate(tokens)}
-    return transformers.Siglip2Tokenizer(vocab, merges, add_bos_token=False, add_eos_token=True, padding_side=side)
+    return getattr(transformers, name)(vocab, merges, add_bos_token=False, add_eos_token=True, padding_side=side)
 
 
 def bert_tokenizer(folder: Path) -> Any:
@@ -137,7 +140,7 @@ def _hugging_face(name: str, folder: Path) -> Case:
         if name == "siglip":
             tokenizer = word_tokenizer(folder, "</s>", "</s>")
         else:
-            tokenizer = siglip2_tokenizer(folder)
+            tokenizer = siglip2_tokenizer(folder, name="Siglip2Tokenizer" if name == "siglip2_naflex" else "GemmaTokenizer")
         text = {**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT, "projection_size": 64}
         text.update(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         if name == "siglip2_naflex":
@@ -152,6 +155,8 @@ def _hugging_face(name: str, folder: Path) -> Case:
         return output if isinstance(output, Tensor) else output.pooler_output
 
     def encode_text(texts: Sequence[str]) -> Tensor:
+        if name.startswith("siglip"):  # trained on texts in lower case
+            texts = [text.lower() for text in texts]
         tokens = tokenizer(list(texts), padding="max_length", max_length=length, return_tensors="pt")
         return tensor(model.get_text_features(input_ids=tokens["input_ids"]))
 

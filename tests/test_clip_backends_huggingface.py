@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from semples_plugin import ClipError, PromptRefiner, losses
+from semples_plugin._torch import missing_weights
 from semples_plugin.clip_backends import CLIP_MEAN, CLIP_STD, load_clip
 from semples_plugin.clip_huggingface import HuggingFaceClip
 from tests import clip_contract as contract
@@ -104,7 +105,30 @@ def test_padding_in_front_follows_the_tokenizer(tmp_path: Path) -> None:
     assert torch.allclose(got, encoder.encode_text(["a photo of the boat ."]), atol=1e-5)
 
 
+def test_siglip2_is_in_lower_case_with_the_tokenizer_that_its_folders_name(tmp_path: Path) -> None:
+    """google/siglip2-base-patch16-224: a `siglip` whose tokenizer is Gemma's, which leaves capitals as they are."""
+    made = case("transformers SigLIP 2", tmp_path)
+    if type(made.tokenizer).__name__ != "GemmaTokenizer":
+        pytest.skip("this transformers makes no GemmaTokenizer without a file")
+    made.model.save_pretrained(str(tmp_path))
+    made.tokenizer.save_pretrained(str(tmp_path))
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "GemmaTokenizer"
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "siglip"
+    assert made.tokenizer("Boat")["input_ids"] != made.tokenizer("boat")["input_ids"]
+    own = siglip2_tokenizer(tmp_path)("A Boat", add_special_tokens=False)["input_ids"]
+    for encoder in (made.load(), load_clip(f"hf:{tmp_path}")):
+        assert encoder.token_ids("A Boat") == encoder.token_ids("a boat") == own
+        assert torch.equal(encoder.encode_text(["A red Boat ."]), encoder.encode_text(["a red boat ."]))
+        context = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(encoder.encode_prompt(context, "A photo of {} ."), encoder.encode_prompt(context, "a photo of {} ."))
+
+
 # ------------------------------------------------------------------------------------------------ loading
+
+
+def test_weights_that_were_filled_at_random() -> None:
+    facts = {"missing_keys": ["b", "vision_model.position_ids"], "mismatched_keys": [("a", (1,), (2,))]}
+    assert missing_weights(facts) == ["a", "b"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -239,6 +263,35 @@ def test_other_models_of_transformers(tmp_path: Path) -> None:
     text = case("transformers CLIP", tmp_path / "clip").model.text_model
     with pytest.raises(ClipError, match="must be a CLIPModel, MetaClip2Model, SiglipModel or Siglip2Model; got CLIPText"):
         load_clip(text)
+
+
+@pytest.mark.parametrize("kind, tower", [("transformers CLIP", "vision_model"), ("transformers SigLIP", "text_model")])
+def test_folder_without_all_weights(kind: str, tower: str, tmp_path: Path) -> None:
+    """transformers would fill them at random."""
+    made = case(kind, tmp_path / "tokenizer")
+    state = {name: value for name, value in made.model.state_dict().items() if not name.startswith(tower)}
+    made.model.save_pretrained(str(tmp_path), state_dict=state)
+    made.tokenizer.save_pretrained(str(tmp_path))
+    with pytest.raises(ClipError, match=rf"must hold all weights of a .*Model; \d+ are missing .*, such as {tower}\."):
+        load_clip(f"hf:{tmp_path}")
+
+
+def test_folder_with_a_weight_of_another_shape(tmp_path: Path) -> None:
+    made = case("transformers CLIP", tmp_path / "tokenizer")
+    state = {**made.model.state_dict(), "text_projection.weight": torch.ones(2, 2)}
+    made.model.save_pretrained(str(tmp_path), state_dict=state)
+    made.tokenizer.save_pretrained(str(tmp_path))
+    with pytest.raises(ClipError, match="could not be loaded by transformers|must hold all weights of a CLIPModel"):
+        load_clip(f"hf:{tmp_path}")
+
+
+def test_damaged_weights_in_a_folder(tmp_path: Path) -> None:
+    made = case("transformers CLIP", tmp_path / "tokenizer")
+    made.model.save_pretrained(str(tmp_path))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ClipError, match="could not be loaded by transformers"):
+        load_clip(f"hf:{tmp_path}")
 
 
 def test_no_such_folder(tmp_path: Path) -> None:

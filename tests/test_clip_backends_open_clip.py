@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from semples_plugin import ClipError, PromptRefiner
-from semples_plugin.clip_backends import load_clip
+from semples_plugin.clip_backends import CLIP_MEAN, load_clip
 from semples_plugin.clip_open_clip import OpenClip, OpenClipTower
 from tests import clip_contract as contract
 from tests.clip_zoo import CONTEXT, VIT, bert_tokenizer, case, kinds
@@ -200,24 +200,51 @@ def test_folder_of_a_biomedclip(tmp_path: Path) -> None:
     assert contract.distance_of_texts(made, encoder) < 1e-5 and contract.distance_of_images(made, encoder) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["MobileCLIP-S1", "ViT-B-32"])
-def test_architecture_by_name(name: str) -> None:
-    """Random weights: no tag."""
+@pytest.mark.parametrize("name, mean", [("ViT-S-32", CLIP_MEAN), ("MobileCLIP-S1", (0.0, 0.0, 0.0))])
+def test_architecture_and_a_file(name: str, mean: Any, tmp_path: Path) -> None:
+    """A state dict of open_clip, as RemoteCLIP and MobileCLIP2 publish theirs; the image statistics are those of the tags."""
     pytest.importorskip("timm")
-    encoder = load_clip(f"open_clip:{name}")
-    assert isinstance(encoder, OpenClipTower if name == "MobileCLIP-S1" else OpenClip)
-    assert encoder.encode_text(["boat"]).shape == (1, 512)
+    own = open_clip.create_model(name).eval()
+    file = tmp_path / "weights.pt"
+    torch.save(own.state_dict(), file)
+    encoder = load_clip(f"open_clip:{name}/{file}")
+    assert isinstance(encoder, OpenClip if name == "ViT-S-32" else OpenClipTower) and encoder.mean == mean
+    views, tokenize = contract.random_views(encoder), open_clip.get_tokenizer(name)
+    with torch.no_grad():
+        assert contract.distance(encoder.encode_image(views), own.encode_image(views)) < 1e-5
+        assert contract.distance(encoder.encode_text(contract.TEXTS), own.encode_text(tokenize(contract.TEXTS))) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-32/", "no_such_name"])
+def test_architecture_without_weights(name: str) -> None:
+    with pytest.raises(ClipError, match=f"'open_clip:{name}' must name its weights, .* Tags of it: ('openai', 'laion|none)"):
+        load_clip(f"open_clip:{name}")
+
+
+def test_folder_without_weights(tmp_path: Path) -> None:
+    content = {"model_cfg": {"embed_dim": 32, "vision_cfg": VIT, "text_cfg": {"width": 64, "heads": 2, "layers": 1}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(content), encoding="utf-8")
+    if not hasattr(open_clip.factory, "parse_model_name"):
+        pytest.skip("this open_clip reads no folders")
+    with pytest.raises(ClipError, match="could not be loaded by open_clip .*pretrained weights"):
+        load_clip(f"open_clip:local-dir:{tmp_path}")
+
+
 @pytest.mark.parametrize(
-    "name", ["open_clip:ViT-X-99", "open_clip:ViT-B-32/no_such_tag", "open_clip:local-dir:/no/such/folder"]
+    "name",
+    [
+        "open_clip:ViT-X-99/openai",
+        "open_clip:ViT-B-32/no_such_tag",
+        "open_clip:local-dir:/no/such/folder",
+        "open_clip:ViT-B-32/no/such.pt",
+    ],
 )
 def test_no_such_name(name: str) -> None:
     with pytest.raises(ClipError, match="could not be loaded by open_clip .*Names and tags are in open_clip.list_pretrained"):
-        load_clip(f"open_clip:{name}")
+        load_clip(name)
 
 
 def test_vocabulary_of_another_kind_needs_a_tokenizer(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, List
@@ -65,6 +66,18 @@ def test_state_dict_file(as_text: bool, wrapped: bool, tiny_clip: nn.Module, tmp
     assert encoder.name == "tiny.pt" and encoder.dtype == torch.float32
     assert similar(encoder, load_clip(in_half(tiny_clip)), views)
     assert encoder.fingerprint == load_clip(tiny_clip).fingerprint
+
+
+@pytest.mark.parametrize("width, warns", [(512, True), (64, False)])
+def test_state_dict_of_a_published_size_may_be_of_open_clip(width: int, warns: bool, tmp_path: Path) -> None:
+    """QuickGELU or GELU: a state dict does not say which."""
+    model = openai_clip_module("model").CLIP(32, 32, 1, 64, 8, 77, 49408, width, width // 64, 1)
+    torch.save(model.state_dict(), tmp_path / "clip.pt")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        load_clip(tmp_path / "clip.pt")
+    found = [str(one.message) for one in seen if "QuickGELU" in str(one.message)]
+    assert len(found) == warns and all("load it as 'open_clip:<architecture>/" in one for one in found)
 
 
 def test_resnet_state_dict_file(tiny_resnet_clip: nn.Module, tmp_path: Path) -> None:

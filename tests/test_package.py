@@ -21,7 +21,7 @@ FOREIGN += ["openai", "yaml", "sklearn", "scipy"]
 
 def fresh_modules(code: str) -> List[str]:
     """Names of all modules that a fresh process has loaded after `code`."""
-    path = os.pathsep.join(p for p in sys.path if p)
+    path = os.pathsep.join(p for p in sys.path if p and Path(p) != ROOT / "tests" / "hosts" / "site")  # it imports torchvision
     root = str(Path(semples_plugin.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, path])}
     command = [sys.executable, "-c", f"import sys\n{code}\nprint(*sorted(sys.modules), sep='\\n')"]
