@@ -18,7 +18,7 @@ import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -191,10 +191,16 @@ def best(one: Dict[str, Any], area: Optional[float]) -> Tuple[float, float]:
     return float(values[at]), own.test[at]
 
 
-def lost_by_run(runs: Sequence[Dict[str, Any]], area: float) -> float:
-    """Points of mIoU that are lost if CLIP chooses run and threshold, against the choice with masks."""
+def lost_by_run(runs: Sequence[Dict[str, Any]], area: float, candidates: Optional[int] = None) -> float:
+    """Points of mIoU that are lost if CLIP chooses run and threshold, against the choice with masks.
+
+    Args:
+        runs: curves of each.
+        area: weight of the area in the agreement.
+        candidates: CLIP chooses from so many of the first runs; None for all.
+    """
     with_masks = max((best(one, None) for one in runs), key=lambda pair: pair[0])[1]
-    by_clip = max((best(one, area) for one in runs), key=lambda pair: pair[0])[1]
+    by_clip = max((best(one, area) for one in runs[:candidates]), key=lambda pair: pair[0])[1]
     return 100 * (with_masks - by_clip)
 
 
@@ -219,20 +225,24 @@ def summary(found: Dict[Cell, Dict[str, Any]], area: float, seeds: Sequence[int]
         fixed = {f"{c.row}, seed {c.seed}": _lost_at(r[kind], 0.4) for c, r in rows.items()}
         line(f"threshold, {kind}: 0.4 for all, for comparison", fixed)
 
-    def runs(what: str, wanted: Callable[[str], bool], number: int = 2) -> None:
+    def runs(what: str, names: Sequence[str], kind: str, candidates: Optional[int] = None) -> None:
         cases = {}
         for seed in seeds:
-            of_seed = [record["aligned"] for cell, record in own.items() if cell.seed == seed and wanted(cell.row)]
-            if len(of_seed) >= number:
-                cases[f"seed {seed}"] = lost_by_run(of_seed, area)
-        line(f"{what}, with the threshold, aligned", cases)
+            of_seed = [own[Cell(name, seed)][kind] for name in names if Cell(name, seed) in own]
+            if len(of_seed) == len(names):
+                cases[f"seed {seed}"] = lost_by_run(of_seed, area, candidates)
+        line(what, cases)
 
+    for kind in ("raw", "aligned"):
+        for option, names in LAMBDAS.items():
+            runs(f"{option} and threshold, {kind}", names, kind)
+            runs(f"{option} and threshold, {kind}: the recipe's {option}, for comparison", names, kind, 1)
+    runs("match or refine, and threshold, aligned", (MATCH, LEARNED), "aligned")
     options = {name for names in LAMBDAS.values() for name in names[1:]}
-    runs("match, or match and refine", lambda row: row in (MATCH, LEARNED))
-    for option, names in LAMBDAS.items():
-        runs(option, lambda row, names=names: row in names, len(names))  # type: ignore[misc]
-    runs("row, controls among them", lambda row: not row.startswith("step ") and row not in options)
-    runs("step to stop match at", lambda row: row.startswith("step "))
+    every = list(dict.fromkeys(cell.row for cell in rows if cell.row not in options))
+    if len(every) > 1:
+        runs("row, controls among them, and threshold, aligned", every, "aligned")
+    runs("step to stop match at, and threshold, aligned", [f"step {n}" for n in STEPS], "aligned")
     return "\n".join(lines)
 
 

@@ -112,11 +112,12 @@ def test_the_table_compares_the_choice_by_clip_with_the_choice_on_masks() -> Non
         for seed in (2, 3)
         if seed == 2 or row not in (low, high)
     }
-    found.update({Cell(f"step {n}", 3): {"aligned": curve(0.5 + n / 1000, n / 1000)} for n in (50, 100)})
+    found.update({Cell(f"step {n}", 3): {"aligned": curve(0.5 + n / 1000, n / 1000)} for n in experiment.STEPS})
     text = experiment.summary(found, 0.75, [2, 3])
     assert "| threshold, raw | 8 | 10.0 | 10.0 |" in text
-    assert "| lambda_refine, with the threshold, aligned | 1 | 40.0 | 40.0 | seed 2 |" in text  # 0.8, and 0.5 - 0.1
-    assert "| match, or match and refine, with the threshold, aligned | 2 | 10.0 | 10.0 |" in text
-    assert "| row, controls among them, with the threshold, aligned | 2 | 10.0 | 10.0 |" in text
-    assert "| step to stop match at, with the threshold, aligned | 1 | 10.0 | 10.0 | seed 3 |" in text
+    assert "| lambda_refine and threshold, aligned | 1 | 40.0 | 40.0 | seed 2 |" in text  # 0.8, and 0.5 - 0.1
+    assert "| lambda_refine and threshold, raw: the recipe's lambda_refine, for comparison | 1 | 20.0 | 20.0 | seed 2 |" in text
+    assert "| match or refine, and threshold, aligned | 2 | 10.0 | 10.0 |" in text
+    assert "| row, controls among them, and threshold, aligned | 2 | 10.0 | 10.0 |" in text
+    assert "| step to stop match at, and threshold, aligned | 1 | 10.0 | 10.0 | seed 3 |" in text
     assert "lambda_t" not in text
