@@ -1,19 +1,21 @@
 """What is lost by choosing without masks: the background threshold, the run (lambda, controls) and the step to stop at.
 
-    python -m examples.choices --ablation runs/ablation --jobs 2 --out runs/choices
+    python -m examples.choices --ablation runs/ablation --steps --jobs 2 --out runs/choices
     python -m examples.choices --photo-runs runs/photos/mobilenet --host mobilenet --photos VOCdevkit/VOC2012 \\
         --labels labels.json --weights mobilenet_v2.safetensors --clip photo_clip.pt --out runs/choices_mobilenet
 
-Takes the weights that the ablation or the photos experiment have kept. For every row and seed CLIP chooses a threshold on the
-images that the experiment keeps for choosing (without their masks); beside it stands the threshold that is best with their
-masks. Both are scored on the other images. The loss is the difference in mIoU. `semples_plugin.choices.AREA` was chosen on
-seed 1, so the table is over the other seeds.
+Takes the weights that the ablation (in the demo world) or the photos experiment have kept. For every row and seed CLIP chooses
+a threshold on the images that the experiment keeps for choosing (without their masks); beside it stands the threshold that is
+best with their masks. Both are scored on the other images. The loss is the difference in mIoU. `semples_plugin.choices.AREA`
+was chosen on seed 1, so the table is over the other seeds. Of the ablation's rows that change options, those with another
+lambda are taken, on the seeds that have them.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -30,7 +32,7 @@ from semples_plugin.regions import positive_pairs
 
 from .ablation.data import DemoWorld
 from .ablation.experiment import soft_masks
-from .ablation.rows import MATCH, ROWS
+from .ablation.rows import LEARNED, MATCH, ROWS
 from .cells import Cell, run_cells, slug
 from .demo import experiment as demo
 from .hosts import make_host, train_attached
@@ -40,10 +42,11 @@ from .photos import train_clip
 from .seeds import source_hash
 from .train_clip import load_feature_clip
 
-LAMBDAS = [
-    MATCH,
-    *(f"+ match + refine, learned prompts{end}" for end in ("", ", lambda_refine = 0.5", ", lambda_refine = 4.0")),
-]
+# Option -> the rows that differ in its value alone, and the row that they change.
+LAMBDAS: Dict[str, List[str]] = {}
+for _row in ROWS:
+    if len(_row.options) == 1 and next(iter(_row.options)).startswith("lambda_"):
+        LAMBDAS.setdefault(next(iter(_row.options)), [_row.against]).append(_row.name)
 STEPS = (10, 25, 50, 100, 150)  # of the match row, for choosing where to stop
 
 
@@ -124,8 +127,9 @@ def demo_cell(cell: Cell, parts: Path) -> Dict[str, Any]:
 
 
 def demo_cells(parts: Path, seeds: Sequence[int], steps: bool) -> List[Cell]:
-    rows = [(row.name, seed) for seed in seeds for row in ROWS if (parts / f"seed_{seed}" / f"{slug(row.name)}.pt").is_file()]
-    return [Cell(*one) for one in rows] + [Cell(f"step {n}", seed) for n in STEPS for seed in seeds if steps]
+    taken = [row.name for row in ROWS if row.all_seeds or any(row.name in names for names in LAMBDAS.values())]
+    rows = [Cell(name, seed) for seed in seeds for name in taken if (parts / f"seed_{seed}" / f"{slug(name)}.pt").is_file()]
+    return rows + [Cell(f"step {n}", seed) for seed in seeds for n in STEPS if steps]
 
 
 # ----------------------------------------------------------------------------------------------------------- photos
@@ -140,13 +144,15 @@ def _photo_data(root: Path, labels: Path, weights: Path, clip: Path, host: str) 
     return backbone, val, truth, load_feature_clip(clip, train_clip.TOWER)
 
 
-def photo_cell(cell: Cell, runs: Path, host: str, root: Path, labels: Path, weights: Path, clip: Path) -> Dict[str, Any]:
+def photo_cell(
+    cell: Cell, runs: Path, version: str, host: str, root: Path, labels: Path, weights: Path, clip: Path
+) -> Dict[str, Any]:
     torch.set_num_threads(1)
     backbone, val, truth, model = _photo_data(root, labels, weights, clip, host)
     settings = photos.Settings()
     refiner = photos.new_refiner(model, settings.config, cell.seed)
     network = photo_hosts.PhotoHost(*backbone)
-    network.load_state_dict(torch.load(_photo_weights(runs, cell), weights_only=True))
+    network.load_state_dict(torch.load(runs / f"seed_{cell.seed}_{version}" / f"{cell.row}.pt", weights_only=True))
     cams = photos.rectified(photo_hosts.cams_of(network.eval(), val))
     masks = photos.normalized(cams, val, settings.score_size)
     found = {}
@@ -160,11 +166,12 @@ def photo_cell(cell: Cell, runs: Path, host: str, root: Path, labels: Path, weig
     return found
 
 
-def _photo_weights(runs: Path, cell: Cell) -> Path:
-    found = sorted(runs.glob(f"seed_{cell.seed}_*/{cell.row}.pt"))
-    if not found:
-        raise FileNotFoundError(f"{runs} holds no weights of {cell.row!r} with seed {cell.seed}; run examples.photos first.")
-    return found[-1]
+def photo_version(runs: Path) -> str:
+    """Which code made the newest weights of `examples.photos`: its folders are named seed_SEED_VERSION."""
+    folders = sorted((path for path in runs.glob("seed_*_*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    if not folders:
+        raise ValueError(f"--photo-runs: {runs} holds no weights; run python -m examples.photos first")
+    return folders[-1].name.split("_")[2]
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
@@ -184,10 +191,16 @@ def best(one: Dict[str, Any], area: Optional[float]) -> Tuple[float, float]:
     return float(values[at]), own.test[at]
 
 
-def lost_by_run(runs: Sequence[Dict[str, Any]], area: float) -> float:
-    """Points of mIoU that are lost if CLIP chooses run and threshold, against the choice with masks."""
+def lost_by_run(runs: Sequence[Dict[str, Any]], area: float, candidates: Optional[int] = None) -> float:
+    """Points of mIoU that are lost if CLIP chooses run and threshold, against the choice with masks.
+
+    Args:
+        runs: curves of each.
+        area: weight of the area in the agreement.
+        candidates: CLIP chooses from so many of the first runs; None for all.
+    """
     with_masks = max((best(one, None) for one in runs), key=lambda pair: pair[0])[1]
-    by_clip = max((best(one, area) for one in runs), key=lambda pair: pair[0])[1]
+    by_clip = max((best(one, area) for one in runs[:candidates]), key=lambda pair: pair[0])[1]
     return 100 * (with_masks - by_clip)
 
 
@@ -211,25 +224,46 @@ def summary(found: Dict[Cell, Dict[str, Any]], area: float, seeds: Sequence[int]
         line(f"threshold, {kind}", {f"{c.row}, seed {c.seed}": lost(r[kind], area) for c, r in rows.items()})
         fixed = {f"{c.row}, seed {c.seed}": _lost_at(r[kind], 0.4) for c, r in rows.items()}
         line(f"threshold, {kind}: 0.4 for all, for comparison", fixed)
-    for what, names in (("lambda and threshold", LAMBDAS), ("row and threshold, controls among them", None)):
+
+    def runs(what: str, names: Sequence[str], kind: str, candidates: Optional[int] = None) -> None:
         cases = {}
         for seed in seeds:
-            runs = [r["aligned"] for c, r in rows.items() if c.seed == seed and (names is None or c.row in names)]
-            if len(runs) > 1:
-                cases[f"seed {seed}"] = lost_by_run(runs, area)
-        line(f"{what}, aligned", cases)
-    cases = {}
-    for seed in seeds:
-        runs = [r["aligned"] for c, r in own.items() if c.seed == seed and c.row.startswith("step ")]
-        if len(runs) > 1:
-            cases[f"seed {seed}"] = lost_by_run(runs, area)
-    line("step to stop at and threshold, aligned", cases)
+            of_seed = [own[Cell(name, seed)][kind] for name in names if Cell(name, seed) in own]
+            if len(of_seed) == len(names):
+                cases[f"seed {seed}"] = lost_by_run(of_seed, area, candidates)
+        line(what, cases)
+
+    for kind in ("raw", "aligned"):
+        for option, names in LAMBDAS.items():
+            runs(f"{option} and threshold, {kind}", names, kind)
+            runs(f"{option} and threshold, {kind}: the recipe's {option}, for comparison", names, kind, 1)
+    runs("match or refine, and threshold, aligned", (MATCH, LEARNED), "aligned")
+    options = {name for names in LAMBDAS.values() for name in names[1:]}
+    every = list(dict.fromkeys(cell.row for cell in rows if cell.row not in options))
+    if len(every) > 1:
+        runs("row, controls among them, and threshold, aligned", every, "aligned")
+    runs("step to stop match at, and threshold, aligned", [f"step {n}" for n in STEPS], "aligned")
     return "\n".join(lines)
 
 
 def _lost_at(one: Dict[str, Any], threshold: float) -> float:
     own = Curves(**one)
     return 100 * (own.test[int(np.argmax(own.chosen))] - own.test[THRESHOLDS.index(threshold)])
+
+
+def identity(args: argparse.Namespace, version: str) -> str:
+    """Identifies what a cell's record depends on: code, inputs, and the version of the weights that were kept."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256(source_hash(*(here / name for name in ("ablation", "demo", "photos"))).encode())
+    for path in (here / "choices.py", here / "train_clip.py"):
+        digest.update(path.read_bytes())
+    if args.ablation is not None:
+        facts = [str(args.ablation.resolve()), version]
+    else:
+        facts = [version, args.host, *(str(path.resolve()) for path in (args.photo_runs, args.photos))]
+        facts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in (args.labels, args.weights, args.clip)]
+    digest.update(json.dumps(facts).encode())
+    return digest.hexdigest()
 
 
 def main(argv: Sequence[str] = ()) -> None:
@@ -257,16 +291,21 @@ def main(argv: Sequence[str] = ()) -> None:
         parts = sorted(args.ablation.glob("parts_*"), key=lambda path: path.stat().st_mtime)
         if not parts:
             parser.error(f"--ablation: {args.ablation} holds no weights; run python -m examples.ablation first")
+        version = parts[-1].name
         cells, run = demo_cells(parts[-1], args.seeds, args.steps), functools.partial(demo_cell, parts=parts[-1])
     else:
         if None in (args.photos, args.labels, args.clip, args.weights):
             parser.error("--photo-runs needs --photos, --labels, --clip and --weights")
+        try:
+            version = photo_version(args.photo_runs)
+        except ValueError as error:
+            parser.error(str(error))
         cells = [Cell(row, seed) for seed in args.seeds for row in args.photo_rows]
         run = functools.partial(
-            photo_cell, runs=args.photo_runs, host=args.host, root=args.photos, labels=args.labels, weights=args.weights,
-            clip=args.clip,
+            photo_cell, runs=args.photo_runs, version=version, host=args.host, root=args.photos, labels=args.labels,
+            weights=args.weights, clip=args.clip,
         )  # fmt: skip
-    found = run_cells(args.out, cells, source_hash(Path(__file__).parent / "ablation"), run, args.jobs)
+    found = run_cells(args.out, cells, identity(args, version), run, args.jobs)
     seeds = [seed for seed in args.seeds if seed != 1] or args.seeds
     text = summary(found, args.area, seeds)
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ import torch
 from examples.ablation import __main__ as ablation
 from examples.ablation.data import DemoWorld
 from examples.ablation.experiment import Run, Settings
-from examples.ablation.rows import BASE, HOST, LEARNED, MATCH, ROWS
+from examples.ablation.rows import AREA, BASE, HOST, LEARNED, MATCH, ROWS, distinct_rows
 from examples.cells import Cell, run_cells
 from examples.compatibility import __main__ as compatibility
 from examples.compatibility import experiment as compatibility_experiment
@@ -26,6 +26,7 @@ from examples.recipe import COMPACT_CLIP
 from examples.small import small_iou
 from examples.tables import Line, as_csv, as_markdown, difference, draw
 from semples_plugin import PromptRefiner
+from semples_plugin.config import VOC
 from tests.voc_photos import write_photos
 
 
@@ -105,6 +106,23 @@ def test_every_row_has_a_loss_of_its_own_and_a_row_to_compare_with(run: Run) -> 
             assert refiner is not None and refiner.prompt_names == [*refiner.classes[1:], refiner.classes[0]]
 
 
+def test_rows_that_repeat_the_row_they_are_compared_with_are_left_out() -> None:
+    rows, left_out = distinct_rows(COMPACT_CLIP)
+    assert rows == ROWS and not left_out
+    form, strong = (f"{LEARNED}, {end}" for end in ("T = -log(1 - c), lambda_t = 1", "lambda_t = 1.0"))
+    assert {row.name: row.against for row in rows}[form] == strong  # the rows differ in the form of T alone
+
+    rows, left_out = distinct_rows(VOC)  # its lambda_area is 0, its lambda_t 0.02
+    against = {row.name: row.against for row in rows}
+    assert set(left_out) == {AREA, f"{MATCH}, lambda_area = 0.0", f"{LEARNED}, lambda_t = 0.02"}
+    assert "give it a weight with --set lambda_area=1" in left_out[AREA]
+    assert against[MATCH] == HOST and against[f"{MATCH}, lambda_area = 2.0"] == MATCH
+    assert all(other in against for other in against.values() if other)
+
+    against = {row.name: row.against for row in distinct_rows(VOC.replace(lambda_area=1, lambda_t=1))[0]}
+    assert against[MATCH] == AREA and strong not in against and against[form] == LEARNED
+
+
 def test_a_cell_has_figures_and_its_weights_are_kept(run: Run) -> None:
     run.cell(BASE)
     first = run.cell(MATCH)
@@ -157,14 +175,20 @@ def test_the_ablation_from_its_command_line(tmp_path: Path, monkeypatch: pytest.
     assert sorted(path.name for path in tmp_path.glob("table*")) == ["table.csv", "table.md", "table.png", "table_aligned.png"]
 
 
-def test_the_ablation_on_a_folder_in_the_layout_of_voc(tmp_path: Path) -> None:
+def test_the_ablation_on_a_folder_in_the_layout_of_voc(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = write_photos(tmp_path / "photos")
-    ablation.main(
-        ["--data", str(photos), "--labels", str(photos / "labels.json"), "--classes", "cat", "dog", "--clip", str(CLIP_FILE),
-         "--set", "prompt_length=4", "--out", str(tmp_path / "out"), "--seeds", "2", "--host-steps", "1", "--steps", "1",
-         "--batch-size", "2", "--host-batch-size", "2", "--rows", HOST]
-    )  # fmt: skip
-    assert "photos, 2 classes" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    arguments = [
+        "--data", str(photos), "--labels", str(photos / "labels.json"), "--classes", "cat", "dog", "--clip", str(CLIP_FILE),
+        "--set", "prompt_length=4", "--out", str(tmp_path / "out"), "--seeds", "2", "--host-steps", "1", "--steps", "1",
+        "--batch-size", "2", "--host-batch-size", "2", "--rows",
+    ]  # fmt: skip
+    ablation.main([*arguments, HOST, AREA])
+    text = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert "photos, 2 classes" in text and "| host alone |" in text and f"| {AREA} |" not in text
+    assert f"Left out: {AREA} (lambda_area is 0; give it a weight with --set lambda_area=1)." in text
+    with pytest.raises(SystemExit):
+        ablation.main([*arguments, AREA])
+    assert "no row is left. Left out: area term alone, no CLIP (lambda_area is 0" in capsys.readouterr().err
 
 
 def test_the_compatibility_table_on_the_hosts_that_need_no_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

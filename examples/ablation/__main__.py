@@ -3,12 +3,16 @@
     python -m examples.ablation --seeds 5 --jobs 2 --out runs/ablation
     python -m examples.ablation --rows "host alone" "area" "+ match" --seeds 3            some rows
     python -m examples.ablation --host mctformer --repos HOSTS ...                        another host
-    python -m examples.ablation --data VOCdevkit/VOC2012 --clip ViT-B/32 --host resnet10t  photos
+    python -m examples.ablation --data VOCdevkit/VOC2012 --clip ViT-B/32 --host resnet10t --set lambda_area=1    photos
 
 Writes table.md, table.csv and table.png into the folder. A finished cell (row and seed) is not computed again, so a run that
 was stopped goes on where it was. `--jobs N` computes N cells at a time; with several GPUs these take turns on them.
 
-Seeds are 1, 2, ...; settings were chosen on seed 0. Rows that change one option are run with the first three seeds.
+Seeds are 1, 2, ...; settings were chosen on seed 0. Rows that change options are run with the first three seeds.
+
+With --data the options are those of VOC's recipe, which has no area term. Without `--set lambda_area=...` the control "area
+term alone" is left out, and match is compared with the host. Rows that would be the same as the row that they are compared with
+are left out, too.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
@@ -30,9 +35,9 @@ from ..seeds import select_rows, source_hash
 from ..tables import Line, as_csv, as_markdown, draw
 from .data import demo_world, voc_folder
 from .experiment import Settings, run_cell
-from .rows import BASE, MATCH, ROWS
+from .rows import BASE, MATCH, ROWS, distinct_rows
 
-FEW = 3  # seeds of a row that changes one option
+FEW = 3  # seeds of a row that changes options
 FIGURES = ["mIoU", "mIoU, aligned", "co-occurrence share", "IoU of small things", "IoU of small things, aligned"]
 
 
@@ -76,7 +81,13 @@ def main(argv: Sequence[str] = ()) -> None:
         )  # fmt: skip
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    rows = [row for row in ROWS if row.name in chosen and (row.texts != "own" or data.own_texts)]
+    rows, left_out = distinct_rows(config)
+    rows = [row for row in rows if row.name in chosen and (row.texts != "own" or data.own_texts)]
+    notes = [f"Left out: {name} ({why})." for name, why in left_out.items() if name in chosen]
+    if not rows:
+        parser.error(f"--rows: no row is left. {' '.join(notes)}")
+    for note in notes:
+        print(note, file=sys.stderr)
     clip = args.clip or (str(demo.CLIP_FILE) if args.data is None else "ViT-B/32")
     weights = {"text_weight": 4.0, "text_threshold": 0.25} if args.data is None else {"text_weight": 1.0, "text_threshold": 0.0}
     settings = Settings(
@@ -94,7 +105,7 @@ def main(argv: Sequence[str] = ()) -> None:
     if any(row.prompts for row in rows) and MATCH not in chosen:
         cells += [Cell(MATCH, seed, 1) for seed in seeds]
     found = run_cells(args.out, cells, made_with, functools.partial(run_cell, settings=settings, data=data), args.jobs)
-    write_tables(args.out, [line_of(row, found) for row in rows], title_of(args, data.classes))
+    write_tables(args.out, [line_of(row, found) for row in rows], title_of(args, data.classes), notes)
 
 
 def line_of(row: Any, found: Dict[Cell, Dict[str, Any]]) -> Line:
@@ -111,10 +122,10 @@ def title_of(args: argparse.Namespace, classes: List[str]) -> str:
     return f"Ablation: {args.host}, {where}, {args.steps} steps after {args.host_steps} of the host"
 
 
-def write_tables(out: Path, lines: Sequence[Line], title: str) -> None:
+def write_tables(out: Path, lines: Sequence[Line], title: str, notes: Sequence[str] = ()) -> None:
     figures = [name for name in FIGURES if any(name in line.figures for line in lines)]
     compared = [name for name in figures if name.startswith("mIoU")]
-    text = f"{title}\n\n{as_markdown(lines, figures, compared)}\n"
+    text = "\n".join([title, "", as_markdown(lines, figures, compared), *(f"\n{note}" for note in notes), ""])
     (out / "table.md").write_text(text, encoding="utf-8")
     (out / "table.csv").write_text(as_csv(lines), encoding="utf-8")
     for name in compared:

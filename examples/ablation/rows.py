@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, NamedTuple, Optional
+import dataclasses
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-__all__ = ["BASE", "HOST", "LEARNED", "MATCH", "ROWS", "Row"]
+from semples_plugin.config import RefinerConfig
+
+__all__ = ["AREA", "BASE", "HOST", "LEARNED", "MATCH", "ROWS", "Row", "distinct_rows"]
 
 BASE = "base"  # the host that all rows start from; not a row of the table
 HOST = "host alone"
@@ -75,7 +78,41 @@ ROWS = [
     *_scan(OF_REFINE, LEARNED, "prompt_length", [2, 16], "learned"),
     *_scan(OF_REFINE, LEARNED, "lambda_refine", [0.5, 4.0], "learned"),
     *_scan(OF_REFINE, LEARNED, "lambda_t", [0.02, 1.0], "learned"),
-    Row(OF_REFINE, LEARNED + ", T = -log(1 - c), lambda_t = 1", LEARNED, prompts="learned",
+    Row(OF_REFINE, LEARNED + ", T = -log(1 - c), lambda_t = 1", LEARNED + ", lambda_t = 1.0", prompts="learned",
         options={"repel": "log1m", "lambda_t": 1.0}, all_seeds=False),
     *_scan(OF_REFINE, LEARNED, "prompts_per_class", [2], "learned"),
 ]  # fmt: skip
+
+
+def distinct_rows(config: RefinerConfig) -> Tuple[List[Row], Dict[str, str]]:
+    """The rows without those that would repeat the row that they are compared with.
+
+    Args:
+        config: of all rows, before a row's options.
+
+    Returns:
+        rows: a row whose partner was left out is compared with the partner's own partner.
+        left_out: name of a row -> why it was left out.
+    """
+    by_name = {row.name: row for row in ROWS}
+    left_out = {}
+    for row in ROWS:
+        partner = by_name.get(row.against)
+        if row.loss == "area" and not config.lambda_area:
+            left_out[row.name] = "lambda_area is 0; give it a weight with --set lambda_area=1"
+        elif partner is not None and _settings(row, config) == _settings(partner, config):
+            left_out[row.name] = f"with these options it is the same as {partner.name!r}"
+    rows = []
+    for row in ROWS:
+        against = row.against
+        while against in left_out:
+            against = by_name[against].against
+        if row.name not in left_out:
+            rows.append(row._replace(against=against))
+    return rows, left_out
+
+
+def _settings(row: Row, config: RefinerConfig) -> Row:
+    """A row with all options and without names: equal for rows that train alike."""
+    options = {**dataclasses.asdict(config), **row.options}
+    return row._replace(group="", name="", against="", all_seeds=True, options=options)
