@@ -169,7 +169,7 @@ def _refined_here(job: Job, parts: Sequence[_Part], number: int) -> _Results:
     counts: Dict[int, List[int]] = {}  # part -> images that are still being written, written, without label
     failed: Dict[int, Dict[str, str]] = {}
     reading, writing = 0, 0
-    with Workers(number, job) as workers:
+    with Workers(number, job.without_models()) as workers:
         while waiting or reading or writing:
             while waiting and reading <= number and writing <= number * job.options.batch_size:  # bounds the memory
                 i, part = waiting.popleft()

@@ -6,6 +6,7 @@ file appears whole or not at all.
 
 from __future__ import annotations
 
+import copy
 import errno
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -58,7 +59,11 @@ Proposals = Callable[[LoadedCam], Any]  # an image -> its masks (M, h, w) bool, 
 
 
 class Job:
-    """What all chunks of a run share. A copy in another process builds its own refiner, once it is needed."""
+    """What all chunks of a run share. A copy in another process builds its own refiner, once it is needed.
+
+    Attributes:
+        tiles: whether large images are aligned tile by tile.
+    """
 
     def __init__(
         self,
@@ -73,6 +78,7 @@ class Job:
         """See `refine_folder`; `build` makes a refiner that is equal to `refiner`."""
         self.out, self.num_classes, self.options, self.labels = out, num_classes, options, labels
         self.proposals, self._refiner, self._build = proposals, refiner, build
+        self.tiles = options.large == "tiles" and options.align in ("pamr", None) and proposals is None  # of large images
 
     @property
     def refiner(self) -> Optional[PromptRefiner]:
@@ -81,14 +87,15 @@ class Job:
             self._refiner = self._build()
         return self._refiner
 
-    @property
-    def tiles(self) -> bool:
-        """Whether large images are aligned tile by tile."""
-        return self.options.large == "tiles" and self.options.align in ("pamr", None) and self.proposals is None
-
     def is_large(self, item: CamItem) -> bool:
         """Whether an image has more pixels than are refined at once."""
         return item.size[0] * item.size[1] > self.options.max_pixels
+
+    def without_models(self) -> "Job":
+        """The job for a worker that only reads and writes, which needs no model of its own."""
+        job = copy.copy(self)
+        job.proposals, job._refiner, job._build = None, None, None
+        return job
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**self.__dict__, "_refiner": None}
