@@ -25,6 +25,7 @@ __all__ = [
     "CLIP_STEPS",
     "LOGIT_EPS",
     "MASK_EPS",
+    "MOST_CLASSES",
     "Threshold",
     "UNCERTAIN",
     "PAMR_CHUNK",
@@ -32,6 +33,7 @@ __all__ = [
     "align_masks",
     "cam_to_masks",
     "check_align",
+    "check_class_count",
     "check_threshold",
     "optimize",
     "optimize_cam",
@@ -44,6 +46,7 @@ MASK_EPS = 1e-6  # of the normalization here: masks must not depend on the scale
 CLIP_STEPS, CLIP_LR, CLIP_GRID = 5, 0.3, 16  # of `optimize`, where nothing else is asked for
 PAMR_CHUNK = 8  # masks that `pamr` works on at once
 UNCERTAIN = 255  # label of pixels between two thresholds
+MOST_CLASSES = 254  # that label maps of 8 bits hold beside background and 255
 Threshold = Union[float, Tuple[float, float]]
 LOGIT_EPS = 0.02  # masks are clamped to [0.02, 0.98] before their logit: how far d must go to fill an empty place
 
@@ -320,7 +323,7 @@ def optimize_cam(
     return result
 
 
-def pseudo_labels(masks: Tensor, threshold: Threshold) -> Tensor:
+def pseudo_labels(masks: Tensor, threshold: Threshold, classes: Optional[Sequence[int]] = None) -> Tensor:
     """Label map (B, H, W): argmax over background and classes; 0 background, 1 + class index, 255 uncertain.
 
     Args:
@@ -328,11 +331,32 @@ def pseudo_labels(masks: Tensor, threshold: Threshold) -> Tensor:
         threshold: background score of every pixel; a class needs more than this. Two of them, (low, high): a pixel whose best
             class is above high gets the class, one at or below low is background, and one between them is 255, which training
             of a segmentation network leaves out.
+        classes: index of the class of each channel; 0 to C - 1 by default.
+
+    Raises:
+        ValueError: with two thresholds, if label 255 would also be that of a class.
     """
     low, high = threshold if isinstance(threshold, (tuple, list)) else (threshold, threshold)
+    last = masks.shape[1] - 1 if classes is None else max(classes)
+    if low < high and last >= MOST_CLASSES:
+        raise ValueError(
+            f"With two thresholds there may be at most {MOST_CLASSES} classes; got class index {last}, and label {UNCERTAIN} "
+            "means uncertain. Give one threshold."
+        )
     best, index = masks.max(dim=1)  # (B, H, W)
+    if classes is not None:
+        index = torch.as_tensor(classes, device=index.device)[index]
     labels = torch.where(best > high, index + 1, torch.full_like(index, UNCERTAIN))
     return torch.where(best > low, labels, torch.zeros_like(index))
+
+
+def check_class_count(count: int) -> None:
+    """Raise if label maps of 8 bits cannot hold so many classes."""
+    if count > MOST_CLASSES:
+        raise ValueError(
+            f"Label maps hold at most {MOST_CLASSES} classes, as label 0 is background and label {UNCERTAIN} is not counted; "
+            f"got {count} classes. Name those that occur in your images only, or split the set."
+        )
 
 
 def check_threshold(name: str, threshold: Any) -> None:

@@ -327,6 +327,7 @@ class PromptRefiner(nn.Module):
         clip_steps: int = masks.CLIP_STEPS,
         clip_lr: float = masks.CLIP_LR,
         clip_grid: int = masks.CLIP_GRID,
+        classes: Optional[Sequence[int]] = None,
     ) -> masks.RefinedMasks:
         """Refined masks and pseudo labels at image size, without training.
 
@@ -343,16 +344,18 @@ class PromptRefiner(nn.Module):
                 (K, H, W)) -> (K, H, W). Also a list of these, one for each image, such as `mask_proposals.ProposalAlign`.
             clip_steps: gradient steps of `optimize_cam`; 0 leaves them out.
             clip_lr, clip_grid: `lr` and `grid` of `optimize_cam`.
+            classes: index of the class of each channel of `cam`, each column of `labels` and each of the masks, if they hold
+                only some of the classes, C' of them: memory does not grow with the others then.
 
         Returns:
             `RefinedMasks`: masks (B, C, H, W), zero for absent classes, and labels (B, H, W).
         """
         masks.check_threshold("threshold", threshold)
         check_number("clip_steps", clip_steps, 0, whole=True)
-        img, cam, labels = self._check(img, cam, labels)
+        img, cam, labels = self._check(img, cam, labels, classes)
         masks.check_align(align, len(img))
         if clip_steps:
-            cam = self._optimize(img, cam, labels, clip_steps, clip_lr, clip_grid)
+            cam = self._optimize(img, cam, labels, clip_steps, clip_lr, clip_grid, classes)
         pairs = regions.positive_pairs(labels)
         weight = None
         if suppress and len(pairs):
@@ -360,10 +363,10 @@ class PromptRefiner(nn.Module):
             dense = torch.cat([self._encoder.encode_dense(part) for part in parts])
             u_b = self.prompt_features() if self.stage == "refine" else None
             alive, scale = self.prompts.alive, self._encoder.logit_scale
-            weight = masks.suppression(dense, pairs, self.text_features, u_b, scale, alive)
+            weight = masks.suppression(dense, _of_classes(pairs, classes), self.text_features, u_b, scale, alive)
         plain = regions.change_stats(img.float(), self.image_stats, None).clamp(0, 1)
         result = masks.cam_to_masks(plain, cam, pairs, normalize=self.config.normalize, align=align, weight=weight)
-        return masks.RefinedMasks(result, masks.pseudo_labels(result, threshold))
+        return masks.RefinedMasks(result, masks.pseudo_labels(result, threshold, classes))
 
     def optimize_cam(
         self,
@@ -394,7 +397,16 @@ class PromptRefiner(nn.Module):
         """
         return self._optimize(*self._check(img, cam, labels), steps, lr, grid)
 
-    def _optimize(self, img: Tensor, cam: Tensor, labels: Tensor, steps: int, lr: float, grid: int) -> Tensor:
+    def _optimize(
+        self,
+        img: Tensor,
+        cam: Tensor,
+        labels: Tensor,
+        steps: int,
+        lr: float,
+        grid: int,
+        classes: Optional[Sequence[int]] = None,
+    ) -> Tensor:
         """`optimize_cam` of a batch that was checked."""
         for name, value in (("steps", steps), ("grid", grid)):
             check_number(name, value, 1, whole=True)
@@ -404,6 +416,7 @@ class PromptRefiner(nn.Module):
             images = self._view_images(img).clone()  # an ordinary tensor also under inference mode
 
             def loss_of(pair_masks: Tensor, pairs: Tensor, levels: Tensor) -> Tensor:
+                pairs = _of_classes(pairs, classes)
                 pair_views = views.pair_views(images, pair_masks, pairs, self._encoder, self.config, levels)
                 features = self._encoder.encode_image(torch.cat(pair_views), self.config.max_views)
                 return self._terms(features, pair_masks, pairs, self._learned(pairs), self.config)[0]
@@ -585,10 +598,16 @@ class PromptRefiner(nn.Module):
         clusters = "" if self.config.clusters is None else f", {len(self.config.clusters)} clusters"
         return f"{len(self.classes)} classes, clip={self._encoder.name!r}, stage={self.stage!r}{clusters}"
 
-    def _check(self, img: Any, cam: Any, labels: Any) -> Tuple[Tensor, Tensor, Tensor]:
-        config = self.config
+    def _check(self, img: Any, cam: Any, labels: Any, classes: Optional[Sequence[int]] = None) -> Tuple[Tensor, Tensor, Tensor]:
+        config, count = self.config, len(self.classes)
+        if classes is not None:
+            if not len(classes) or list(classes) != sorted({*classes} & {*range(count)}):
+                raise ValueError(
+                    f"`classes` must hold ascending class indices from 0 to {count - 1}; got {list(classes)!r:.200}."
+                )
+            count = len(classes)
         img, cam, labels = check_batch(
-            img, cam, labels, len(self.classes), config.background_channel, self.image_stats, config.normalize is None
+            img, cam, labels, count, config.background_channel, self.image_stats, config.normalize is None
         )
         if not self.device == self._encoder.device == cam.device:
             self.to(cam.device)
@@ -618,3 +637,10 @@ class PromptRefiner(nn.Module):
         super()._apply(lambda tensor: tensor.to(device), *args, **kwargs)
         self._encoder.to(device)
         return self
+
+
+def _of_classes(pairs: Tensor, classes: Optional[Sequence[int]]) -> Tensor:
+    """Pairs (P, 2) of image and channel as pairs of image and class."""
+    if classes is None:
+        return pairs
+    return torch.stack([pairs[:, 0], torch.as_tensor(classes, device=pairs.device)[pairs[:, 1]]], dim=1)

@@ -430,3 +430,29 @@ def test_two_thresholds_leave_uncertain_pixels() -> None:
 def test_two_thresholds_that_are_none(threshold: Any, make_refiner: Any, make_batch: Any) -> None:
     with pytest.raises(ValueError, match="`threshold` must be"):
         make_refiner(["boat", "train", "bird"]).refine_masks(*make_batch(), threshold=threshold, clip_steps=0)
+
+
+def test_more_classes_than_labels_below_255_have_one_threshold() -> None:
+    soft = torch.zeros(1, 255, 1, 2)
+    soft[0, 254, 0, 0], soft[0, 253, 0, 1] = 1.0, 0.4
+    assert masks.pseudo_labels(soft, 0.3).tolist() == masks.pseudo_labels(soft, (0.3, 0.3)).tolist() == [[[255, 254]]]
+    assert masks.pseudo_labels(soft[:, :254], (0.3, 0.5)).tolist() == [[[0, 255]]]
+    for few, classes in ((soft, None), (soft[:, 253:], [253, 254])):
+        with pytest.raises(ValueError, match="at most 254 classes; got class index 254, and label 255 means uncertain"):
+            masks.pseudo_labels(few, (0.3, 0.5), classes)
+    masks.check_class_count(254)
+    with pytest.raises(ValueError, match="Label maps hold at most 254 classes, .* got 255 classes"):
+        masks.check_class_count(255)
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_steps": 0}, {"suppress": True, "align": None, "threshold": (0.3, 0.5)}])
+def test_refine_on_some_classes_equals_refine_on_all(options: Dict[str, Any], make_refiner: Any, make_batch: Any) -> None:
+    refiner, (img, cam, labels) = make_refiner(learned=True), make_batch([[0, 0, 1], [0, 0, 0], [0, 1, 0]])
+    expected = refiner.refine_masks(img, cam, labels, **options)
+    got = refiner.refine_masks(img, cam[:, 1:], labels[:, 1:], classes=[1, 2], **options)
+    assert torch.equal(got.masks, expected.masks[:, 1:]) and torch.equal(got.labels, expected.labels)
+    for wrong in ([], [2, 1], [1, 1], [1, 3], [-1, 1]):
+        with pytest.raises(ValueError, match="`classes` must hold ascending class indices from 0 to 2; got"):
+            refiner.refine_masks(img, cam[:, 1:], labels[:, 1:], classes=wrong)
+    with pytest.raises(ValueError, match=r"`cam` must have shape \(B, C, h, w\) with B = 3 and C = 2 classes"):
+        refiner.refine_masks(img, cam, labels, classes=[1, 2])

@@ -19,6 +19,7 @@ from .printing import print_failed
 if TYPE_CHECKING:
     from ..files.cam_folder import LoadedCam
     from ..files.refine_folder import Proposals
+    from ..sam import SamProposals
 
 __all__ = ["add_parser", "run"]
 
@@ -182,7 +183,11 @@ def _proposals(options: argparse.Namespace) -> Optional["Proposals"]:
     if options.sam is None:
         return None
     check_device(options.device)
-    return _Sam(options.sam, options.device)
+    sam = _Sam(options.sam, options.device)
+    sam.load()  # so that a wrong model ends the run here
+    if options.workers and options.device.partition(":")[0] == "cpu":
+        sam.release()  # each worker loads its own
+    return sam
 
 
 class _Folder:
@@ -198,15 +203,24 @@ class _Folder:
 
 
 class _Sam:
-    """`--sam`; a copy in another process loads the model again."""
+    """`--sam`; each process that calls it loads the model at its first call."""
 
     def __init__(self, model: str, device: str):
-        from ..sam import SamProposals
-
-        self.model, self.device, self._sam = model, device, SamProposals(model, device)
+        self.model, self.device = model, device
+        self._sam: Optional["SamProposals"] = None
 
     def __call__(self, one: "LoadedCam") -> Any:
-        return self._sam(one.img)
+        return self.load()(one.img)
+
+    def load(self) -> "SamProposals":
+        from ..sam import SamProposals
+
+        if self._sam is None:
+            self._sam = SamProposals(self.model, self.device)
+        return self._sam
+
+    def release(self) -> None:
+        self._sam = None
 
     def __reduce__(self) -> Any:
         return _Sam, (self.model, self.device)

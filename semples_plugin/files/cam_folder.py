@@ -74,7 +74,7 @@ class LoadedCam(NamedTuple):
 
     item: CamItem
     img: Tensor  # (3, h, w) in [0, 1], at the size at which it is refined
-    content: CamFile
+    content: CamFile  # of the present classes
     labels: np.ndarray  # (C,)
     picture: Optional[np.ndarray] = None  # (H, W, 3) uint8, the image itself where it is larger than `img`
 
@@ -103,6 +103,7 @@ def load(
         try:
             content = read_cam_file(item.cam, num_classes)
             row = _row(item.name, content, labels, num_classes)
+            content = content._replace(cams={k: content.cams[k] for k in row.nonzero()[0].tolist()})
             picture = read_image(item.image)
             if picture.shape[:2] != item.size:
                 raise CamFileError(f"{item.image} changed while it was read")
@@ -141,12 +142,14 @@ def _shrink(picture: np.ndarray, max_pixels: int) -> Tensor:
     return torch.from_numpy(picture).permute(2, 0, 1).float() / 255
 
 
-def cam_tensor(content: CamFile, size: Sequence[int], num_classes: int) -> Tensor:
-    """The CAMs as (C, h, w), at the size at which the image is refined; 0 for classes that the file does not hold."""
-    result = torch.zeros(num_classes, *size)
-    for k, value in content.cams.items():
-        one = torch.from_numpy(value)[None, None]  # (1, 1, H, W)
-        result[k] = F.interpolate(one, size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
+def cam_tensor(content: CamFile, size: Sequence[int], classes: Sequence[int]) -> Tensor:
+    """The CAMs of K classes as (K, h, w), at the size at which the image is refined; 0 for classes that `content` lacks."""
+    result = torch.zeros(len(classes), *size)
+    for i, k in enumerate(classes):
+        if k not in content.cams:
+            continue
+        one = torch.from_numpy(content.cams[k])[None, None]  # (1, 1, H, W)
+        result[i] = F.interpolate(one, size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
     return result
 
 
@@ -199,7 +202,8 @@ class CamLoader:
                 continue
             self.items += [one.item for one in loaded]
             img = torch.stack([one.img for one in loaded])  # (B, 3, h, w)
-            cam = torch.stack([cam_tensor(one.content, img.shape[2:], self.num_classes) for one in loaded])  # (B, C, h, w)
+            classes = range(self.num_classes)
+            cam = torch.stack([cam_tensor(one.content, img.shape[2:], classes) for one in loaded])  # (B, C, h, w)
             self._cam = cam.to(self.device)
             yield img, torch.from_numpy(np.stack([one.labels for one in loaded]))
         if not self.items:

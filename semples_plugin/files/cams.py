@@ -11,7 +11,7 @@ import re
 import reprlib
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -183,18 +183,26 @@ def write_cam_file(path: PathLike, content: CamFile) -> None:
     if content.layout == "dict":
         write_atomically(path, lambda file: np.save(file, np.array(cams, dtype=object), allow_pickle=True))
         return
+    if content.layout == "array":
+        write_atomically(path, lambda file: _save_maps(file, list(cams.values())))
+        return
     keys = np.array(list(cams), np.int64)
     maps = np.stack(list(cams.values())) if cams else np.zeros((0, 1, 1), np.float32)
     if content.layout == "npz":
         write_atomically(path, lambda file: np.savez(file, keys=keys, cam=maps))
         return
-    if content.layout == "array":
-        write_atomically(path, lambda file: np.save(file, maps))
-        return
     stored: Any = {"keys": keys, "cam": maps, "high_res": maps}
     if content.low is not None:
         stored["cam"] = np.stack([_resize(value, content.low) for value in maps]) if len(maps) else maps
     write_atomically(path, lambda file: np.save(file, np.array(stored, dtype=object), allow_pickle=True))
+
+
+def _save_maps(file: Any, maps: Sequence[np.ndarray]) -> None:
+    """What `np.save` writes of the float32 maps (C, H, W), one after the other: without a second copy of them."""
+    shape = (len(maps), *(maps[0].shape if maps else (1, 1)))
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    for value in maps:
+        file.write(np.ascontiguousarray(value, "<f4").data)
 
 
 def _resize(value: np.ndarray, shape: Tuple[int, int]) -> np.ndarray:

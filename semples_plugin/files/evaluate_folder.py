@@ -8,7 +8,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from ..errors import CamFileError
-from ..masks import UNCERTAIN
+from ..masks import UNCERTAIN, check_class_count
 from ..metrics import ClassScore, Curve, class_scores, confusion_matrix, mean_iou
 from .cams import cam_paths, read_cam_file
 from .images import check_id, read_label_png
@@ -100,7 +100,11 @@ def evaluate_labels(pred: Path, gt: Path, names: Sequence[str], ids: Optional[Se
         names: label names, background first.
         ids: images to count; by default all predictions.
         split: name of the split, for the record.
+
+    Raises:
+        ValueError: if there are more than 254 classes beside background.
     """
+    check_class_count(len(names) - 1)
     total = np.zeros((len(names), len(names)), np.int64)
     failed: Dict[str, str] = {}
     per_image: Dict[str, float] = {}
@@ -145,7 +149,11 @@ def evaluate_cams(
         thresholds: background thresholds, ascending.
         chosen: whether the threshold counts as chosen on this ground truth; False for a single one chosen elsewhere.
         split: name of the split, for the record.
+
+    Raises:
+        ValueError: if there are more than 254 classes beside background.
     """
+    check_class_count(len(names) - 1)
     total = Curve(thresholds, len(names))
     paths = cam_paths(pred)
     failed: Dict[str, str] = {}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import warnings
 from pathlib import Path
-from typing import Any, List, Tuple
+from typing import Any, List, Optional, Tuple
 
 import numpy as np
 
 from .._files import PathLike, open_regular, write_atomically
 from ..errors import CamFileError
+from .tiff import TiffHeader, read_tiff_header
 
 __all__ = [
     "MOST_PIXELS",
@@ -74,8 +76,8 @@ def read_image(path: Path) -> np.ndarray:
     """An image as (H, W, 3) uint8 RGB.
 
     Grey images get three equal channels; transparency is dropped, the colors below it stay; CMYK becomes RGB; of 16 bits the
-    upper eight count; of several pages the first. A rotation in the EXIF data is not applied, because the loaders of CAM
-    networks do not apply it either.
+    upper eight count; of several pages the first. A rotation in the EXIF data, or in the header of a TIFF, is not applied,
+    because the loaders of CAM networks do not apply it either.
 
     Raises:
         CamFileError: if the file is not a readable image.
@@ -84,12 +86,35 @@ def read_image(path: Path) -> np.ndarray:
 
     with open_regular(path) as file:
         image_size(path, file)
+        header = read_tiff_header(file)
         file.seek(0)
-        data = np.frombuffer(file.read(), np.uint8)
+        content = bytearray(file.read())
+    if header is not None and header.orientation is not None:  # which the readers of TIFFs apply unasked
+        place, upright = header.orientation
+        content[place : place + 2] = upright
+    if header is not None and header.alpha and header.bits <= 8:  # OpenCV would multiply the colors by it
+        return _without_alpha(path, content)
+    data = np.frombuffer(content, np.uint8)
     picture = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if data.size else None
     if picture is None:
-        raise CamFileError(f"{path} is not a readable image")
+        raise CamFileError(f"{path} is not a readable image{_in_words(header)}")
     return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB, dst=picture))  # in place
+
+
+def _without_alpha(path: Path, content: bytearray) -> np.ndarray:
+    """A TIFF with transparency."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            colors = picture.convert("RGBA") if picture.mode == "RGBa" else picture  # colors that are multiplied already
+            return np.array(colors.convert("RGB"))
+    except Exception as error:
+        raise CamFileError(f"{path} is not a readable image ({type(error).__name__})") from error
+
+
+def _in_words(header: Optional[TiffHeader]) -> str:
+    return "" if header is None else f": it is {header}; 1 to 4 bands of 8 or 16 bits, whole numbers from 0, are read"
 
 
 def image_size(path: Path, file: Any = None) -> Tuple[int, int]:
@@ -104,15 +129,20 @@ def image_size(path: Path, file: Any = None) -> Tuple[int, int]:
     """
     from PIL import Image
 
+    header = None
     try:
         with contextlib.ExitStack() as stack, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is ours
-            picture = Image.open(stack.enter_context(open_regular(path)) if file is None else file)
-            width, height = picture.size
+            file = stack.enter_context(open_regular(path)) if file is None else file
+            header = read_tiff_header(file)
+            file.seek(0)
+            width, height = Image.open(file).size
     except Image.DecompressionBombError as error:
         raise CamFileError(f"{path} has too many pixels; at most {MOST_PIXELS // 10**6} million are read") from error
     except Exception as error:
-        raise CamFileError(f"{path} is not a readable image ({type(error).__name__})") from error
+        raise CamFileError(f"{path} is not a readable image ({type(error).__name__}){_in_words(header)}") from error
+    if header is not None:
+        height, width = header.size  # as Pillow's, but never rotated
     _check_pixels(path, width, height)
     return height, width
 

@@ -26,7 +26,8 @@ def masks_of_large(one: LoadedCam, small: Optional[Tensor], align: Optional[str]
 
     Args:
         one: an image that was loaded with its `picture`. The maps of its CAM file are changed.
-        small: masks (C, h, w) in [0, 1] after CLIP's steps; None for the CAMs of the file, each brought to [0, 1].
+        small: masks (K, h, w) in [0, 1] of the present classes after CLIP's steps; None for the CAMs of the file, each brought
+            to [0, 1].
         align: `"pamr"` or None.
         device: where tiles are aligned.
 
@@ -35,13 +36,13 @@ def masks_of_large(one: LoadedCam, small: Optional[Tensor], align: Optional[str]
     """
     assert one.picture is not None
     maps: Dict[int, Tensor] = {}
-    for k in one.labels.nonzero()[0].tolist():
+    for i, k in enumerate(one.labels.nonzero()[0].tolist()):
         if small is None:
             maps[k] = _enlarge(torch.from_numpy(one.content.cams[k]), one.item.size)
             low, high = maps[k].min(), maps[k].max()
             maps[k].sub_(low).div_(high - low + masks.MASK_EPS)  # as `regions.pair_masks`, in place
         else:
-            maps[k] = _enlarge(small[k].cpu(), one.item.size)
+            maps[k] = _enlarge(small[i].cpu(), one.item.size)
     if align == "pamr":
         pamr_tiles(torch.from_numpy(one.picture).permute(2, 0, 1), list(maps.values()), device=device)
     return {k: value.numpy() for k, value in maps.items()}
@@ -62,11 +63,8 @@ def label_map(cams: Dict[int, np.ndarray], size: Sequence[int], threshold: masks
         threshold: see `masks.pseudo_labels`.
     """
     result = np.zeros(tuple(size), np.uint8)
-    numbers = np.zeros(256, np.uint8)
-    numbers[1 : len(cams) + 1] = [k + 1 for k in cams]
-    numbers[masks.UNCERTAIN] = masks.UNCERTAIN
     step = max(1, AT_ONCE // size[1])
     for top in range(0, size[0] if cams else 0, step):
         rows = torch.stack([torch.from_numpy(value[top : top + step]) for value in cams.values()])  # (K, r, W)
-        result[top : top + step] = numbers[masks.pseudo_labels(rows[None], threshold)[0].numpy()]
+        result[top : top + step] = masks.pseudo_labels(rows[None], threshold, list(cams))[0].numpy()
     return result

@@ -87,13 +87,15 @@ def refine_folder(
         settings: everything else that decides the result (prompts, CLIP), as JSON can hold it. `out/settings.json` records it.
 
     Raises:
-        ValueError: if `options` needs a refiner and there is none, or workers need `build` and there is none.
+        ValueError: if `options` needs a refiner and there is none, workers need `build` and there is none, or there are more
+            than 254 classes, which label maps of 8 bits do not hold.
         CamFileError: if the folder has no CAM file, or `out` holds results of other settings.
         WorkerError: if a worker was killed. What is written until then is whole, and counts when the run is started again.
     """
     from tqdm import tqdm
 
     masks.check_align(options.align, 1)
+    masks.check_class_count(num_classes)
     if (options.suppress or options.clip_steps) and refiner is None:
         raise ValueError("`suppress` and `clip_steps` use CLIP, so they need a refiner; got none.")
     if options.large not in LARGE:
@@ -167,7 +169,7 @@ def _refined_here(job: Job, parts: Sequence[_Part], number: int) -> _Results:
     counts: Dict[int, List[int]] = {}  # part -> images that are still being written, written, without label
     failed: Dict[int, Dict[str, str]] = {}
     reading, writing = 0, 0
-    with Workers(number, job) as workers:
+    with Workers(number, job.without_models()) as workers:
         while waiting or reading or writing:
             while waiting and reading <= number and writing <= number * job.options.batch_size:  # bounds the memory
                 i, part = waiting.popleft()

@@ -6,9 +6,10 @@ file appears whole or not at all.
 
 from __future__ import annotations
 
+import copy
 import errno
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -58,7 +59,11 @@ Proposals = Callable[[LoadedCam], Any]  # an image -> its masks (M, h, w) bool, 
 
 
 class Job:
-    """What all chunks of a run share. A copy in another process builds its own refiner, once it is needed."""
+    """What all chunks of a run share. A copy in another process builds its own refiner, once it is needed.
+
+    Attributes:
+        tiles: whether large images are aligned tile by tile.
+    """
 
     def __init__(
         self,
@@ -73,6 +78,7 @@ class Job:
         """See `refine_folder`; `build` makes a refiner that is equal to `refiner`."""
         self.out, self.num_classes, self.options, self.labels = out, num_classes, options, labels
         self.proposals, self._refiner, self._build = proposals, refiner, build
+        self.tiles = options.large == "tiles" and options.align in ("pamr", None) and proposals is None  # of large images
 
     @property
     def refiner(self) -> Optional[PromptRefiner]:
@@ -81,14 +87,15 @@ class Job:
             self._refiner = self._build()
         return self._refiner
 
-    @property
-    def tiles(self) -> bool:
-        """Whether large images are aligned tile by tile."""
-        return self.options.large == "tiles" and self.options.align in ("pamr", None) and self.proposals is None
-
     def is_large(self, item: CamItem) -> bool:
         """Whether an image has more pixels than are refined at once."""
         return item.size[0] * item.size[1] > self.options.max_pixels
+
+    def without_models(self) -> "Job":
+        """The job for a worker that only reads and writes, which needs no model of its own."""
+        job = copy.copy(self)
+        job.proposals, job._refiner, job._build = None, None, None
+        return job
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**self.__dict__, "_refiner": None}
@@ -101,7 +108,6 @@ class Refined(NamedTuple):
     cams: Dict[int, np.ndarray]  # present class -> (H, W) float32
     layout: str
     low: Optional[Tuple[int, int]]
-    keys: List[int]  # classes of the CAM file that was read
 
 
 class ChunkResult(NamedTuple):
@@ -201,18 +207,18 @@ def _refined(
 def _results(job: Job, loaded: List[LoadedCam], wanted: "set[str]", aligns: Dict[str, Any]) -> List[Refined]:
     refiner = job.refiner
     tiled = loaded[0].picture is not None
-    small = None if tiled and refiner is None else _masks_of(loaded, job, {} if tiled else aligns)
+    no_masks: Iterable[Optional[Tensor]] = [None] * len(loaded)
+    small = no_masks if tiled and refiner is None else _masks_of(loaded, job, {} if tiled else aligns)
     results = []
-    for i, one in enumerate(loaded):
+    for one, own in zip(loaded, small):
         if one.item.name not in wanted:
             continue
-        own = None if small is None else small[i]  # (C, h, w)
         if tiled:
             cams = masks_of_large(one, own, job.options.align, refiner.device if refiner else "cpu")
         else:
             assert own is not None
             cams = _at_full_size(own, one)
-        results.append(Refined(one.item, cams, one.content.layout, one.content.low, list(one.content.cams)))
+        results.append(Refined(one.item, cams, one.content.layout, one.content.low))
     return results
 
 
@@ -220,21 +226,30 @@ def _at_full_size(small: Tensor, one: LoadedCam) -> Dict[int, np.ndarray]:
     present = one.labels.nonzero()[0].tolist()
     if not present:
         return {}
-    full = F.interpolate(small[present][None], size=one.item.size, mode="bilinear", align_corners=False)[0]  # (K, H, W)
+    full = F.interpolate(small[None], size=one.item.size, mode="bilinear", align_corners=False)[0]  # (K, H, W)
     return {k: value for k, value in zip(present, full.cpu().numpy())}
 
 
-def _masks_of(loaded: List[LoadedCam], job: Job, aligns: Dict[str, Any]) -> Tensor:
-    """Refined masks (B, C, h, w) of a chunk."""
+def _masks_of(loaded: List[LoadedCam], job: Job, aligns: Dict[str, Any]) -> Iterator[Tensor]:
+    """Refined masks (K, h, w) of the present classes of each image. Memory does not grow with the classes that are absent."""
     refiner, options = job.refiner, job.options
-    device = refiner.device if refiner is not None else torch.device("cpu")
-    img = torch.stack([one.img for one in loaded]).to(device)  # (B, 3, h, w)
-    present = torch.from_numpy(np.stack([one.labels for one in loaded])).to(device)  # (B, C)
-    cam = torch.stack([cam_tensor(one.content, img.shape[2:], job.num_classes) for one in loaded]).to(device)  # (B, C, h, w)
-    align = [aligns.get(one.item.name) for one in loaded]
     if refiner is None:
-        return masks.cam_to_masks(img, cam, regions.positive_pairs(present), align=align)
-    return refiner.refine_masks(img, cam, present, suppress=options.suppress, align=align, clip_steps=options.clip_steps).masks
+        for one in loaded:  # the alignment works on one image after the other anyway
+            cam = cam_tensor(one.content, one.img.shape[1:], one.labels.nonzero()[0].tolist())[None]  # (1, K, h, w)
+            pairs = regions.positive_pairs(torch.ones(cam.shape[:2]))
+            yield masks.cam_to_masks(one.img[None], cam, pairs, align=[aligns.get(one.item.name)])[0]
+        return
+    present = torch.from_numpy(np.stack([one.labels for one in loaded]))  # (B, C)
+    classes = present.any(0).nonzero()[:, 0].tolist() or [0]  # U, those of the chunk
+    present = present[:, classes].to(refiner.device)  # (B, U)
+    img = torch.stack([one.img for one in loaded]).to(refiner.device)  # (B, 3, h, w)
+    cam = torch.stack([cam_tensor(one.content, img.shape[2:], classes) for one in loaded]).to(img)  # (B, U, h, w)
+    align = [aligns.get(one.item.name) for one in loaded]
+    result = refiner.refine_masks(
+        img, cam, present, suppress=options.suppress, align=align, clip_steps=options.clip_steps, classes=classes
+    )
+    for own, labels in zip(result.masks, present):
+        yield own[labels > 0]
 
 
 def write(job: Job, one: Refined) -> Optional[str]:
@@ -251,7 +266,7 @@ def write(job: Job, one: Refined) -> Optional[str]:
             f"{job.out} was removed or emptied while its images were refined; {one.item.name} and the rest are lost."
         )
     try:
-        _write(job.out, one, job.options)
+        _write(job.out, one, job.options, job.num_classes)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _NO_USE_TO_GO_ON:
             raise CamFileError(
@@ -262,7 +277,7 @@ def write(job: Job, one: Refined) -> Optional[str]:
     return None
 
 
-def _write(out: Path, one: Refined, options: Options) -> None:
+def _write(out: Path, one: Refined, options: Options, num_classes: int) -> None:
     cams, size = one.cams, one.item.size
     if not all(np.isfinite(value).all() for value in cams.values()):
         raise CamFileError("its refined masks are not finite, so nothing is written; look at the range of its CAM")
@@ -278,7 +293,8 @@ def _write(out: Path, one: Refined, options: Options) -> None:
         write_atomically(files["masks"], lambda file: _savez(file, content))
     cams = {k: value.view(np.float32) for k, value in cams.items()}  # one dtype object: a pickle names it once, by any worker
     if one.layout == "array":
-        cams = {k: cams.get(k, np.zeros(size, np.float32)) for k in one.keys}
+        absent = np.zeros(size, np.float32)
+        cams = {k: cams.get(k, absent) for k in range(num_classes)}
     target = files["cams"].with_suffix(".npz") if one.layout == "npz" else files["cams"]
     write_cam_file(target, CamFile(cams, one.layout, one.low))
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import types
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
 
@@ -384,6 +386,31 @@ def test_sam_makes_the_masks(some: World, sam_folder: Path, capsys: pytest.Captu
     assert f"masks: of {sam_folder}, chosen at 0.4\n" in capsys.readouterr().out
     assert json.loads((some.out / "settings.json").read_text())["sam"] == str(sam_folder)
     assert some.refine("--sam", sam_folder, out=some.root / "b") == 0 and results(some.out) == results(some.root / "b")
+
+
+@pytest.mark.parametrize("workers, held", [(0, True), (2, False)])
+def test_sam_is_loaded_where_it_is_used(workers: int, held: bool, some: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from semples_plugin.files import refine_folder
+
+    loaded, given = [], []
+
+    def stand_in(model: str, device: str) -> Any:
+        loaded.append((model, device))
+        return lambda img: torch.ones(1, *img.shape[1:], dtype=torch.bool)
+
+    def refined(*_: Any, proposals: Any, **__: Any) -> refine_folder.Summary:
+        given.append(proposals)
+        return refine_folder.Summary(0, 0, 0, {}, 1.0)
+
+    monkeypatch.setattr("semples_plugin.sam.SamProposals", stand_in)
+    monkeypatch.setattr(refine_folder, "refine_folder", refined)
+    some.out.mkdir()
+    assert some.refine("--sam", "model", "--workers", workers) == 0
+    assert loaded == [("model", "cpu")] and (given[0]._sam is not None) == held  # loaded once, to see that it can be
+    copy = pickle.loads(pickle.dumps(given[0]))
+    assert len(loaded) == 1
+    image = types.SimpleNamespace(img=torch.zeros(3, 4, 5))
+    assert copy(image).shape == copy(image).shape == (1, 4, 5) and len(loaded) == 2
 
 
 def test_align_crf_in_folders(some: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,14 @@ def test_every_layout_is_read_and_written_again(kind: str, tmp_path: Path) -> No
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([path.name, again.name])  # nothing half written
 
 
+@pytest.mark.parametrize("shape", [(80, 7, 5), (1, 1, 1)])
+def test_arrays_are_written_as_numpy_writes_them(shape: Tuple[int, int, int], tmp_path: Path) -> None:
+    maps = np.random.default_rng(0).random(shape).astype(np.float32)
+    write_cam_file(tmp_path / "a.npy", CamFile(dict(enumerate(maps.transpose(0, 2, 1).copy().transpose(0, 2, 1))), "array"))
+    np.save(tmp_path / "b.npy", maps)
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+
+
 def test_baselines_can_load_what_is_written(tmp_path: Path) -> None:
     cam = maps(2)
     write_cam_file(tmp_path / "a.npy", CamFile({1: cam[0], 4: cam[1]}, "dict"))

@@ -543,6 +543,43 @@ def test_memory_does_not_grow_with_the_folder_nor_with_absent_classes(tmp_path: 
     assert large - many < 1200  # one class of 20 is present: 92 MiB a map; all of them would take 1830 MiB
 
 
+@pytest.mark.parametrize("layout", ["dict", "array"])
+def test_nothing_is_computed_for_absent_classes(
+    layout: str, world: World, make_refiner: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        world.add(name, layout=layout)
+    labels = {name: np.array(row) for name, row in {"a": [1, 0, 0], "b": [0, 0, 1], "c": [0, 0, 0]}.items()}
+    channels, inner = [], refine_images.masks.cam_to_masks
+
+    def counting(img: torch.Tensor, cam: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        channels.append(tuple(cam.shape[:2]))
+        return inner(img, cam, *rest, **options)
+
+    monkeypatch.setattr("semples_plugin.masks.cam_to_masks", counting)
+    for out, options in (("plain", {}), ("clip", {"refiner": make_refiner()})):
+        steps = Options(clip_steps=len(options))
+        refine_folder(world.cams, world.images, world.root / out, 3, steps, labels=labels, progress=False, **options)
+    assert channels == [(1, 1), (1, 1), (1, 0), (3, 2)]  # without CLIP each image by itself, with it the classes of the chunk
+    alone = {"c": np.array([0, 0, 0])}
+    refine_folder(world.cams, world.images, world.root / "none", 3, steps, labels=alone, progress=False, **options)
+    assert not world.labels("c", world.root / "none").any()
+
+
+def test_label_maps_have_room_for_254_classes(world: World, capsys: Any) -> None:
+    world.add("a", keys=(0, 253))
+    world.classes.write_text("\n".join(f"class {i}" for i in range(254)))
+    assert world.refine("--threshold", "0.3:0.6") == 0
+    assert set(np.unique(world.labels("a"))) == {0, 1, 254, 255}
+    evaluate = ["evaluate", "--gt", str(world.out / "labels"), "--classes", str(world.classes), "--pred"]
+    assert cli.main([*evaluate, str(world.out / "labels")]) == 0 and "100.00" in capsys.readouterr().out
+    world.classes.write_text("\n".join(f"class {i}" for i in range(255)))
+    assert world.refine(out=world.root / "more") == 2 and not (world.root / "more").exists()
+    assert cli.main([*evaluate, str(world.out / "labels")]) == cli.main([*evaluate, str(world.out / "cams")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all("Label maps hold at most 254 classes" in line for line in lines)
+
+
 def test_two_thresholds_and_their_evaluation(world: World, capsys: Any) -> None:
     for name in ("a", "b"):
         world.add(name)

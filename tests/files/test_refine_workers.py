@@ -91,6 +91,32 @@ def test_with_a_gpu_workers_read_and_write_and_this_process_refines(device: str,
     assert results(some.root / "out0") == results(some.root / "out2")
 
 
+class Loaded(Halves):
+    """`Halves` that write down in which process they were loaded, as a model would be."""
+
+    def __init__(self, device: str, record: Path):
+        super().__init__(device)
+        self.record = record
+        with record.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+    def __reduce__(self) -> Any:
+        return Loaded, (self.device, self.record)
+
+
+@pytest.mark.parametrize("device, copies", [("cuda:0", 0), ("cpu", 2)])
+def test_workers_that_read_and_write_load_no_model(device: str, copies: int, some: World) -> None:
+    record = some.root / "record.txt"
+    some.image("img0", (64, 65))  # large, and not to be kept as it is: with proposals it is refined at the smaller size
+    how = {"proposals": Loaded(device, record), "progress": False}
+    for n in (0, 2):
+        options = Options(batch_size=2, max_pixels=2000)
+        refine_folder(some.cams, some.images, some.root / f"out{n}", 3, options, workers=n, **how)
+    assert results(some.root / "out0") == results(some.root / "out2")
+    processes = record.read_text().split()
+    assert len(processes) == 1 + copies and processes.count(str(os.getpid())) == 1
+
+
 def test_each_worker_builds_its_own_refiner(
     some: World, make_refiner: Callable[..., PromptRefiner], tmp_path: Path, aligned_clip: Any
 ) -> None:
