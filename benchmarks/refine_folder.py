@@ -4,6 +4,7 @@
     python benchmarks/refine_folder.py --images 64 --photos DIR --rounds 3             # photos, brought to 375 x 500
     python benchmarks/refine_folder.py --images 16 --photos DIR --workers 0 --against OLD   # another checkout of the package
     python benchmarks/refine_folder.py --images 1 --sizes 4000 --workers 0             # memory of a large image
+    python benchmarks/refine_folder.py --device cuda --clip ViT-B/32 --clip-steps 5 --workers 0 2 8    # a GPU and its workers
 
 Makes images and CAM files in a temporary folder and refines them with each number of workers, in turns, and repeats that.
 Prints images per second of wall time (from the first written file to the last, so without the start), the same of CPU time (of
@@ -99,14 +100,14 @@ def call(package: Path, arguments: List[str], out: Path) -> "tuple[float, List[S
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, samples
 
 
-def measure(folder: Path, out: Path, workers: int, package: Path, batch_size: int) -> Run:
-    """Refine, then once more with nothing to do, which is the start."""
-    arguments = ["--images", str(folder / "images"), "--cams", str(folder / "cams"), "--batch-size", str(batch_size)]
+def measure(folder: Path, out: Path, workers: int, package: Path, extra: List[str]) -> Run:
+    """Refine, then once more with nothing to do, which is the start; `extra`: further options of `semples refine`."""
+    arguments = ["--images", str(folder / "images"), "--cams", str(folder / "cams"), *extra]
     cpu, samples = call(package, [*arguments, *(["--workers", str(workers)] if workers else [])], out)
     start, _ = call(package, arguments, out)
     start *= 1 + workers  # every worker imports the same
     times = sorted(path.stat().st_mtime for path in (out / "cams").iterdir())
-    first = min(batch_size * max(1, workers), len(times) // 4)
+    first = min(int(extra[extra.index("--batch-size") + 1]) * max(1, workers), len(times) // 4)
     wall = (len(times) - 1 - first) / max(1e-9, times[-1] - times[first])
     return Run(
         wall,
@@ -132,7 +133,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="how often each is measured, in turns (%(default)s)")
     parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout, measured without workers in each round")
     parser.add_argument("--batch-size", type=int, default=8, help="images at once (%(default)s)")
+    parser.add_argument("--clip", metavar="NAME", help="CLIP model or weights file; without it only edges are aligned")
+    parser.add_argument("--clip-steps", type=int, metavar="N", help="of `semples refine`, with --clip")
+    parser.add_argument("--device", help="where CLIP runs, such as cuda")
     options = parser.parse_args()
+    extra = ["--batch-size", str(options.batch_size)]
+    clip = str(Path(options.clip).resolve()) if options.clip and Path(options.clip).exists() else options.clip
+    for name, value in (("--clip", clip), ("--clip-steps", options.clip_steps), ("--device", options.device)):
+        extra += [] if value is None else [name, str(value)]
     runs: Dict[str, List[Run]] = {}
     equal = True
     with tempfile.TemporaryDirectory() as name:
@@ -142,10 +150,10 @@ def main() -> None:
         for turn in range(options.rounds):
             for workers in options.workers:
                 outs.append(folder / f"out-{turn}-{workers}")
-                runs.setdefault(f"{workers} workers", []).append(measure(folder, outs[-1], workers, ROOT, options.batch_size))
+                runs.setdefault(f"{workers} workers", []).append(measure(folder, outs[-1], workers, ROOT, extra))
                 equal = equal and same(outs[0], outs[-1])
             if options.against:
-                other = measure(folder, folder / f"other-{turn}", 0, options.against.resolve(), options.batch_size)
+                other = measure(folder, folder / f"other-{turn}", 0, options.against.resolve(), extra)
                 runs.setdefault("other checkout", []).append(other)
             for what, found in runs.items():
                 run = found[-1]

@@ -106,9 +106,12 @@ class Curve:
         """Add the counts of another curve with the same thresholds."""
         self._counts += other._counts
 
-    def confusion(self, index: int) -> np.ndarray:
-        """Confusion matrix (num_labels, num_labels) at `thresholds[index]`."""
-        result = self._counts[:, :, index + 1 :].sum(2)
+    def confusion(self, index: int, high: Optional[int] = None) -> np.ndarray:
+        """Confusion matrix (num_labels, num_labels) at `thresholds[index]`.
+
+        With `high`, pixels that pass this threshold and not `thresholds[high]` are uncertain and left out.
+        """
+        result = self._counts[:, :, (index if high is None else high) + 1 :].sum(2)
         result[:, 0] += self._counts[:, :, : index + 1].sum((1, 2))
         return result
 

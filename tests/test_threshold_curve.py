@@ -47,6 +47,14 @@ def test_curve_ties_by_hand() -> None:
     assert [np.diag(curve.confusion(i)).tolist() for i in range(3)] == [[1, 2, 1], [1, 1, 1], [1, 0, 0]]
 
 
+def test_curve_between_two_thresholds_by_hand() -> None:
+    cams = {0: np.array([[0.2, 0.3, 0.4, 0.5, 0.6, 0.9]], np.float32), 1: np.array([[0, 0, 0, 0, 0.9, 0]], np.float32)}
+    curve = Curve([0.3, 0.5], 3)
+    curve.add(cams, np.array([[0, 1, 1, 1, 1, 255]]))
+    assert curve.confusion(0, 1).tolist() == [[1, 0, 0], [1, 0, 1], [0, 0, 0]]  # 0.4 and 0.5 are between
+    assert curve.confusion(0, 0).tolist() == curve.confusion(0).tolist()
+
+
 def test_curve_without_images_or_cams() -> None:
     curve = Curve([0.1, 0.2], 3)
     assert not curve.confusion(0).any() and all(math.isnan(value) for value in curve.miou())

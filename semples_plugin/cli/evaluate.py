@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, List
 
 from ..class_names import read_class_names
+from ..masks import check_threshold
 from .arguments import add_classes, add_ids_and_split, read_ids, split_name
 from .printing import print_failed
+from .refine import AUTO, read_threshold
 
 __all__ = ["add_parser", "run"]
 
@@ -19,7 +21,8 @@ DESCRIPTION = """\
 Labels in both folders are 0 for background and 1 + class, in the order of --classes. The VOC metric: one confusion matrix over
 the set, label 255 ignored. FP and FN are shares of the union, so that
 IoU + FP + FN = 100. For CAM files every background threshold is tried and the best one reported, with a note that it was
-chosen on ground truth; --threshold fixes it."""
+chosen on ground truth; --threshold fixes it. With two, LOW:HIGH, pixels whose CAM is between them are not
+counted, as those with label 255 in label PNGs; their share is printed."""
 
 
 def add_parser(commands: Any) -> None:
@@ -35,7 +38,8 @@ def add_parser(commands: Any) -> None:
     add("--gt", type=Path, required=True, metavar="DIR", help="ground-truth PNGs")
     add_ids_and_split(parser, "all predictions")
     add_classes(parser)
-    add("--threshold", type=float, help="background threshold for CAM files, chosen elsewhere")
+    add("--threshold", type=read_threshold, metavar="T|LOW:HIGH",
+        help="background threshold for CAM files, chosen elsewhere; with two, pixels between them are not counted")  # fmt: skip
     add("--thresholds", default="0:100", metavar="FROM:TO", help="hundredths to try, TO excluded (default: %(default)s)")
     add("--csv", type=Path, metavar="FILE", help="write the table as CSV")
     add("--json", action="store_true", help="print everything as JSON")
@@ -48,15 +52,18 @@ def run(options: argparse.Namespace) -> int:
 
     names = ["background", *read_class_names(options.classes)]
     ids, split = read_ids(options.list), split_name(options)
-    if options.threshold is not None and not 0 <= options.threshold <= 1:
-        raise ValueError(f"--threshold must be from 0 to 1; got {options.threshold:g}.")
+    if options.threshold == AUTO:
+        raise ValueError("--threshold auto is for semples refine, which asks CLIP; give a number, or leave it out to try many.")
+    if options.threshold is not None:
+        check_threshold("--threshold", options.threshold)
     if not options.pred.is_dir() or not options.gt.is_dir():
         raise ValueError(f"--pred and --gt must be folders; got {options.pred} and {options.gt}.")
     if any(options.pred.glob("*.np[yz]")):
-        chosen, tried = options.threshold is None, _thresholds(options.thresholds)
+        chosen, tried, high = options.threshold is None, _thresholds(options.thresholds), None
         if not chosen:
-            tried = [options.threshold]
-        result = evaluate_cams(options.pred, options.gt, names, ids, tried, chosen=chosen, split=split)
+            low, top = options.threshold if isinstance(options.threshold, tuple) else (options.threshold, options.threshold)
+            tried, high = [low], top if top > low else None
+        result = evaluate_cams(options.pred, options.gt, names, ids, tried, chosen=chosen, split=split, high=high)
     else:
         result = evaluate_labels(options.pred, options.gt, names, ids, split=split)
     if options.csv:

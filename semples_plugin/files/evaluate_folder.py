@@ -30,6 +30,7 @@ class Result(NamedTuple):
         split: name of the split.
         uncertain: share of the labelled pixels that the predictions leave at 255; these are not counted.
         per_image: id -> mIoU of that image alone, for ranking images. `miou` is not the mean of these.
+        high: the higher of two thresholds of CAM files, `threshold` the lower; None for one.
     """
 
     miou: float
@@ -42,6 +43,7 @@ class Result(NamedTuple):
     split: str
     per_image: Dict[str, float]
     uncertain: float = 0.0
+    high: Optional[float] = None
 
     @property
     def absent(self) -> List[str]:
@@ -61,7 +63,7 @@ class Result(NamedTuple):
             "split": self.split,
             "images": self.images,
             "miou": self.miou,
-            "threshold": self.threshold,
+            "threshold": self.threshold if self.high is None else [self.threshold, self.high],
             "threshold_chosen_on_ground_truth": self.chosen,
             "classes": [score._asdict() for score in self.classes],
             "absent": self.absent,
@@ -80,6 +82,7 @@ class Result(NamedTuple):
         if self.absent:
             lines.append(f"absent, not in the mean: {', '.join(self.absent)}")
         threshold = "" if self.threshold is None else f" {self.threshold:g}"
+        threshold += "" if self.high is None else f" to {self.high:g}, 255 between"
         lines.append(f"split {self.split}, {self.images} images; threshold{threshold}: {self.policy}")
         if self.uncertain:
             lines.append(f"{100 * self.uncertain:.2f} % of the labelled pixels are uncertain (255) and not counted")
@@ -138,6 +141,7 @@ def evaluate_cams(
     *,
     chosen: bool,
     split: str = "",
+    high: Optional[float] = None,
 ) -> Result:
     """Evaluate CAM files against ground truth at every threshold; the figures are those of the best one.
 
@@ -149,17 +153,20 @@ def evaluate_cams(
         thresholds: background thresholds, ascending.
         chosen: whether the threshold counts as chosen on this ground truth; False for a single one chosen elsewhere.
         split: name of the split, for the record.
+        high: higher than all of the thresholds. Pixels between the threshold and this one are uncertain and not counted, as
+            those with label 255 in `evaluate_labels`.
 
     Raises:
         ValueError: if there are more than 254 classes beside background.
     """
     check_class_count(len(names) - 1)
-    total = Curve(thresholds, len(names))
+    tried = [*thresholds, *([] if high is None else [high])]
+    total = Curve(tried, len(names))
     paths = cam_paths(pred)
     failed: Dict[str, str] = {}
     each: Dict[str, List[float]] = {}
     for name in _ids_or_error(list(paths) if ids is None else list(ids), pred):
-        one = Curve(thresholds, len(names))
+        one = Curve(tried, len(names))
         try:
             if name not in paths:
                 raise CamFileError(f"there is no CAM file for it in {pred}")
@@ -168,12 +175,23 @@ def evaluate_cams(
             failed[name] = str(error) or type(error).__name__
             continue
         total.merge(one)
-        each[name] = one.miou()
-    curve = total.miou()
+        each[name] = _miou(one, high)
+    curve = _miou(total, high)
     best = max(range(len(curve)), key=lambda i: (curve[i] if curve[i] == curve[i] else -1.0, -i))
     per_image = {name: values[best] for name, values in each.items()}
     points = list(zip([float(t) for t in thresholds], curve))
-    return _result(total.confusion(best), names, per_image, float(thresholds[best]), chosen, points, failed, split)
+    counted = total.confusion(best, None if high is None else len(thresholds))
+    share = 1 - float(counted.sum() / max(1, total.confusion(best).sum())) if high is not None else 0.0
+    result = _result(counted, names, per_image, float(thresholds[best]), chosen, points, failed, split)
+    return result._replace(uncertain=share, high=high)
+
+
+def _miou(curve: Curve, high: Optional[float]) -> List[float]:
+    """mIoU at every threshold but `high`."""
+    if high is None:
+        return curve.miou()
+    last = len(curve.thresholds) - 1
+    return [mean_iou(curve.confusion(i, last)) for i in range(last)]
 
 
 def _ids_or_error(ids: List[str], pred: Path) -> List[str]:

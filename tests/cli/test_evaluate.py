@@ -46,6 +46,44 @@ def test_a_given_threshold_is_used(data: Data, capsys: pytest.CaptureFixture[str
     assert status == 0 and text.splitlines()[-1] == "split my val, 4 images; threshold 0.31: given"
 
 
+def test_pixels_between_two_thresholds_are_not_counted(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    total, left, known = np.zeros((5, 5), int), 0, 0
+    for name, (cams, gt) in data.images.items():
+        best = np.max([np.zeros(gt.shape, np.float32), *cams.values()], axis=0)
+        between = (best > np.float32(0.25)) & (best <= np.float32(0.5))
+        left, known = left + (between & (gt != 255)).sum(), known + (gt != 255).sum()
+        total += confusion_matrix(data.label_map(name, 0.5), np.where(between, 255, gt), 5)
+        Image.fromarray(np.where(between, 255, data.label_map(name, 0.25)).astype(np.uint8)).save(data.labels / f"{name}.png")
+    _, out, _ = run(capsys, *data.arguments("--threshold", "0.25:0.5", "--json"))
+    found = json.loads(out)
+    assert left and found["miou"] == mean_iou(total) and found["uncertain"] == pytest.approx(left / known)
+    assert found["threshold"] == [0.25, 0.5] and found["threshold_chosen_on_ground_truth"] is False
+    _, out, _ = run(capsys, *data.arguments("--json", pred=data.labels))
+    pngs = json.loads(out)
+    assert pngs["classes"] == found["classes"] and pngs["uncertain"] == pytest.approx(found["uncertain"])
+    status, text, _ = run(capsys, *data.arguments("--threshold", "0.25:0.5"))
+    assert status == 0 and text.splitlines()[-2:] == [
+        "split val, 4 images; threshold 0.25 to 0.5, 255 between: given",
+        f"{100 * left / known:.2f} % of the labelled pixels are uncertain (255) and not counted",
+    ]
+    _, same, _ = run(capsys, *data.arguments("--threshold", "0.3:0.3", "--json"))
+    assert same == run(capsys, *data.arguments("--threshold", "0.3", "--json"))[1]
+
+
+@pytest.mark.parametrize(
+    "value, reason",
+    [
+        ("0.5:0.3", "`--threshold` must be a number from 0 to 1, or two of them, low and high"),
+        ("1.5", "`--threshold` must be from 0 to 1"),
+        ("auto", "--threshold auto is for semples refine"),
+        ("much", "must be a number, two such as 0.3:0.5"),
+    ],
+)
+def test_a_wrong_threshold_is_refused(value: str, reason: str, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, *data.arguments("--threshold", value))
+    assert (status, out) == (2, "") and reason in err
+
+
 def test_the_range_of_thresholds_is_tried(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, *data.arguments("--thresholds", "40:50", "--json"))
     found = json.loads(out)

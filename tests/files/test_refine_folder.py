@@ -594,8 +594,13 @@ def test_two_thresholds_and_their_evaluation(world: World, capsys: Any) -> None:
         (gt / f"{name}.png").write_bytes((world.out / "labels" / f"{name}.png").read_bytes())
     arguments = ["evaluate", "--pred", str(world.root / "two" / "labels"), "--gt", str(gt), "--classes", str(world.classes)]
     assert cli.main(arguments) == 0
+    of_labels = capsys.readouterr().out
+    arguments[2] = str(world.root / "two" / "cams")
+    assert cli.main([*arguments, "--threshold", "0.3:0.6"]) == 0
+    of_cams = capsys.readouterr().out
+    assert of_cams.replace("threshold 0.3 to 0.6, 255 between: given", "threshold: label maps, no threshold") == of_labels
     share = np.mean([(world.labels(name, world.root / "two") == 255).mean() for name in ("a", "b")])
-    printed = capsys.readouterr().out
-    assert f"{100 * share:.2f} % of the labelled pixels are uncertain (255) and not counted" in printed and "100.00" in printed
+    assert f"{100 * share:.2f} % of the labelled pixels are uncertain (255) and not counted" in of_labels
+    assert "100.00" in of_labels
     assert world.refine("--threshold", "0.6:0.3", out=world.root / "wrong") == 2
     assert "`--threshold` must be a number from 0 to 1, or two of them, low and high" in capsys.readouterr().err
