@@ -100,14 +100,14 @@ def call(package: Path, arguments: List[str], out: Path) -> "tuple[float, List[S
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, samples
 
 
-def measure(folder: Path, out: Path, workers: int, package: Path, extra: List[str]) -> Run:
+def measure(folder: Path, out: Path, workers: int, package: Path, batch_size: int, extra: List[str]) -> Run:
     """Refine, then once more with nothing to do, which is the start; `extra`: further options of `semples refine`."""
-    arguments = ["--images", str(folder / "images"), "--cams", str(folder / "cams"), *extra]
+    arguments = ["--images", str(folder / "images"), "--cams", str(folder / "cams"), "--batch-size", str(batch_size), *extra]
     cpu, samples = call(package, [*arguments, *(["--workers", str(workers)] if workers else [])], out)
     start, _ = call(package, arguments, out)
     start *= 1 + workers  # every worker imports the same
     times = sorted(path.stat().st_mtime for path in (out / "cams").iterdir())
-    first = min(int(extra[extra.index("--batch-size") + 1]) * max(1, workers), len(times) // 4)
+    first = min(batch_size * max(1, workers), len(times) // 4)
     wall = (len(times) - 1 - first) / max(1e-9, times[-1] - times[first])
     return Run(
         wall,
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--clip-steps", type=int, metavar="N", help="of `semples refine`, with --clip")
     parser.add_argument("--device", help="where CLIP runs, such as cuda")
     options = parser.parse_args()
-    extra = ["--batch-size", str(options.batch_size)]
+    extra: List[str] = []
     clip = str(Path(options.clip).resolve()) if options.clip and Path(options.clip).exists() else options.clip
     for name, value in (("--clip", clip), ("--clip-steps", options.clip_steps), ("--device", options.device)):
         extra += [] if value is None else [name, str(value)]
@@ -150,10 +150,12 @@ def main() -> None:
         for turn in range(options.rounds):
             for workers in options.workers:
                 outs.append(folder / f"out-{turn}-{workers}")
-                runs.setdefault(f"{workers} workers", []).append(measure(folder, outs[-1], workers, ROOT, extra))
+                runs.setdefault(f"{workers} workers", []).append(
+                    measure(folder, outs[-1], workers, ROOT, options.batch_size, extra)
+                )
                 equal = equal and same(outs[0], outs[-1])
             if options.against:
-                other = measure(folder, folder / f"other-{turn}", 0, options.against.resolve(), extra)
+                other = measure(folder, folder / f"other-{turn}", 0, options.against.resolve(), options.batch_size, extra)
                 runs.setdefault("other checkout", []).append(other)
             for what, found in runs.items():
                 run = found[-1]

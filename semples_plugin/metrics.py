@@ -115,17 +115,18 @@ class Curve:
         result[:, 0] += self._counts[:, :, : index + 1].sum((1, 2))
         return result
 
-    def miou(self) -> List[float]:
-        """mIoU at every threshold; `mean_iou(self.confusion(i))`, all at once."""
+    def miou(self, high: Optional[int] = None) -> List[float]:
+        """mIoU at every threshold, with `high` at those before it; `mean_iou(self.confusion(i, high))`, all at once."""
         below = self._counts.cumsum(2)[:, :, :-1]  # (target, class, T) counted as background
-        called = self._counts.sum(2, keepdims=True) - below
+        below, most = (below, below) if high is None else (below[:, :, :high], below[:, :, high : high + 1])
+        called = np.repeat(self._counts.sum(2, keepdims=True), below.shape[2], 2) - most
         called[:, 0] += below.sum(1)
         hit = np.einsum("kkt->kt", called).astype(np.float64)
         union = called.sum(0) + called.sum(1) - hit
         with np.errstate(invalid="ignore"):
             iou = np.where(union > 0, hit / union, np.nan)
         occurs = (union > 0).sum(0)
-        return [float(np.nansum(iou[:, t]) / occurs[t]) if occurs[t] else float("nan") for t in range(len(self.thresholds))]
+        return [float(np.nansum(iou[:, t]) / occurs[t]) if occurs[t] else float("nan") for t in range(below.shape[2])]
 
 
 class ClassScore(NamedTuple):

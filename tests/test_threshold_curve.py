@@ -53,6 +53,7 @@ def test_curve_between_two_thresholds_by_hand() -> None:
     curve.add(cams, np.array([[0, 1, 1, 1, 1, 255]]))
     assert curve.confusion(0, 1).tolist() == [[1, 0, 0], [1, 0, 1], [0, 0, 0]]  # 0.4 and 0.5 are between
     assert curve.confusion(0, 0).tolist() == curve.confusion(0).tolist()
+    assert curve.miou(1) == pytest.approx([mean_iou(curve.confusion(0, 1))])
 
 
 def test_curve_without_images_or_cams() -> None:

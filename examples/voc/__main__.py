@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import List, Optional, Sequence
 
-from semples_plugin.cli.refine import read_threshold
+from semples_plugin.cli.arguments import read_threshold
 from semples_plugin.config import config_for, parse_assignments
 from semples_plugin.errors import SemplesError
 from semples_plugin.masks import check_threshold

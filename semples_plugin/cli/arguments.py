@@ -1,4 +1,4 @@
-"""Arguments that several commands take: class names, a list of image ids, the name of a split, the options of a refiner."""
+"""Arguments that several commands take: class names, image ids, a split, a background threshold, the options of a refiner."""
 
 from __future__ import annotations
 
@@ -7,11 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Union
 
 from ..config import config_for
+from ..masks import Threshold
 
 if TYPE_CHECKING:
     from ..refiner import PromptRefiner
 
-__all__ = ["add_classes", "add_ids_and_split", "build_refiner", "check_device", "read_ids", "split_name"]
+__all__ = [
+    "AUTO",
+    "add_classes",
+    "add_ids_and_split",
+    "build_refiner",
+    "check_device",
+    "read_ids",
+    "read_threshold",
+    "split_name",
+]
+
+AUTO = "auto"  # a threshold that CLIP chooses
 
 
 def add_classes(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +54,17 @@ def read_ids(path: Optional[Path]) -> Optional[List[str]]:
         return None
     lines = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     return [Path(line).stem if line.lower().endswith((".jpg", ".png", ".npy")) else line for line in lines]
+
+
+def read_threshold(text: str) -> Union[str, Threshold]:
+    """`0.4`, `0.3:0.5`, or `auto`."""
+    if text == AUTO:
+        return AUTO
+    low, colon, high = text.partition(":")
+    try:
+        return (float(low), float(high)) if colon else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number, two such as 0.3:0.5, or auto; got {text!r}") from error
 
 
 def split_name(options: argparse.Namespace) -> str:

@@ -11,9 +11,8 @@ from typing import Any, List
 
 from ..class_names import read_class_names
 from ..masks import check_threshold
-from .arguments import add_classes, add_ids_and_split, read_ids, split_name
+from .arguments import AUTO, add_classes, add_ids_and_split, read_ids, read_threshold, split_name
 from .printing import print_failed
-from .refine import AUTO, read_threshold
 
 __all__ = ["add_parser", "run"]
 

@@ -7,13 +7,13 @@ import functools
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Union
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional
 
 from ..class_names import read_class_names
 from ..config import parse_assignments
 from ..errors import CamFileError
 from ..masks import CLIP_STEPS, Threshold, check_align, check_threshold
-from .arguments import add_classes, build_refiner, check_device
+from .arguments import AUTO, add_classes, build_refiner, check_device, read_threshold
 from .printing import print_failed
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from ..sam import SamProposals
 
 __all__ = ["add_parser", "run"]
-
-AUTO = "auto"
 
 DESCRIPTION = """\
 Reads the CAM files of MCTformer, WeakTr, TransCAM, SEAM and IRN (.npy), plain arrays and .npz; writes OUT/cams (same
@@ -160,17 +158,6 @@ def run(options: argparse.Namespace) -> int:
             print(f"{summary.empty} images have no positive label; their pseudo labels are all background")
     print_failed(summary.failed, options.out / "summary.json" if world == 1 else None)
     return 1 if summary.failed else 0
-
-
-def read_threshold(text: str) -> Union[str, Threshold]:
-    """`0.4`, `0.3:0.5`, or `auto`."""
-    if text == AUTO:
-        return AUTO
-    low, colon, high = text.partition(":")
-    try:
-        return (float(low), float(high)) if colon else float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a number, two such as 0.3:0.5, or auto; got {text!r}") from error
 
 
 def _proposals(options: argparse.Namespace) -> Optional["Proposals"]:

@@ -161,6 +161,7 @@ def evaluate_cams(
     """
     check_class_count(len(names) - 1)
     tried = [*thresholds, *([] if high is None else [high])]
+    last = None if high is None else len(thresholds)
     total = Curve(tried, len(names))
     paths = cam_paths(pred)
     failed: Dict[str, str] = {}
@@ -175,23 +176,15 @@ def evaluate_cams(
             failed[name] = str(error) or type(error).__name__
             continue
         total.merge(one)
-        each[name] = _miou(one, high)
-    curve = _miou(total, high)
+        each[name] = one.miou(last)
+    curve = total.miou(last)
     best = max(range(len(curve)), key=lambda i: (curve[i] if curve[i] == curve[i] else -1.0, -i))
     per_image = {name: values[best] for name, values in each.items()}
     points = list(zip([float(t) for t in thresholds], curve))
-    counted = total.confusion(best, None if high is None else len(thresholds))
+    counted = total.confusion(best, last)
     share = 1 - float(counted.sum() / max(1, total.confusion(best).sum())) if high is not None else 0.0
     result = _result(counted, names, per_image, float(thresholds[best]), chosen, points, failed, split)
     return result._replace(uncertain=share, high=high)
-
-
-def _miou(curve: Curve, high: Optional[float]) -> List[float]:
-    """mIoU at every threshold but `high`."""
-    if high is None:
-        return curve.miou()
-    last = len(curve.thresholds) - 1
-    return [mean_iou(curve.confusion(i, last)) for i in range(last)]
 
 
 def _ids_or_error(ids: List[str], pred: Path) -> List[str]:
