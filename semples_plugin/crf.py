@@ -24,6 +24,7 @@ __all__ = [
     "LEAST",
     "check_crf",
     "dense_crf",
+    "mean_field",
 ]
 
 # As CAM pipelines use Kraehenbuehl and Koltun's CRF: standard deviations in pixels (sxy) and in colors of 0 to 255 (srgb).
@@ -68,18 +69,26 @@ def dense_crf(img: Tensor, masks: Tensor) -> Tensor:
     Raises:
         MissingLibraryError: if `pydensecrf` cannot be imported.
     """
-    densecrf = check_crf()
+    check_crf()
     if not masks.numel():
         return masks.clone()
-    height, width = masks.shape[1:]
     values = masks.detach().float().clamp(0, 1).cpu()
     shares = torch.cat([1 - values.amax(0, keepdim=True), values]).clamp(min=LEAST)  # (1 + K, H, W)
     unary = -(shares / shares.sum(0)).log().flatten(1)  # (1 + K, H W)
     colors = (img.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu()  # (H, W, 3)
-    crf = densecrf.DenseCRF2D(width, height, len(shares))
-    crf.setUnaryEnergy(np.ascontiguousarray(unary.numpy()))
+    return torch.from_numpy(mean_field(colors.numpy(), unary.numpy())[1:]).to(masks)
+
+
+def mean_field(rgb: np.ndarray, unary: np.ndarray) -> np.ndarray:
+    """Probabilities of the labels (L, H, W) by the CRF of `dense_crf`.
+
+    Args:
+        rgb: (H, W, 3) uint8.
+        unary: (L, H W) float32, the negative logarithms of the labels' shares.
+    """
+    height, width = rgb.shape[:2]
+    crf = check_crf().DenseCRF2D(width, height, len(unary))
+    crf.setUnaryEnergy(np.ascontiguousarray(unary))
     crf.addPairwiseGaussian(sxy=GAUSSIAN_SXY, compat=GAUSSIAN_COMPAT)
-    rgb = np.ascontiguousarray(colors.numpy())
-    crf.addPairwiseBilateral(sxy=BILATERAL_SXY, srgb=BILATERAL_SRGB, rgbim=rgb, compat=BILATERAL_COMPAT)
-    found = np.array(crf.inference(ITERATIONS), np.float32).reshape(len(shares), height, width)
-    return torch.from_numpy(found[1:]).to(masks)
+    crf.addPairwiseBilateral(sxy=BILATERAL_SXY, srgb=BILATERAL_SRGB, rgbim=np.ascontiguousarray(rgb), compat=BILATERAL_COMPAT)
+    return np.array(crf.inference(ITERATIONS), np.float32).reshape(len(unary), height, width)

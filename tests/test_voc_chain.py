@@ -224,22 +224,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def found(world: Path, **changed: Any) -> List[str]:
     """What the check says is missing."""
-    values: Dict[str, Any] = {
-        "data": Voc(world / "VOC2012"),
-        "repo": world / "host",
-        "clip": None,
-        "needed_bytes": 0,
-        **changed,
-    }
-    values["labels"] = changed.get("labels", values["data"].labels(values["repo"]))
-    lists = values["data"].lists(values["repo"])
+    data = Voc(world / "VOC2012", world / "host")
+    values: Dict[str, Any] = {"data": data, "clip": None, "needed_bytes": 0, **changed}
+    lists = values["data"].lists()
     values["python"], values["gpu"], values["out"] = changed.get("python", "/no/python"), False, world / "out" / "run"
     return [str(one) for one in data_check.check(lists=lists, **values)]
 
 
 def test_the_check_lists_all_that_is_missing_and_where_it_comes_from(world: Path, tmp_path: Path) -> None:
     assert len(found(world)) == 1 and "a Python with torch at /no/python" in found(world)[0]
-    nothing = "\n".join(found(world, data=Voc(tmp_path / "no"), repo=tmp_path / "no"))
+    nothing = "\n".join(found(world, data=Voc(tmp_path / "no", tmp_path / "no")))
     for part in ("JPEGImages", "SegmentationClass", "train.txt", "val.txt", "trainaug.txt", "cls_labels.npy", "main.py"):
         assert part in nothing
     assert "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar" in nothing
@@ -259,7 +253,7 @@ def test_the_check_names_single_files_and_labels(world: Path, tmp_path: Path) ->
     (voc / "ImageSets").symlink_to(world / "VOC2012" / "ImageSets")
     labels = tmp_path / "labels.json"
     labels.write_text(json.dumps({"2007_000000": ["cat"]}))
-    said = "\n".join(found(world, data=Voc(voc), labels=[labels]))
+    said = "\n".join(found(world, data=Voc(voc, world / "host", labels)))
     assert f"1 files in {voc / 'JPEGImages'}: 2007_000000" in said
     assert f"1 files in {voc / 'SegmentationClass'}: 2007_000000" in said
     assert f"labels of 6 images in {labels}: 2007_000001, 2007_000002, 2007_000003, ..." in said
@@ -273,11 +267,11 @@ def test_the_check_tries_what_the_host_imports(world: Path) -> None:
 
 
 def test_lists_are_those_of_the_data_set_then_of_the_host(world: Path, tmp_path: Path) -> None:
-    voc, repo = Voc(world / "VOC2012"), world / "host"
-    lists = voc.lists(repo)
+    voc = Voc(world / "VOC2012", world / "host")
+    lists = voc.lists()
     assert [len(ids) for ids in lists] == [5, 3, 2]
-    assert [len(ids) for ids in voc.lists(repo, 4)] == [4, 3, 2]
-    data_check.write_lists(tmp_path, voc, lists, voc.labels(repo))
+    assert [len(ids) for ids in voc.lists(4)] == [4, 3, 2]
+    data_check.write_lists(tmp_path, voc, lists)
     rows = np.load(tmp_path / "cls_labels.npy", allow_pickle=True).item()
     assert set(rows) == {*lists.train_aug, *lists.val} and rows["2007_000001"].tolist() == np.eye(20)[1].tolist()
     assert (tmp_path / "train" / "train_aug_id.txt").read_text().split() == lists.train
@@ -348,19 +342,19 @@ def test_masks_of_coco_have_small_things_on_top(coco: Path, tmp_path: Path) -> N
 
 def test_the_chain_on_coco(coco: Path, tmp_path: Path) -> None:
     pytest.importorskip("pycocotools")
-    data, repo = Coco(coco / "MSCOCO"), coco / "host"
-    lists = data.lists(repo)
-    assert [len(ids) for ids in lists] == [2, 2, 2] and [len(ids) for ids in data.lists(repo, 1)] == [1, 1, 1]
-    assert len(Coco(coco / "MSCOCO", coco / "absent.json").lists(repo).train) == 3  # one has no class
-    assert data.missing(lists) == data.missing_labels(data.labels(repo), lists) == []
-    data_check.write_lists(tmp_path, data, lists, data.labels(repo))
+    data = Coco(coco / "MSCOCO", coco / "host")
+    lists = data.lists()
+    assert [len(ids) for ids in lists] == [2, 2, 2] and [len(ids) for ids in data.lists(1)] == [1, 1, 1]
+    assert len(Coco(data.root, data.repo, coco / "absent.json").lists().train) == 3  # one has no class
+    assert data.missing(lists) == data.missing_labels(lists) == []
+    data_check.write_lists(tmp_path, data, lists)
     rows = np.load(tmp_path / "cls_labels.npy", allow_pickle=True).item()
     assert {name: np.flatnonzero(row).tolist() for name, row in rows.items()} == {
         name: columns for ids in (lists.train, lists.val) for name, columns in zip(ids, ([0, 16, 79], [16]))
     }
     for name in ("train_id.txt", "train_aug_id.txt"):
         assert (tmp_path / "all" / name).read_text().split() == lists.train
-    steps = {step.name: step for step in make_steps(Settings(data, repo, coco / "run", python=sys.executable, use_crf=True))}
+    steps = {step.name: step for step in make_steps(Settings(data, coco / "run", python=sys.executable, use_crf=True))}
     assert list(steps)[:3] == ["check", "data-masks", "weights"]
     for name, words in (
         ("seed0/match", f"main.py --data-set COCO --data-path {data.root} --label-file-path {coco / 'run' / 'lists'}"),
@@ -379,12 +373,10 @@ def test_the_chain_on_coco(coco: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_missing_of_coco(tmp_path: Path) -> None:
-    data = Coco(tmp_path)
-    missing = [*data.missing(data.lists(tmp_path)), *data.missing_labels(data.labels(tmp_path), data.lists(tmp_path))]
+    data = Coco(tmp_path, tmp_path)
+    missing = [*data.missing(data.lists()), *data.missing_labels(data.lists())]
     assert len(missing) == len({one.what for one in missing})
-    said = "\n".join(
-        map(str, [*data.missing(data.lists(tmp_path)), *data.missing_labels(data.labels(tmp_path), data.lists(tmp_path))])
-    )
+    said = "\n".join(map(str, missing))
     for part in ("train2014.zip", "annotations_trainval2014.zip", "instances_val2014.json", "train_id.txt", "MCTformer"):
         assert part in said
 
@@ -407,7 +399,7 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def train(world: Path, segmenter: Path) -> Callable[..., None]:
-    ids = Voc(world / "VOC2012").lists(world / "host").train
+    ids = Voc(world / "VOC2012", world / "host").lists().train
 
     def run(out: Path, how: Training = HOW) -> None:
         voc = world / "VOC2012"
@@ -497,7 +489,7 @@ def test_the_learning_rate_rises_and_falls_to_zero() -> None:
 
 
 def test_predictions_have_the_size_of_the_photos(world: Path, trained: Path, tmp_path: Path) -> None:
-    ids, photos = Voc(world / "VOC2012").lists(world / "host").val, world / "VOC2012" / "JPEGImages"
+    ids, photos = Voc(world / "VOC2012", world / "host").lists().val, world / "VOC2012" / "JPEGImages"
     with_crf = tmp_path / "crf" if crf.available() else None
     segmentation.predict(ids, photos, str(trained / "model"), tmp_path / "plain", with_crf, cpu=True)
     for name in ids:
@@ -509,7 +501,7 @@ def test_predictions_have_the_size_of_the_photos(world: Path, trained: Path, tmp
 
 
 def settings(world: Path, **options: Any) -> Settings:
-    return Settings(Voc(world / "VOC2012"), world / "host", world / "run", python=sys.executable, **options)
+    return Settings(Voc(world / "VOC2012", world / "host"), world / "run", python=sys.executable, **options)
 
 
 def test_every_seed_has_the_steps_of_the_paper(world: Path) -> None:

@@ -142,10 +142,10 @@ def read_settings(options: argparse.Namespace, host_arguments: Sequence[str] = (
     segmenter = str(Path(options.segmenter).resolve()) if Path(options.segmenter).is_dir() else options.segmenter
     absolute = {name: path and path.resolve() for name, path in vars(options).items() if isinstance(path, Path)}
     labels = absolute.get("labels")
-    data = Voc(absolute["voc"], labels) if options.coco is None else Coco(absolute["coco"], labels)
+    kind, root = (Voc, "voc") if options.coco is None else (Coco, "coco")
+    data = kind(absolute[root], absolute["repo"], labels)
     return Settings(
         data=data,
-        repo=absolute["repo"],
         out=(options.out or Path("runs") / data.option).resolve(),
         clip=None if options.rehearsal else clip,
         finetune=absolute.get("finetune"),

@@ -18,6 +18,7 @@ import numpy as np
 
 from semples_plugin._files import remove_parts
 from semples_plugin.class_names import COCO_CLASSES
+from semples_plugin.cli.arguments import read_ids
 from semples_plugin.files.images import write_label_png
 
 
@@ -52,7 +53,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     names = list(COCO_CLASSES)
     labels = {number: 1 + names.index(one["name"]) for number, one in coco.cats.items() if one["name"] in names}
     numbers = {Path(image["file_name"]).stem: number for number, image in coco.imgs.items()}
-    for name in options.list.read_text(encoding="utf-8").split():
+    for name in read_ids(options.list) or []:
         if name not in numbers:
             raise SystemExit(f"error: {options.annotations} has no image {name}, which {options.list} lists.")
         path = options.out / f"{name}.png"

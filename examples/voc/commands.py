@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 from semples_plugin.adapters.runner.job import ONLINE, STAGES
 from semples_plugin.adapters.runner.record import commit
@@ -24,7 +24,7 @@ Figure = Tuple[str, Path]  # its name, and the folder of label PNGs or CAM files
 
 def make_steps(settings: Settings) -> List[Step]:
     """All steps in order."""
-    lists = settings.data.lists(settings.repo, settings.limit)
+    lists = settings.data.lists(settings.limit)
     estimates = Estimates(settings, lists)
     steps = [_check(settings, lists, estimates), *_draw(settings, estimates), _weights(settings)]
     for seed in range(settings.seeds):
@@ -38,10 +38,10 @@ def make_steps(settings: Settings) -> List[Step]:
 def _check(s: Settings, lists: Lists, estimates: Estimates) -> Step:
     def before() -> None:
         needed = 0 if s.rehearsal else estimates.disk()
-        found = data_check.check(s.data, s.repo, lists, s.label_files, s.clip, s.python, not s.cpu, s.out, needed)
+        found = data_check.check(s.data, lists, s.clip, s.python, not s.cpu, s.out, needed)
         if found:
             raise ChainError(data_check.report(found))
-        data_check.write_lists(s.out / "lists", s.data, lists, s.label_files)
+        data_check.write_lists(s.out / "lists", s.data, lists)
 
     return Step(
         name="check",
@@ -49,8 +49,8 @@ def _check(s: Settings, lists: Lists, estimates: Estimates) -> Step:
         makes=[s.out / "lists"],
         facts={
             s.data.option: str(s.data.root),
-            "repo": str(s.repo),
-            "labels": [str(path) for path in s.label_files],
+            "repo": str(s.data.repo),
+            "labels": [str(path) for path in s.data.label_files],
             "limit": s.limit,
         },
         before=before,
@@ -140,7 +140,7 @@ class OneRun:
         self.first = first if control != START else None
         last = "refine" if settings.online is None else ONLINE
         self.weights = {ALONE: alone, START: alone, AREA: self.runner / "match.pt"}.get(control, self.runner / f"{last}.pt")
-        self.host_facts = {"host": commit(settings.repo)} if settings.repo.is_dir() else {}
+        self.host_facts = {"host": commit(settings.data.repo)} if settings.data.repo.is_dir() else {}
 
     def steps(self) -> List[Step]:
         """All of them, in order."""
@@ -163,33 +163,19 @@ class OneRun:
             return [sys.executable, "-m"]
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
 
+    def _shared(self, words: Sequence[str], processes: int) -> Dict[str, Any]:
+        """Fields of a step whose processes share the images; how many they are decides nothing."""
+        return {"groups": [[Command([*self._begin(processes), *words])]], "decides": [shlex.join(words)]}
+
     # ------------------------------------------------------------------------------------------------ the host
 
     def _host(
         self, stage: str, ours: Sequence[str], script: Sequence[str], gpu: int = 0, module: str = "semples_plugin.adapters"
     ) -> Command:
         """The host's script in the runner, on one GPU."""
-        words = [
-            self.s.python,
-            "-m",
-            module,
-            "mctformer",
-            "--repo",
-            str(self.s.repo),
-            "--cwd",
-            str(self.host),
-        ]
-        words += [
-            "--out",
-            str(self.runner),
-            *self.classes,
-            "--stage",
-            stage,
-            *(["--cpu"] if self.s.cpu else []),
-            *ours,
-            "--",
-            *script,
-        ]
+        words = [self.s.python, "-m", module, "mctformer", "--repo", str(self.s.data.repo), "--cwd", str(self.host)]
+        words += ["--out", str(self.runner), *self.classes, "--stage", stage, *(["--cpu"] if self.s.cpu else [])]
+        words += [*ours, "--", *script]
         environment = {"TORCH_HOME": str(self.given / "torch")}
         if self.s.gpus > 1:
             environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
@@ -338,8 +324,7 @@ class OneRun:
             what="align the CAMs to the edges of the photos",
             makes=[out / "cams", out / "labels"],
             needs=[self.lists, cams],
-            groups=[[Command([*self._begin(self.s.processes), *refine])]],
-            decides=[shlex.join(refine)],
+            **self._shared(refine, self.s.processes),
             resumes=True,
             clears=[out],
             estimate=self.estimates.refine(self.part),
@@ -353,8 +338,7 @@ class OneRun:
             what="dense CRF on the aligned CAMs of train",
             makes=[with_crf] if used else [],
             needs=[self.lists, out / "cams"] if used else [],
-            groups=[[Command([*self._begin(self.s.processes), *words])]] if used else [],
-            decides=[shlex.join(words)] if used else [],
+            **(self._shared(words, self.s.processes) if used else {}),
             resumes=True,
             clears=[with_crf],
             estimate=self.estimates.crf("train"),
@@ -371,8 +355,7 @@ class OneRun:
             what=f"pseudo labels: background up to {low:g}, 255 up to {high:g}",
             makes=[out / "labels"],
             needs=[self.lists, cams],
-            groups=[[Command([*self._begin(self.s.processes), *refine])]],
-            decides=[shlex.join(refine)],
+            **self._shared(refine, self.s.processes),
             after=lambda: shutil.rmtree(out / "cams", ignore_errors=True),  # a copy of those of the masks
             resumes=True,
             clears=[out],
@@ -384,33 +367,14 @@ class OneRun:
 
     def _segmentation(self) -> List[Step]:
         labels, out, predicted = self.folder / "labels" / "labels", self.folder / "segmentation", self.folder / "predictions"
-        start = [*self._begin(self.s.gpus), "examples.voc.segmentation"]
         common = ["--cpu"] if self.s.cpu else []
         how = self.s.training._replace(seed=self.seed)
-        train = [
-            *start,
-            "train",
-            *common,
-            "--photos",
-            str(self.photos),
-            "--labels",
-            str(labels),
-            "--list",
-            str(self.lists / "train_aug.txt"),
-        ]
+        train = ["examples.voc.segmentation", "train", *common, "--photos", str(self.photos), "--labels", str(labels)]
+        train += ["--list", str(self.lists / "train_aug.txt")]
         train += ["--segmenter", str(self.given / "segmenter"), "--out", str(out)]
         train += [word for field, value in how._asdict().items() for word in (f"--{field.replace('_', '-')}", f"{value}")]
-        predict = [
-            *start,
-            "predict",
-            *common,
-            "--photos",
-            str(self.s.data.photos("val")),
-            "--list",
-            str(self.lists / "val.txt"),
-            "--segmenter",
-            str(out / "model"),
-        ]
+        predict = ["examples.voc.segmentation", "predict", *common, "--photos", str(self.s.data.photos("val"))]
+        predict += ["--list", str(self.lists / "val.txt"), "--segmenter", str(out / "model")]
         predict += ["--out", str(predicted / "plain"), *(["--crf-out", str(predicted / "crf")] if self.s.use_crf else [])]
         made = [predicted / "plain", *([predicted / "crf"] if self.s.use_crf else [])]
         return [
@@ -419,7 +383,7 @@ class OneRun:
                 what=f"train the segmentation network, {how.steps} steps",
                 makes=[out / "model", out / "log.jsonl"],
                 needs=[self.lists, labels, self.given / "segmenter"],
-                groups=[[Command(train)]],
+                groups=[[Command([*self._begin(self.s.gpus), *train])]],
                 resumes=True,
                 clears=[out],
                 estimate=self.estimates.segmentation(),
@@ -429,8 +393,7 @@ class OneRun:
                 what="predict the labels of val",
                 makes=made,
                 needs=[self.lists, out / "model"],
-                groups=[[Command(predict)]],
-                decides=[shlex.join(predict[len(self._begin(self.s.gpus)) :])],
+                **self._shared(predict, self.s.gpus),
                 resumes=True,
                 clears=[predicted],
                 estimate=self.estimates.predict(),

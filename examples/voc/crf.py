@@ -1,4 +1,4 @@
-"""Dense CRF with pydensecrf, where that is installed; its parameters are those in common use for VOC.
+"""Dense CRF with pydensecrf, where that is installed; its parameters are those of `semples_plugin.crf`.
 
 python -m examples.voc.crf --photos DIR --cams DIR --list FILE --threshold 0.4 --num-classes 20 --out DIR
 """
@@ -14,10 +14,11 @@ from typing import Optional, Sequence
 import numpy as np
 
 from semples_plugin._files import remove_parts
+from semples_plugin.cli.arguments import read_ids
+from semples_plugin.crf import mean_field
 from semples_plugin.files.cams import cam_paths, read_cam_file
 from semples_plugin.files.images import find_image, read_image, write_label_png
 
-ITERATIONS = 10
 NOTE = "pydensecrf is not installed in the environment of this command"
 
 
@@ -33,14 +34,9 @@ def dense_crf(photo: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
         photo: (H, W, 3) uint8 RGB.
         probabilities: (L, H, W), adding up to 1 over L.
     """
-    from pydensecrf import densecrf, utils
+    from pydensecrf import utils
 
-    count, height, width = probabilities.shape
-    field = densecrf.DenseCRF2D(width, height, count)
-    field.setUnaryEnergy(np.ascontiguousarray(utils.unary_from_softmax(probabilities.astype(np.float32))))
-    field.addPairwiseGaussian(sxy=3, compat=3)
-    field.addPairwiseBilateral(sxy=80, srgb=13, rgbim=np.ascontiguousarray(photo), compat=10)
-    return np.array(field.inference(ITERATIONS)).reshape(count, height, width).argmax(0)
+    return mean_field(photo, utils.unary_from_softmax(probabilities.astype(np.float32))).argmax(0)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
@@ -53,8 +49,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     remove_parts(options.out)
     paths = cam_paths(options.cams)
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    for name in options.list.read_text(encoding="utf-8").split()[rank::world]:
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    for name in (read_ids(options.list) or [])[rank::world]:
         if (options.out / f"{name}.png").is_file():
             continue
         photo = read_image(find_image(options.photos, name))

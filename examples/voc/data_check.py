@@ -20,9 +20,7 @@ HOST_IMPORTS = ("torch", "torchvision", "timm", "sklearn", "cv2", "PIL", "scipy"
 
 def check(
     data: DataSet,
-    repo: Path,
     lists: Lists,
-    labels: Sequence[Path],
     clip: Optional[str],
     python: str,
     gpu: bool,
@@ -33,18 +31,16 @@ def check(
 
     Args:
         data: the data set.
-        repo: clone of the host.
         lists: of the data set.
-        labels: files of image-level labels.
         clip: name or file of the CLIP, None for a random one.
         python: interpreter of the host's environment.
         gpu: whether the host needs a GPU.
         out: folder of the run.
         needed_bytes: estimate of what the run writes.
     """
-    found = [*data.missing(lists), *data.missing_labels(labels, lists)]
-    if not (repo / "main.py").is_file():
-        found.append(Missing(f"the host's script {repo / 'main.py'}", MCTFORMER))
+    found = [*data.missing(lists), *data.missing_labels(lists)]
+    if not (data.repo / "main.py").is_file():
+        found.append(Missing(f"the host's script {data.repo / 'main.py'}", MCTFORMER))
     found += _environment(python, gpu)
     if clip is not None and not (clip in published_clips() or clip.startswith(("open_clip:", "hf:")) or Path(clip).is_file()):
         known = ", ".join(published_clips())
@@ -93,15 +89,15 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
-def write_lists(out: Path, data: DataSet, lists: Lists, labels: Sequence[Path]) -> None:
+def write_lists(out: Path, data: DataSet, lists: Lists) -> None:
     """Write the lists and the image-level labels of their images, in the layout that the host reads.
 
     Args:
         out: folder. `all/` holds the host's lists for training and CAM files, `train/` the same with the images of train
             alone, `cls_labels.npy` the labels, and `images.json` every photo and mask with its size in bytes.
-        data, lists, labels: as for `check`.
+        data, lists: as for `check`.
     """
-    known = data.read_labels(labels)
+    known = data.read_labels()
     for folder, ids in (("all", lists.train_aug), ("train", lists.train)):
         write_host_lists(out / folder, data, ids, lists.val)
     for name, ids in zip(("train_aug", "train", "val"), lists):
@@ -125,10 +121,10 @@ def write_ids(path: Path, ids: Sequence[str]) -> None:
     path.write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
 
 
-def count_pairs(data: DataSet, labels: Sequence[Path], ids: Sequence[str]) -> int:
+def count_pairs(data: DataSet, ids: Sequence[str]) -> int:
     """Pairs of an image and one of its classes; 0 where the labels cannot be read."""
     try:
-        known = data.read_labels(labels)
+        known = data.read_labels()
     except (OSError, ValueError):
         return 0
     return int(sum(int(known[name].sum()) for name in ids if name in known))

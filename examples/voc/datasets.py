@@ -11,6 +11,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from semples_plugin.class_names import COCO_CLASSES, VOC_CLASSES
+from semples_plugin.cli import arguments
 from semples_plugin.files.labels import read_labels
 
 VOC_SOURCE = "PASCAL VOC 2012: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"
@@ -46,13 +47,14 @@ class DataSet:
 
     Attributes:
         root: its folder.
+        repo: clone of the host, which has lists and labels.
         name: in words.
         option: its name for --classes.
         classes: in the order of the labels.
         host: names for the host's --data-set, of training and of CAM files.
         train_lists: files of ids that the host reads for training and for CAM files, all with the same content.
         pixels: of a photo, for estimates.
-        pairs: classes per image, for estimates.
+        classes_per_image: for estimates.
     """
 
     name: str
@@ -61,18 +63,17 @@ class DataSet:
     host: Tuple[str, str]
     train_lists: Tuple[str, ...]
     pixels: int
-    pairs: float
+    classes_per_image: float
 
-    def __init__(self, root: Path, labels: Optional[Path] = None):
-        """Set the folder and, instead of the usual image-level labels, a file of them."""
-        self.root, self._labels = root, labels
-        self._known: Dict[Tuple[Path, ...], Dict[str, np.ndarray]] = {}
+    def __init__(self, root: Path, repo: Path, labels: Optional[Path] = None):
+        """Set the folders and, instead of the usual image-level labels, a file of them."""
+        self.root, self.repo, self._labels = root, repo, labels
+        self._known: Optional[Dict[str, np.ndarray]] = None
 
-    def lists(self, repo: Path, limit: Optional[int] = None) -> Lists:
+    def lists(self, limit: Optional[int] = None) -> Lists:
         """The ids of all three lists; what has no file is empty.
 
         Args:
-            repo: clone of the host.
             limit: images of each list, those of train first; of the host's list then only what there is.
         """
         raise NotImplementedError
@@ -89,11 +90,12 @@ class DataSet:
         """Files that masks are drawn from, of train and val; none where there are masks."""
         return []
 
-    def labels(self, repo: Path) -> List[Path]:
+    @property
+    def label_files(self) -> List[Path]:
         """Files of image-level labels."""
-        return self._own_labels(repo) if self._labels is None else [self._labels]
+        return self._own_labels() if self._labels is None else [self._labels]
 
-    def _own_labels(self, repo: Path) -> List[Path]:
+    def _own_labels(self) -> List[Path]:
         raise NotImplementedError
 
     def label_words(self, labels: Path) -> List[str]:
@@ -104,28 +106,24 @@ class DataSet:
         """Photos, masks and lists that are not there."""
         raise NotImplementedError
 
-    def missing_labels(self, files: Sequence[Path], lists: Lists) -> List[Missing]:
+    def missing_labels(self, lists: Lists) -> List[Missing]:
         """Files of labels that are not there, and images without labels."""
-        absent_files = [path for path in files if not path.exists()]
+        absent_files = [path for path in self.label_files if not path.exists()]
         if absent_files:
             others = [path for path in absent_files if path not in self.annotations()]  # which `missing` names
             return [Missing(f"file {path}", self._source_of_labels) for path in others]
-        known = self.read_labels(files)
+        known = self.read_labels()
         absent = [name for name in dict.fromkeys([*lists.train_aug, *lists.val]) if name not in known]
         if not absent:
             return []
-        place = " and ".join(map(str, files))
+        place = " and ".join(map(str, self.label_files))
         return [Missing(f"labels of {len(absent)} images in {place}: {first(absent)}", self._source_of_labels)]
 
-    def read_labels(self, files: Sequence[Path]) -> Dict[str, np.ndarray]:
+    def read_labels(self) -> Dict[str, np.ndarray]:
         """Image id -> multi-hot labels, from all files; read once."""
-        key = tuple(files)
-        if key not in self._known:
-            found: Dict[str, np.ndarray] = {}
-            for path in files:
-                found.update(read_labels(path, self.classes))
-            self._known[key] = found
-        return self._known[key]
+        if self._known is None:
+            self._known = {name: row for path in self.label_files for name, row in read_labels(path, self.classes).items()}
+        return self._known
 
     def sizes(self, lists: Lists) -> Dict[str, Dict[str, int]]:
         """Folder -> image id -> bytes, of all photos and masks: another size is another image."""
@@ -139,18 +137,18 @@ class Voc(DataSet):
 
     name, option, classes = "VOC", "voc", tuple(VOC_CLASSES)
     host, train_lists = ("VOC12", "VOC12MS"), ("train_aug_id.txt",)
-    pixels, pairs = 500 * 375, 1.5
+    pixels, classes_per_image = 500 * 375, 1.5
     _source_of_labels = (
         f"image-level labels: the host's voc12/cls_labels.npy ({MCTFORMER}), or --labels with any file that `semples` reads"
     )
 
-    def lists(self, repo: Path, limit: Optional[int] = None) -> Lists:
+    def lists(self, limit: Optional[int] = None) -> Lists:
         """See `DataSet`. Lists of the data set come before the host's."""
         sets = self.root / "ImageSets" / "Segmentation"
         train, val = (read_ids(sets / f"{name}.txt") for name in ("train", "val"))
         augmented = next((ids for name in ("trainaug", "train_aug") for ids in [read_ids(sets / f"{name}.txt")] if ids), None)
         if augmented is None:
-            augmented = read_ids(repo / "voc12" / "train_aug_id.txt")
+            augmented = read_ids(self.repo / "voc12" / "train_aug_id.txt")
             if limit is not None:  # a rehearsal takes what there is
                 augmented = _there(augmented, self.photos("train"))
         if limit is None:
@@ -165,8 +163,8 @@ class Voc(DataSet):
     def masks(self, split: str, out: Path) -> Path:
         return self.root / "SegmentationClass"
 
-    def _own_labels(self, repo: Path) -> List[Path]:
-        return [repo / "voc12" / "cls_labels.npy"]
+    def _own_labels(self) -> List[Path]:
+        return [self.repo / "voc12" / "cls_labels.npy"]
 
     def missing(self, lists: Lists) -> List[Missing]:
         photos, masks = self.photos("train"), self.masks("train", self.root)
@@ -200,14 +198,13 @@ class Coco(DataSet):
 
     name, option, classes = "COCO", "coco", tuple(COCO_CLASSES)
     host, train_lists = ("COCO", "COCOMS"), ("train_id.txt", "train_aug_id.txt")  # its script names CAM files by the second
-    pixels, pairs = 640 * 480, 2.9
+    pixels, classes_per_image = 640 * 480, 2.9
     _source_of_labels = f"{COCO_ANNOTATIONS}; or --labels with any file that `semples` reads"
 
-    def lists(self, repo: Path, limit: Optional[int] = None) -> Lists:
-        train, val = (read_ids(repo / "coco" / f"{split}_id.txt") for split in ("train", "val"))
-        files = self.labels(repo)
-        if all(path.is_file() for path in files):
-            known = self.read_labels(files)
+    def lists(self, limit: Optional[int] = None) -> Lists:
+        train, val = (read_ids(self.repo / "coco" / f"{split}_id.txt") for split in ("train", "val"))
+        if all(path.is_file() for path in self.label_files):
+            known = self.read_labels()
             train, val = ([name for name in ids if name not in known or known[name].any()] for ids in (train, val))
         if limit is not None:
             train, val = (_there(ids, self.photos(split))[:limit] for ids, split in ((train, "train"), (val, "val")))
@@ -222,7 +219,7 @@ class Coco(DataSet):
     def annotations(self) -> List[Path]:
         return [self.root / "annotations" / f"instances_{split}2014.json" for split in ("train", "val")]
 
-    def _own_labels(self, repo: Path) -> List[Path]:
+    def _own_labels(self) -> List[Path]:
         return self.annotations()
 
     def label_words(self, labels: Path) -> List[str]:
@@ -248,10 +245,8 @@ class Coco(DataSet):
 
 
 def read_ids(path: Path) -> List[str]:
-    """Ids of a list, whose lines may be `/JPEGImages/ID.jpg /SegmentationClassAug/ID.png`; none without the file."""
-    if not path.is_file():
-        return []
-    return [Path(line.split()[0]).stem for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """Ids of a list; none without the file."""
+    return arguments.read_ids(path if path.is_file() else None) or []
 
 
 def first(ids: Sequence[str]) -> str:

@@ -26,9 +26,9 @@ class Estimates:
 
     def __init__(self, s: Settings, lists: Lists):
         self.s, self.lists = s, lists
-        self.pixels, per_image = s.data.pixels, s.data.pairs
+        self.pixels, per_image = s.data.pixels, s.data.classes_per_image
         self.pairs, self.train_pairs = (
-            count_pairs(s.data, s.label_files, ids) or round(per_image * len(ids)) for ids in (lists.train_aug, lists.train)
+            count_pairs(s.data, ids) or round(per_image * len(ids)) for ids in (lists.train_aug, lists.train)
         )
 
     def _gpu(self, gigaflop: float, basis: str, gpus: int = 1) -> str:
@@ -75,7 +75,7 @@ class Estimates:
         return self._cpu(len(self.lists.train_aug), self.LABELS, self.s.processes) + f"; {size} until the step ends"
 
     def crf(self, split: str) -> str:
-        labels = 1 + self.s.data.pairs
+        labels = 1 + self.s.data.classes_per_image
         processes = self.s.processes if split == "train" else max(1, self.s.gpus)
         return self._cpu(len(getattr(self.lists, split)), self.CRF, processes, labels / (1 + self.CLASSES))
 

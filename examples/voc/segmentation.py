@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semples_plugin._files import remove_parts, write_atomically
+from semples_plugin.cli.arguments import read_ids
 from semples_plugin.files.images import find_image, read_image, read_label_png, write_label_png
 from semples_plugin.masks import UNCERTAIN
 
@@ -303,11 +304,6 @@ def predict(ids: Sequence[str], photos: Path, segmenter: str, out: Path, crf_out
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-def read_list(path: Path) -> List[str]:
-    """Image ids of a file, one per line."""
-    return path.read_text(encoding="utf-8").split()
-
-
 def main(arguments: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -325,7 +321,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         else:
             one.add_argument("--crf-out", type=Path, help="also write the labels after a dense CRF; needs pydensecrf")
     options = parser.parse_args(arguments)
-    ids = read_list(options.list)
+    ids = read_ids(options.list) or []
     if options.command == "predict":
         predict(ids, options.photos, options.segmenter, options.out, options.crf_out, options.cpu)
         return

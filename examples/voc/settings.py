@@ -22,7 +22,6 @@ class Settings(NamedTuple):
 
     Attributes:
         data: the data set.
-        repo: clone of the host.
         out: folder of the run.
         clip: name or file of the CLIP, None for random weights.
         finetune: file of the weights that the host starts from, None to download them.
@@ -50,7 +49,6 @@ class Settings(NamedTuple):
     """
 
     data: DataSet
-    repo: Path
     out: Path
     clip: Optional[str] = "ViT-B/32"
     finetune: Optional[Path] = None
@@ -78,11 +76,6 @@ class Settings(NamedTuple):
     use_crf: bool = False
     processes: int = 1
     tflops: float = 10.0
-
-    @property
-    def label_files(self) -> List[Path]:
-        """The files of image-level labels."""
-        return self.data.labels(self.repo)
 
     @property
     def pretrained(self) -> bool:
@@ -116,7 +109,7 @@ class Settings(NamedTuple):
             "data_set": self.data.name,
             "data": str(self.data.root),
             "host": "MCTformer+",
-            "host_commit": commit(self.repo) if self.repo.is_dir() else None,
+            "host_commit": commit(self.data.repo) if self.data.repo.is_dir() else None,
             "clip": self.clip or "random weights",
             "start": self._start(),
             "mode": self.mode,
