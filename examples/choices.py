@@ -31,11 +31,11 @@ from semples_plugin.metrics import confusion_matrix, mean_iou
 from semples_plugin.regions import positive_pairs
 
 from .ablation.data import DemoWorld
-from .ablation.experiment import soft_masks
-from .ablation.rows import LEARNED, MATCH, ROWS
-from .cells import Cell, run_cells, slug
+from .ablation.experiment import kept_file, kept_host, newest_parts, soft_masks
+from .ablation.rows import BASE, LEARNED, MATCH, ROWS
+from .cells import Cell, run_cells
 from .demo import experiment as demo
-from .hosts import make_host, train_attached
+from .hosts import train_attached
 from .photos import experiment as photos
 from .photos import hosts as photo_hosts
 from .photos import train_clip
@@ -45,8 +45,9 @@ from .train_clip import load_feature_clip
 # Option -> the rows that differ in its value alone, and the row that they change.
 LAMBDAS: Dict[str, List[str]] = {}
 for _row in ROWS:
-    if len(_row.options) == 1 and next(iter(_row.options)).startswith("lambda_"):
-        LAMBDAS.setdefault(next(iter(_row.options)), [_row.against]).append(_row.name)
+    for _option in _row.options:
+        if len(_row.options) == 1 and _option.startswith("lambda_"):
+            LAMBDAS.setdefault(_option, [_row.against]).append(_row.name)
 STEPS = (10, 25, 50, 100, 150)  # of the match row, for choosing where to stop
 
 
@@ -106,29 +107,25 @@ def demo_cell(cell: Cell, parts: Path) -> Dict[str, Any]:
     data = DemoWorld()
     train, val, test = data.splits(cell.seed)
     refiner = demo.new_refiner(demo.Settings(), cell.seed)
-    host = make_host("demo", len(data.classes))
     truths = [np.stack([scene.things for scene in split.scenes]) for split in (val, test)]
 
     def of(host: Any, edges: bool) -> Dict[str, Any]:
         masks = [soft_masks(split, host.cams(split.images), edges) for split in (val, test)]
         return curves(refiner, val.images, val.labels, masks[0], truths[0], masks[1], truths[1])
 
-    found: Dict[str, Any] = {}
     if cell.row.startswith("step "):
         steps, settings = int(cell.row.split()[1]), demo.Settings()
-        host.load_state_dict(torch.load(parts / f"seed_{cell.seed}" / f"{slug('base')}.pt", weights_only=True))
+        host = kept_host(parts, BASE, cell.seed, len(data.classes))
         title = f"seed {cell.seed}, {cell.row}"
         train_attached(host, train, steps, settings.stage_lr, settings.batch_size, cell.seed, title, refiner)
         return {"aligned": of(host, True)}
-    host.load_state_dict(torch.load(parts / f"seed_{cell.seed}" / f"{slug(cell.row)}.pt", weights_only=True))
-    for name, edges in (("raw", False), ("aligned", True)):
-        found[name] = of(host, edges)
-    return found
+    host = kept_host(parts, cell.row, cell.seed, len(data.classes))
+    return {name: of(host, edges) for name, edges in (("raw", False), ("aligned", True))}
 
 
 def demo_cells(parts: Path, seeds: Sequence[int], steps: bool) -> List[Cell]:
     taken = [row.name for row in ROWS if row.all_seeds or any(row.name in names for names in LAMBDAS.values())]
-    rows = [Cell(name, seed) for seed in seeds for name in taken if (parts / f"seed_{seed}" / f"{slug(name)}.pt").is_file()]
+    rows = [Cell(name, seed) for seed in seeds for name in taken if kept_file(parts, name, seed).is_file()]
     return rows + [Cell(f"step {n}", seed) for seed in seeds for n in STEPS if steps]
 
 
@@ -287,19 +284,16 @@ def main(argv: Sequence[str] = ()) -> None:
     if (args.ablation is None) == (args.photo_runs is None):
         parser.error("give --ablation or --photo-runs")
     run: Any
-    if args.ablation is not None:
-        parts = sorted(args.ablation.glob("parts_*"), key=lambda path: path.stat().st_mtime)
-        if not parts:
-            parser.error(f"--ablation: {args.ablation} holds no weights; run python -m examples.ablation first")
-        version = parts[-1].name
-        cells, run = demo_cells(parts[-1], args.seeds, args.steps), functools.partial(demo_cell, parts=parts[-1])
+    if args.ablation is None and None in (args.photos, args.labels, args.clip, args.weights):
+        parser.error("--photo-runs needs --photos, --labels, --clip and --weights")
+    try:
+        parts = None if args.ablation is None else newest_parts(args.ablation)
+        version = photo_version(args.photo_runs) if parts is None else parts.name
+    except ValueError as error:
+        parser.error(str(error))
+    if parts is not None:
+        cells, run = demo_cells(parts, args.seeds, args.steps), functools.partial(demo_cell, parts=parts)
     else:
-        if None in (args.photos, args.labels, args.clip, args.weights):
-            parser.error("--photo-runs needs --photos, --labels, --clip and --weights")
-        try:
-            version = photo_version(args.photo_runs)
-        except ValueError as error:
-            parser.error(str(error))
         cells = [Cell(row, seed) for seed in args.seeds for row in args.photo_rows]
         run = functools.partial(
             photo_cell, runs=args.photo_runs, version=version, host=args.host, root=args.photos, labels=args.labels,

@@ -18,10 +18,8 @@ import torch
 from semples_plugin.masks import UNCERTAIN, pseudo_labels
 
 from .ablation.data import DemoWorld
-from .ablation.experiment import soft_masks
-from .ablation.rows import MATCH
-from .cells import slug
-from .hosts import make_host
+from .ablation.experiment import kept_host, newest_parts, soft_masks
+from .ablation.rows import HOST, MATCH
 from .seeds import spread
 
 FIGURES = ("uncertain", "precision of things", "precision of background", "things found")
@@ -53,17 +51,17 @@ def main(argv: Sequence[str] = ()) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(%(default)s)")
     args = parser.parse_args(argv or None)
     torch.set_num_threads(1)
-    folders = sorted(args.ablation.glob("parts_*"), key=lambda path: path.stat().st_mtime)
-    if not folders:
-        parser.error(f"--ablation: {args.ablation} holds no weights; run python -m examples.ablation first")
+    try:
+        parts = newest_parts(args.ablation)
+    except ValueError as error:
+        parser.error(str(error))
     data = DemoWorld()
     print(f"| CAMs | thresholds | {' | '.join(FIGURES)} |\n|{'---|' * 6}")
-    for row in ("host alone", MATCH):
+    for row in (HOST, MATCH):
         found: Dict[float, Dict[int, Dict[str, float]]] = {}
         for seed in args.seeds:
             _, val, test = data.splits(seed)
-            host = make_host("demo", len(data.classes))
-            host.load_state_dict(torch.load(folders[-1] / f"seed_{seed}" / f"{slug(row)}.pt", weights_only=True))
+            host = kept_host(parts, row, seed, len(data.classes))
             masks = [soft_masks(split, host.cams(split.images), True) for split in (val, test)]
             best = data.score(masks[0], val, masks[1], test)["threshold"]
             truth = np.stack([scene.things for scene in test.scenes])

@@ -25,7 +25,7 @@ from ..hosts import MEAN, STD, SmallHost, make_host, train_attached
 from .data import Data
 from .rows import BASE, MATCH, ROWS, Row
 
-__all__ = ["Settings", "run_cell", "soft_masks"]
+__all__ = ["Settings", "kept_file", "kept_host", "newest_parts", "run_cell", "soft_masks"]
 
 
 class Settings(NamedTuple):
@@ -195,6 +195,30 @@ class Run:
     def figures(self, cams: List[Tuple[Split, Tensor]], edges: bool) -> Dict[str, float]:
         (val, val_cam), (test, test_cam) = cams
         return self.data.score(soft_masks(val, val_cam, edges), val, soft_masks(test, test_cam, edges), test)
+
+
+def newest_parts(out: Path) -> Path:
+    """The folder of the weights that `python -m examples.ablation --out OUT` has kept last.
+
+    Raises:
+        ValueError: if it has kept none.
+    """
+    folders = sorted(out.glob("parts_*"), key=lambda path: path.stat().st_mtime)
+    if not folders:
+        raise ValueError(f"--ablation: {out} holds no weights; run python -m examples.ablation first")
+    return folders[-1]
+
+
+def kept_file(parts: Path, row: str, seed: int) -> Path:
+    """The file of the weights of a row."""
+    return parts / f"seed_{seed}" / f"{slug(row)}.pt"
+
+
+def kept_host(parts: Path, row: str, seed: int, num_classes: int) -> SmallHost:
+    """The demo's host with the weights of a row."""
+    host = make_host("demo", num_classes)
+    host.load_state_dict(torch.load(kept_file(parts, row, seed), weights_only=True))
+    return host
 
 
 def soft_masks(split: Split, cam: Tensor, edges: bool) -> Tensor:
